@@ -1,0 +1,55 @@
+"""What can go wrong, for people: every message says what, where and how to mend it.
+
+::
+
+    RefilledError
+    ├── TaskError        the images, their labels, or the text that names a task
+    ├── ModelError       an architecture, a weight file, a teacher
+    ├── MethodError      a method, its parameters, or label spaces that it cannot work with
+    ├── RunError         a run's configuration or folder
+    │   └── CheckpointError   a saved training state that cannot be used
+    └── NonFiniteError   a loss or gradient became NaN or infinite
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RefilledError(Exception):
+    """The root of all errors that a user can mend."""
+
+
+class TaskError(RefilledError):
+    """The images, their labels, or the text that names a task."""
+
+
+class ModelError(RefilledError):
+    """An architecture, a weight file, or a teacher."""
+
+
+class MethodError(RefilledError):
+    """A method, its parameters, or label spaces that it cannot work with."""
+
+
+class RunError(RefilledError):
+    """A run's configuration or folder."""
+
+
+class CheckpointError(RunError):
+    """A saved training state that cannot be used."""
+
+
+class NonFiniteError(RefilledError):
+    """A loss or gradient became NaN or infinite."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that ``name`` is no known ``kind``, with the nearest known name and the list of all.
+
+    >>> unknown("method", "rdk", ["rkd", "vanilla"])
+    "unknown method 'rdk'; did you mean 'rkd'? known: rkd, vanilla"
+    """
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ";"
+    return f"unknown {kind} '{name}'{guess} known: {', '.join(names)}"

@@ -1,0 +1,81 @@
+"""A method as data: stages of training, each a sum of weighted loss terms.
+
+The training loop never asks which method it runs. It reads the stages: which losses, with what weight in
+which epoch, and which parts of the :class:`~refilled.outputs.Outputs` each loss looks at.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import exp
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from refilled.outputs import Outputs
+
+Part = Literal["logits", "embedding", "features"]
+Weight = Callable[[int], float]
+
+
+def constant(weight: float) -> Weight:
+    """The same weight in every epoch."""
+    return lambda epoch: weight
+
+
+def exponential(start: float, rate: float) -> Weight:
+    r"""A weight that decays: :math:`\mathrm{start}\cdot e^{-\mathrm{rate}\cdot\mathrm{epoch}}`, epochs from 0."""
+    return lambda epoch: start * exp(-rate * epoch)
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A loss that looks at the teacher's embedding of the whole training set before its stage begins."""
+
+    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Take ``(N, d)`` embeddings of the training images, not augmented, and their ``(N,)`` class ids."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss, its weight, and the outputs that it reads.
+
+    ``loss(student_tensor, teacher_tensor, labels)`` is called with the named parts; with ``teacher=None`` it
+    is ``loss(student_tensor, labels)``, the call shape of :class:`torch.nn.CrossEntropyLoss`.
+    """
+
+    loss: nn.Module
+    weight: Weight = field(default_factory=lambda: constant(1.0))
+    student: Part = "logits"
+    teacher: Part | None = None
+
+    def __call__(self, seen: Outputs, taught: Outputs | None, labels: Tensor) -> Tensor:
+        """Return the scalar loss, not yet weighted."""
+        student = getattr(seen, self.student)
+        if self.teacher is None:
+            result: Tensor = self.loss(student, labels)
+            return result
+        result = self.loss(student, getattr(taught, self.teacher), labels)
+        return result
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with its own terms and its own learning-rate schedule from the top.
+
+    ``share`` is this stage's part of the run's epochs, relative to the shares of the other stages.
+    ``classifier="fresh"`` draws the classifier anew when the stage begins.
+    """
+
+    name: str
+    terms: Mapping[str, Term]
+    share: float = 1.0
+    classifier: Literal["keep", "fresh"] = "keep"
+
+    def reads(self, part: Part) -> bool:
+        """Whether some term reads this part of the teacher's outputs."""
+        return any(term.teacher == part for term in self.terms.values())
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some term reads anything of the teacher's."""
+        return any(term.teacher is not None for term in self.terms.values())
