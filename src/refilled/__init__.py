@@ -1,1 +1,49 @@
-"""refilled: distil a strong vision model trained on other classes into a small model for your own."""
+"""refilled: distil a strong vision model trained on other classes into a small model for your own.
+
+The losses need torch alone:
+
+>>> import torch
+>>> from refilled import TripletAlignmentLoss
+>>> loss = TripletAlignmentLoss(temperature=2.0)
+>>> value = loss(torch.randn(32, 64), torch.randn(32, 128), torch.arange(32) % 8)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refilled.distances import class_centers
+    from refilled.errors import RefilledError
+    from refilled.methods.refilled import LocalKDLoss, TripletAlignmentLoss
+    from refilled.mining import Triplets, semi_hard_triplets
+    from refilled.outputs import Outputs
+    from refilled.run import Run
+
+# Where each public name lives. It is loaded when it is first asked for: the command line starts without torch.
+_HOMES = {
+    "LocalKDLoss": "refilled.methods.refilled",
+    "Outputs": "refilled.outputs",
+    "RefilledError": "refilled.errors",
+    "Run": "refilled.run",
+    "TripletAlignmentLoss": "refilled.methods.refilled",
+    "Triplets": "refilled.mining",
+    "class_centers": "refilled.distances",
+    "semi_hard_triplets": "refilled.mining",
+}
+
+__all__ = [
+    "LocalKDLoss",
+    "Outputs",
+    "RefilledError",
+    "Run",
+    "TripletAlignmentLoss",
+    "Triplets",
+    "class_centers",
+    "semi_hard_triplets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'refilled' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

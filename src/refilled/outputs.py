@@ -1,6 +1,6 @@
 """What a model says about a batch of images."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,3 +20,12 @@ class Outputs(NamedTuple):
 
     features: tuple[Tensor, ...] = ()
     """Feature maps ``(N, C_l, H_l, W_l)``, shallow to deep; empty unless they were asked for."""
+
+
+class ModelShape(Protocol):
+    """What a method may ask about a model in order to build its losses."""
+
+    embedding_dim: int
+    feature_channels: tuple[int, ...]
+    num_classes: int
+    class_names: tuple[str, ...] | None

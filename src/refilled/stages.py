@@ -35,6 +35,14 @@ class Prepares(Protocol):
         """Take ``(N, d)`` embeddings of the training images, not augmented, and their ``(N,)`` class ids."""
 
 
+@runtime_checkable
+class Reports(Protocol):
+    """A loss that has more to tell about its last batch than its value."""
+
+    def statistics(self) -> Mapping[str, Tensor]:
+        """Return scalars by name, for the log and the progress display."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One loss, its weight, and the outputs that it reads.

@@ -1,0 +1,169 @@
+"""A page that says whether the teacher helped: one HTML file, without scripts and without anything from elsewhere."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
+from refilled.data import Split
+from refilled.evaluation import predict
+from refilled.experiment import Result
+from refilled.files import write_atomic
+from refilled.models import Backbone, load_model
+
+COLORS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3", "#937860", "#DA8BC3", "#8C8C8C", "#CCB974", "#64B5CD")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table: its results, one a seed, and the folders that they lie in."""
+
+    name: str
+    results: Sequence[Result]
+    folders: Sequence[Path]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracy of each seed, in percent."""
+        return [result.accuracy for result in self.results]
+
+    def gain_over(self, other: "Row") -> Gain:
+        """Compare with another row, seed by seed."""
+        return paired_gain(self.accuracies, other.accuracies)
+
+
+def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
+    """Lay the rows out as text, with the gain of each over the baseline."""
+    return [
+        {
+            "method": row.name,
+            "accuracy": mean_and_spread(row.accuracies),
+            "nearest class mean": mean_and_spread([result.ncm_accuracy for result in row.results]),
+            f"gain over {baseline.name}": "" if row is baseline else str(row.gain_over(baseline)),
+            "minutes": f"{sum(result.seconds for result in row.results) / len(row.results) / 60:.1f}",
+        }
+        for row in rows
+    ]
+
+
+def verdict(row: Row, baseline: Row) -> str:
+    """Say in a sentence whether the teacher helped."""
+    gain, seeds = row.gain_over(baseline), len(row.results)
+    if seeds < 2:
+        return f"{row.name} differs by {gain.mean:+.2f} points from {baseline.name}; a single seed establishes nothing."
+    interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {seeds} seeds"
+    if not gain.established:
+        return f"It is not established that the teacher helped: {row.name} {gain.mean:+.2f} points ({interval})."
+    if gain.mean > 0:
+        return f"The teacher helped: {row.name} gains {gain.mean:+.2f} points over {baseline.name} ({interval})."
+    return f"The teacher hurt: {row.name} loses {gain.mean:+.2f} points against {baseline.name} ({interval})."
+
+
+def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, test: Split) -> None:
+    """Write the page: verdict, table, curves, and t-SNE of the test images in the embeddings of the first seed.
+
+    Args:
+        path: The HTML file.
+        title: What was done, as a heading.
+        rows: All methods, the baseline among them.
+        baseline: The student without a teacher.
+        shown: The method that the verdict and the pictures are about.
+        test: The test images.
+    """
+    pictures = {
+        "Validation accuracy, mean over seeds": _curves(rows),
+        "Test images in the embedding (t-SNE, first seed)": _tsne(embeddings(baseline, shown, test), test.labels),
+    }
+    result = shown.results[0]
+    page = Environment(loader=PackageLoader("refilled.benchmark"), autoescape=True).get_template("report.html")
+    text = page.render(
+        title=title,
+        verdict=verdict(shown, baseline),
+        rows=table(rows, baseline),
+        shown=shown.name,
+        pictures=pictures,
+        provenance={
+            "data": f"{result.data['task']}, {result.data['images']}, fingerprint {result.data['fingerprint']}",
+            "teacher": (result.teacher or {}).get("name", "none"),
+            "seeds": len(shown.results),
+            "figure": "last epoch, mean ± standard deviation over seeds; gains are paired by seed, with a 95 % interval",
+            "hardware": result.hardware,
+            "versions": result.versions,
+            "runs": ", ".join(str(row.folders[0].parent) for row in rows[:1]),
+        },
+    )
+    write_atomic(path, text.encode())
+
+
+def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
+    """Embed the test images by the first seed's students: alone, after the first stage, at the end."""
+    student = load_model(shown.folders[0])
+    found = {baseline.name: _embed(load_model(baseline.folders[0]), test)}
+    for snapshot in sorted((shown.folders[0] / "stages").glob("*.safetensors")):
+        staged = load_model(shown.folders[0])
+        staged.load_state_dict(load_file(snapshot))
+        found[f"{shown.name}, after stage “{snapshot.stem}”"] = _embed(staged, test)
+    found[f"{shown.name}, at the end"] = _embed(student, test)
+    return found
+
+
+def _embed(model: Backbone, test: Split) -> Tensor:
+    return predict(model, test.pixels).embedding
+
+
+def _curves(rows: Sequence[Row]) -> str:
+    """Draw the validation accuracy against the epoch of the whole run; embedding stages have none."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for row, color in zip(rows, COLORS, strict=False):
+        curves = [_validation_curve(folder) for folder in row.folders]
+        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if epochs:
+            means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in epochs]
+            axes.plot(epochs, means, color=color, label=row.name, linewidth=1.6)
+    axes.set_xlabel("epoch, all stages together")
+    axes.set_ylabel("accuracy in percent")
+    axes.grid(alpha=0.25)
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _validation_curve(folder: Path) -> dict[int, float]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return {n: entry["val_accuracy"] for n, entry in enumerate(entries, 1) if "val_accuracy" in entry}
+
+
+def _tsne(found: Mapping[str, Tensor], labels: Tensor, images: int = 1000, classes: int = 10) -> str:
+    """Draw the embeddings side by side; of many classes the first ten, of many images the first thousand."""
+    kept = (labels < classes).nonzero().squeeze(1)[:images]
+    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
+    for axes, (name, embedding) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        points = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform(embedding[kept])
+        colors = [COLORS[label] for label in labels[kept].tolist()]
+        axes.scatter(points[:, 0], points[:, 1], c=colors, s=6, linewidths=0)
+        axes.set_title(name, fontsize=9, parse_math=False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """Turn a figure into the address of an image that carries itself; as an image it can run nothing."""
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"Date": None}  # the same runs give the same page
+    with mpl.rc_context({"svg.hashsalt": "refilled"}):
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,334 @@
+"""The command line: thin, one library call a command, and errors for people.
+
+Heavy imports stand inside the commands, so that help and mistakes answer at once.
+"""
+
+import inspect
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from refilled.errors import RefilledError, RunError, unknown
+from refilled.run import PRESETS, Recipe, Run
+
+if TYPE_CHECKING:
+    from refilled.experiment import Result
+    from refilled.progress import Display
+
+app = typer.Typer(
+    help="Distil a strong vision model trained on other classes into a small model for your own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
+]
+
+
+def _run_flags(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for each field of :class:`Run`, with the help that its docstring holds."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        flags = [_flag(f) for f in fields(Run) if f.name not in without and f.name not in {p.name for p in own}]
+        signature = inspect.Signature([*own, *flags])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return command
+
+    return decorate
+
+
+def _flag(setting: Field[Any]) -> inspect.Parameter:
+    """Make the flag of a field; a flag that is not given is None, so that presets can stand below it."""
+    hint = get_type_hints(Run)[setting.name]
+    default = setting.default if setting.default is not MISSING else None
+    description = _descriptions()[setting.name] + (f" [default: {default}]" if default is not None else "")
+    option = typer.Option(help=escape(description), show_default=False)
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint | None, option]
+    )
+
+
+def _descriptions() -> dict[str, str]:
+    found = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", f"{Recipe.__doc__}\n{Run.__doc__}", re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in found}
+
+
+@app.command()
+@_run_flags("teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "student")
+def train(
+    task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    preset: Annotated[str | None, typer.Option(help="paper", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Train a model from labels alone: a teacher, or a student without one."""
+    run = _configure(preset, {"task": task, "student": model, **flags})
+    _distill(run, out, overwrite, quiet, as_json)
+
+
+@app.command()
+@_run_flags("task", "settings")
+def distill(
+    task: Annotated[
+        str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)
+    ] = None,
+    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    method: Annotated[
+        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+    ] = "refilled",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    preset: Annotated[str | None, typer.Option(help="paper", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder; nothing else is needed.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Train a student with the help of a teacher whose classes may be others."""
+    if resume is not None:
+        if task is not None:
+            raise RunError("--resume goes on with a run as it was begun; leave out the task")
+        _resume(resume, quiet, as_json)
+        return
+    if task is None:
+        raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
+    settings = dict(_key_value(text) for text in set_ or ())
+    named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
+    _distill(_configure(preset, {**named, **flags}), out, overwrite, quiet, as_json)
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    task: Annotated[str | None, typer.Argument(help="Another task with the same classes.", show_default=False)] = None,
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a student on the test part of its task, or of another one."""
+    from refilled.experiment import evaluate as score
+
+    result = score(folder, task, data_root)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("class", "accuracy")
+    for name, accuracy in result["class_accuracies"].items():
+        table.add_row(escape(_printable(name)), "no images" if accuracy is None else f"{accuracy:.1f} %")
+    table.add_section()
+    table.add_row(f"all {result['images']} images", f"{result['accuracy']:.2f} %")
+    out.print(table)
+
+
+@app.command()
+def predict(
+    folder: Folder,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    top: Annotated[int, typer.Option(help="How many classes to name for each image.", min=1)] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row an image, with all probabilities.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
+) -> None:
+    """Name the class of images, with probabilities."""
+    from refilled.experiment import classify
+
+    predictions, unreadable = classify(folder, images)
+    if as_csv:
+        _print_csv(predictions)
+    elif as_json:
+        for image, probabilities in predictions:
+            best = max(probabilities, key=probabilities.__getitem__)
+            print(json.dumps({"image": str(image), "class": best, "probabilities": probabilities}))
+    else:
+        table = Table("image", "class", "probability")
+        for image, probabilities in predictions:
+            ranked = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
+            for row, (name, probability) in enumerate(ranked):
+                shown = "" if row else escape(_printable(str(image)))
+                table.add_row(shown, escape(_printable(name)), f"{100 * probability:.1f} %")
+        out.print(table)
+    for image, reason in unreadable:
+        err.print(f"left out {_printable(str(image))}: {reason}", markup=False, highlight=False)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="methods, models or datasets", show_default=False)]) -> None:
+    """List the methods with their parameters, the models, or the data sets."""
+    kinds = {"methods": _methods, "models": _models, "datasets": _datasets}
+    if what not in kinds:
+        raise RunError(unknown("list", what, kinds))
+    out.print(kinds[what]())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+) -> None:
+    """Show the whole on digits: a teacher of 0-4 helps students of 5-9. Takes about a minute."""
+    from refilled.benchmark.demo import demo as show
+
+    show(out, jobs)
+
+
+def main() -> None:
+    """Run the command line; a known error becomes one red line, and ``--debug`` shows where it came from."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="refilled", standalone_mode=True)
+    except RefilledError as error:
+        if debug:
+            raise
+        err.print(f"[red]error:[/red] {escape(_printable(str(error)))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no further complaint
+        sys.exit(141)
+
+
+def _configure(preset: str | None, values: dict[str, Any]) -> Run:
+    if preset is not None and preset not in PRESETS:
+        raise RunError(unknown("preset", preset, PRESETS))
+    given = {name: value for name, value in values.items() if value is not None}
+    return Run(**{**PRESETS.get(preset or "", {}), **given})
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RunError(f"--set {text}: must be KEY=VALUE")
+    return name.strip().replace("-", "_"), value.strip()
+
+
+def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    from refilled import experiment
+
+    folder = folder or Path("runs") / _run_name(run)
+    if overwrite:
+        experiment.overwrite(folder)
+    _carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+
+
+def _resume(folder: Path, quiet: bool, as_json: bool) -> None:
+    from refilled import experiment
+
+    _carry_out(lambda display: experiment.resume(folder, display=display), folder, quiet or as_json, as_json)
+
+
+def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:
+    from refilled.journal import Interrupted
+    from refilled.progress import Bars, Lines, Silent
+
+    display = Silent() if quiet else Bars(err) if err.is_terminal else Lines(err)
+    try:
+        result = call(display)
+    except Interrupted as interruption:
+        command = shlex.join(["refilled", "distill", "--resume", str(folder)])
+        err.print(f"interrupted; the state is saved. Go on with: {command}", markup=False, soft_wrap=True)
+        sys.exit(128 + interruption.number)
+    if as_json:
+        print((folder / "result.json").read_text(encoding="utf-8"), end="")
+        return
+    _print_result(result, folder)
+
+
+def _print_result(result: "Result", folder: Path) -> None:
+    images = result.data["images"]
+    table = Table(show_header=False)
+    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images['test']} test images, after the last epoch")
+    table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
+    for name, measures in result.stages.items():
+        table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
+    table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
+    table.add_row("student", f"{result.parameters:,} parameters")
+    table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
+    if result.data["skipped"]:
+        table.add_row("left out", f"{len(result.data['skipped'])} unreadable images; see result.json")
+    for note in result.data["notes"]:
+        table.add_row("note", escape(_printable(note)))
+    out.print(table)
+    out.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _run_name(run: Run) -> str:
+    parts = [Path(run.task).name if "/" in run.task else run.task, run.student, Path(run.method).stem, f"s{run.seed}"]
+    return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
+
+
+def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
+    import csv
+
+    writer = csv.writer(sys.stdout)
+    names = list(predictions[0][1]) if predictions else []
+    # A spreadsheet would run a name that begins like a formula.
+    writer.writerow(["image", "class", *(f"'{n}" if n.startswith(("=", "+", "-", "@")) else n for n in names)])
+    for image, probabilities in predictions:
+        best = max(probabilities, key=probabilities.__getitem__)
+        writer.writerow([image, best, *(f"{p:.6f}" for p in probabilities.values())])
+
+
+def _printable(text: str) -> str:
+    """Show control characters, escape sequences of a terminal among them, instead of sending them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _methods() -> Table:
+    from refilled.methods import list_methods, load_method
+
+    table = Table("method", "what it does", "parameters")
+    for name in list_methods():
+        method = load_method(name)
+        table.add_row(name, method.summary, "\n".join(f"{k}={v}" for k, v in method.parameters.items()))
+    return table
+
+
+def _models() -> Table:
+    from refilled.models import list_models
+
+    table = Table("model", "what it is")
+    for name, description in list_models():
+        table.add_row(escape(name), escape(description))
+    return table
+
+
+def _datasets() -> Table:
+    from refilled.data import list_datasets
+
+    table = Table("task", "what it is")
+    for name, description in list_datasets():
+        table.add_row(escape(name), escape(description))
+    return table

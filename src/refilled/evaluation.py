@@ -1,0 +1,53 @@
+"""Measures of a model on labelled images: plain tensors in, a float out."""
+
+import torch
+from torch import Tensor
+
+from refilled.distances import class_centers, pairwise_distances
+from refilled.models import Backbone
+from refilled.outputs import Outputs
+
+
+@torch.no_grad()
+def predict(model: Backbone, pixels: Tensor, device: torch.device | str = "cpu", batch_size: int = 256) -> Outputs:
+    """Run a model in evaluation mode over all images ``(N, 3, H, W)``, not augmented; the outputs come on the CPU.
+
+    The model's mode is put back afterwards.
+    """
+    training = model.training
+    model.eval()
+    try:
+        outputs = [model(batch.to(device)) for batch in pixels.split(batch_size)]
+    finally:
+        model.train(training)
+    if not outputs:
+        return Outputs(torch.empty(0, model.num_classes), torch.empty(0, model.embedding_dim))
+    return Outputs(
+        torch.cat([output.logits.float().cpu() for output in outputs]),
+        torch.cat([output.embedding.float().cpu() for output in outputs]),
+    )
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share, in percent, of the images whose highest logit ``(N, C)`` is their class ``(N,)``."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def class_accuracies(logits: Tensor, labels: Tensor, num_classes: int) -> list[float]:
+    """Accuracy in percent within each class; NaN for a class without images."""
+    right = (logits.argmax(1) == labels).double()
+    sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, right)
+    return (100 * sums / torch.bincount(labels, minlength=num_classes)).tolist()
+
+
+def nearest_center_accuracy(
+    train_embedding: Tensor, train_labels: Tensor, test_embedding: Tensor, test_labels: Tensor
+) -> float:
+    """Accuracy in percent of the nearest-class-mean classifier on L2-normalised embeddings.
+
+    The centres are the class means of the *training* images ``(N, d)``, never of the images that are scored.
+    """
+    normalize = torch.nn.functional.normalize
+    centers, classes = class_centers(normalize(train_embedding), train_labels)
+    nearest = pairwise_distances(normalize(test_embedding), centers).argmin(1)
+    return 100 * (classes[nearest] == test_labels).double().mean().item()

@@ -1,0 +1,314 @@
+"""A run from its configuration to its result: the one file that knows all parts.
+
+A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``log.jsonl``, ``result.json``,
+the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student after each stage but the last),
+``last.ckpt`` while unfinished, and ``DONE`` when whole.
+"""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refilled.checkpoints import LAST, discard_states, hold
+from refilled.data import Task, load_task
+from refilled.errors import RunError
+from refilled.evaluation import accuracy, class_accuracies, nearest_center_accuracy, predict
+from refilled.files import write_atomic
+from refilled.journal import RunJournal
+from refilled.methods import load_method
+from refilled.models import Backbone, create_model, load_model, load_teacher, save_model
+from refilled.progress import Display, Silent
+from refilled.run import Run
+from refilled.stages import Stage
+from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
+from refilled.training import augmentation_of, fit, resolve_precision
+
+RUN_FILES = ("run.toml", "log.jsonl", "result.json", "model.safetensors", "model.json", "DONE")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run found: the content of ``result.json``."""
+
+    accuracy: float
+    """Percent of the test images, after the last epoch."""
+    ncm_accuracy: float
+    """Percent by the nearest class mean of the training images in the student's embedding."""
+    class_accuracies: dict[str, float | None]
+    stages: dict[str, dict[str, float]]
+    """Nearest-class-mean accuracy after each stage but the last."""
+    seconds: float
+    """Of training and of loading, over all starts of the run."""
+    parameters: int
+    data: dict[str, Any]
+    teacher: dict[str, Any] | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a finished run's result.
+
+        Raises:
+            RunError: the run is not finished.
+        """
+        if not (folder / "DONE").exists():
+            raise RunError(f"{folder} holds no finished run")
+        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+
+
+def distill(
+    run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0
+) -> Result:
+    """Train a student as the run says, test it once, and leave everything in a new folder.
+
+    Raises:
+        RunError: the folder already holds a run; it is left as it is.
+        RefilledError: anything in the run that cannot work, found before training begins where it can be.
+    """
+    _refuse_used(folder)
+    prepared = _Prepared(resolve(run))  # fails before anything is written, if it fails
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder):
+        _refuse_used(folder)  # again, since another process may have been quicker
+        write_atomic(folder / "run.toml", prepared.run.to_toml().encode())
+        return _carry_out(prepared, folder, display or Silent(), seconds_between_saves)
+
+
+def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
+    """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
+
+    Raises:
+        RunError: there is no run in the folder, or another process is at it.
+        CheckpointError: its saved states are damaged.
+    """
+    if not (folder / "run.toml").exists():
+        raise RunError(f"{folder} holds no run to go on with")
+    if (folder / "DONE").exists():
+        return Result.load(folder)
+    run = Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+    with hold(folder):
+        return _carry_out(_Prepared(run), folder, display or Silent(), seconds_between_saves)
+
+
+def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:
+    """Score a student on the test part of its own task, or of another with the same classes.
+
+    Raises:
+        RunError: the folder holds no student, or the task has other classes.
+    """
+    model = load_model(folder)
+    run = Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+    data = _load_task(replace(run, task=task or run.task, data_root=data_root or run.data_root))
+    if data.classes != model.class_names:
+        raise RunError(f"{task} has other classes than the student in {folder}")
+    logits = predict(model, data.test.pixels).logits
+    return {
+        "task": data.name,
+        "images": len(data.test),
+        "accuracy": accuracy(logits, data.test.labels),
+        "class_accuracies": _by_class(data, class_accuracies(logits, data.test.labels, len(data.classes))),
+    }
+
+
+def overwrite(folder: Path) -> None:
+    """Remove a run from its folder, and nothing that is not the run's.
+
+    Raises:
+        RunError: the folder holds something, but no run; or another process is at the run.
+    """
+    if not (folder / "run.toml").exists():
+        return
+    with hold(folder):
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        discard_states(folder)
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / "DONE").exists():
+        raise RunError(f"{folder} holds a finished run; choose another --out, or replace it with --overwrite")
+    if (folder / "run.toml").exists():
+        raise RunError(
+            f"{folder} holds an unfinished run; go on with 'refilled distill --resume {folder}', "
+            "or replace it with --overwrite"
+        )
+    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def _resolve(run: Run) -> Run:
+    """Settle what the run leaves to the machine, so that its folder says what was done."""
+    device = _device(run.device)
+    precision = resolve_precision(run.precision, device)
+    settings = load_method(run.method).settle(run.settings)
+    threads = run.threads or torch.get_num_threads()
+    return replace(run, device=device.type, precision=precision, settings=settings, threads=threads)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _load_task(run: Run) -> Task:
+    return load_task(
+        run.task,
+        data_root=Path(run.data_root) if run.data_root else None,
+        shots=run.shots,
+        shots_seed=run.seed,
+        val=run.val,
+        image_size=run.image_size,
+    )
+
+
+class _Prepared:
+    """A run with everything that it names looked up and checked."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        torch.set_num_threads(run.threads or torch.get_num_threads())
+        torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
+        torch.backends.cudnn.deterministic = True
+        method = load_method(run.method)
+        self.task = _load_task(run)
+        self.teacher = self._teacher()
+        self.student = self._student()
+        self.stages: list[Stage] = method.stages(self.student, self.teacher, run.settings)
+        if not any(stage.needs_teacher for stage in self.stages):
+            self.teacher = None
+
+    def _teacher(self) -> Backbone | None:
+        run = self.run
+        if run.teacher is None:
+            return None
+        return load_teacher(run.teacher, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+
+    def _student(self) -> Backbone:
+        torch.manual_seed(self.run.seed)
+        pixels = self.task.train.pixels.float() / 255
+        student = create_model(
+            self.run.student,
+            len(self.task.classes),
+            image_size=self.task.image_size,
+            mean=pixels.mean((0, 2, 3)).tolist(),
+            std=pixels.std((0, 2, 3)).tolist(),
+            pretrained=self.run.pretrained,
+        )
+        student.class_names = self.task.classes
+        return student
+
+
+def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float) -> Result:
+    run, task, student = prepared.run, prepared.task, prepared.student
+    fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
+    journal = RunJournal(folder, display, seconds_between_saves)
+    try:
+        cache = _cache(prepared, fabric, display)
+        with journal.catching_signals():
+            fit(student, prepared.teacher, task, prepared.stages, run, fabric, journal, cache)
+    finally:
+        display.close()
+    result = _measure(prepared, folder, journal.seconds)
+    save_model(student, folder)
+    write_atomic(folder / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
+    write_atomic(folder / "DONE", b"")
+    discard_states(folder)
+    return result
+
+
+def _cache(prepared: _Prepared, fabric: Fabric, display: Display) -> TeacherCache | None:
+    run, teacher = prepared.run, prepared.teacher
+    if run.views is None or teacher is None:
+        return None
+    teacher.to(fabric.device)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.no_grad(), fabric.autocast():
+            embedding: Tensor = teacher(images.to(fabric.device)).embedding
+        return embedding
+
+    return teacher_cache(
+        cache_folder() / "teacher",
+        teacher,
+        prepared.task,
+        views=run.views,
+        augmentation=augmentation_of(run, prepared.task),
+        precision=run.precision,
+        embed=embed,
+        say=display.message,
+    )
+
+
+def cache_folder() -> Path:
+    """Where things lie that can be made again: $REFILLED_CACHE, else ``~/.cache/refilled``."""
+    return Path(os.environ.get("REFILLED_CACHE") or "~/.cache/refilled").expanduser()
+
+
+def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
+    """Look at the test images, for the only time."""
+    run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
+    device = torch.device(run.device)
+    train, test = (predict(student, split.pixels, device) for split in (task.train, task.test))
+    stages = {}
+    for stage in prepared.stages[:-1]:
+        path = folder / "stages" / f"{stage.name}.safetensors"
+        if path.exists():
+            stages[stage.name] = {"ncm_accuracy": _ncm_of_snapshot(prepared, path)}
+    per_class = class_accuracies(test.logits, task.test.labels, len(task.classes))
+    return Result(
+        accuracy=accuracy(test.logits, task.test.labels),
+        ncm_accuracy=nearest_center_accuracy(train.embedding, task.train.labels, test.embedding, task.test.labels),
+        class_accuracies=_by_class(task, per_class),
+        stages=stages,
+        seconds=seconds,
+        parameters=sum(p.numel() for p in student.parameters()),
+        data={
+            "task": task.name,
+            "fingerprint": task.fingerprint,
+            "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
+            "image_size": task.image_size,
+            "skipped": task.skipped,
+            "notes": task.notes,
+        },
+        teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
+        versions={name: version(name) for name in ("refilled", "torch", "timm")} | {"python": platform.python_version()},
+        hardware={"device": _device_name(device), "threads": run.threads, "precision": run.precision},
+    )
+
+
+def _ncm_of_snapshot(prepared: _Prepared, path: Path) -> float:
+    task, student = prepared.task, prepared.student
+    final = {name: value.clone() for name, value in student.state_dict().items()}
+    student.load_state_dict(load_file(path))
+    train, test = (predict(student, split.pixels, prepared.run.device).embedding for split in (task.train, task.test))
+    student.load_state_dict(final)
+    return nearest_center_accuracy(train, task.train.labels, test, task.test.labels)
+
+
+def _by_class(task: Task, accuracies: list[float]) -> dict[str, float | None]:
+    # JSON knows no NaN: a class without test images has no accuracy.
+    return {name: None if a != a else a for name, a in zip(task.classes, accuracies, strict=True)}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))

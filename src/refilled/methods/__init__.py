@@ -1,0 +1,139 @@
+"""The methods, one file each: formula, loss, and the recipe that names their stages.
+
+A method is a function from the student, the teacher and keyword-only parameters to a list of stages. Its file
+name is its name, its signature its configuration, its docstring its citation: adding one is adding a file.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from refilled.errors import MethodError, unknown
+from refilled.outputs import ModelShape
+from refilled.stages import Stage
+
+Recipe = Callable[..., Sequence[Stage]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name, ready to be given a student and a teacher."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def summary(self) -> str:
+        """The first line of the recipe's docstring."""
+        return (inspect.getdoc(self.recipe) or "").partition("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's own parameters and their defaults."""
+        parameters = inspect.signature(self.recipe).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the settings with the defaults; values that are text are read as what the signature asks for.
+
+        Raises:
+            MethodError: an unknown parameter, or a value that its annotation does not allow.
+        """
+        hints = get_type_hints(self.recipe)
+        for name in settings:
+            if name not in self.parameters:
+                raise MethodError(f"method '{self.name}': {unknown('parameter', name, self.parameters)}")
+        given = {name: _read(value, hints[name], f"{self.name}.{name}") for name, value in settings.items()}
+        return {**self.parameters, **given}
+
+    def stages(self, student: ModelShape, teacher: ModelShape | None, settings: Mapping[str, Any]) -> list[Stage]:
+        """Build the stages, having checked everything that can be checked before any training.
+
+        Raises:
+            MethodError: unknown or unsuitable settings, no teacher where one is needed, or a loss that compares
+                logits while teacher and student do not have the same classes.
+        """
+        stages = list(self.recipe(student, teacher, **self.settle(settings)))
+        if teacher is None and any(stage.needs_teacher for stage in stages):
+            raise MethodError(f"'{self.name}' learns from a teacher; name one with --teacher, or use vanilla")
+        if teacher is not None and any(stage.reads("logits") for stage in stages):
+            self._check_label_spaces(student, teacher)
+        return stages
+
+    def _check_label_spaces(self, student: ModelShape, teacher: ModelShape) -> None:
+        if teacher.class_names is None:
+            raise MethodError(
+                f"'{self.name}' compares logits class by class, but it is not known which classes the teacher has; "
+                "use refilled or rkd"
+            )
+        if teacher.class_names != student.class_names:
+            mine = student.class_names or ()
+            shared = len(set(mine) & set(teacher.class_names))
+            order = ", in another order" if shared == len(mine) == len(teacher.class_names) else ""
+            raise MethodError(
+                f"'{self.name}' compares logits class by class, but teacher and student share "
+                f"{shared} of {len(mine)} classes{order}; use refilled or rkd"
+            )
+
+
+def list_methods() -> list[str]:
+    """Name the methods that come with the package: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load_method(name: str) -> Method:
+    """Find a method by its name, or by the path of a file of one's own whose function has the file's name.
+
+    Raises:
+        MethodError: there is no such method, or the file lacks the function.
+    """
+    if name.endswith(".py"):
+        module = _import_file(Path(name))
+        name = Path(name).stem
+    elif name in list_methods():
+        module = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise MethodError(unknown("method", name, list_methods()))
+    recipe = getattr(module, name, None)
+    if not callable(recipe):
+        raise MethodError(f"{module.__file__} must define the function {name}(student, teacher, *, ...)")
+    return Method(name, recipe)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise MethodError(f"no method file {path}; it is a Python file with a function of the same name")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # the suffix is .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise MethodError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _read(value: Any, hint: Any, name: str) -> Any:
+    """Read ``value``, text from a command line or already typed, as what an annotation asks for."""
+    if get_origin(hint) is UnionType:
+        if NoneType in get_args(hint) and value in (None, "none", "None"):
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not NoneType)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise MethodError(f"{name}={value}: {unknown('choice', str(value), map(str, get_args(hint)))}")
+        return value
+    if hint is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise MethodError(f"{name}={value}: must be true or false")
+        return value.lower() == "true"
+    try:
+        return hint(value)
+    except (TypeError, ValueError):
+        raise MethodError(f"{name}={value}: must be {getattr(hint, '__name__', hint)}") from None

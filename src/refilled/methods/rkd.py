@@ -1,0 +1,82 @@
+r"""Relational knowledge distillation: match the distances between images, and the angles among three of them.
+
+References:
+    Park, Kim, Lu and Cho, Relational Knowledge Distillation, CVPR 2019.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.distances import at_least_float32, pairwise_distances
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term, constant
+
+
+def relative_distances(embedding: Tensor) -> Tensor:
+    """Distances between all pairs, in units of their mean over the pairs that lie apart: ``(N, d) -> (N, N)``."""
+    distances = pairwise_distances(embedding)
+    apart = distances > 0
+    mean = (distances * apart).sum() / apart.sum().clamp(min=1)
+    return distances / mean.clamp(min=torch.finfo(distances.dtype).tiny)
+
+
+def angles(embedding: Tensor) -> Tensor:
+    r"""Cosines of the angles at every vertex j between the directions to i and k: ``(N, d) -> (N, N, N)`` as j, i, k.
+
+    .. math:: \cos\angle_{ijk} = \frac{(x_i - x_j)^\top(x_k - x_j)}{\|x_i - x_j\|\,\|x_k - x_j\|}
+
+    The numerator comes from inner products alone, so no ``(N, N, d)`` tensor of differences is made.
+    Where an image coincides with the vertex there is no direction, and the cosine is 0.
+    """
+    embedding = at_least_float32(embedding)
+    centered = embedding - embedding.mean(0)  # differences do not change, but their rounding errors shrink
+    products = centered @ centered.T  # (N, N)
+    norms = products.diagonal()
+    directions = products - products[:, :, None] - products[:, None, :] + norms[:, None, None]  # (j, i, k)
+    distances = pairwise_distances(embedding)
+    inverse = torch.where(distances > 0, distances, torch.inf).reciprocal()
+    return directions * inverse[:, :, None] * inverse[:, None, :]
+
+
+class RKDDistanceLoss(nn.Module):
+    """Huber loss between the relative distances of student and teacher (Park et al., Eq. 5 and 6)."""
+
+    def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)``; the labels are not used."""
+        with torch.no_grad():
+            target = relative_distances(teacher_embedding)
+        return F.smooth_l1_loss(relative_distances(student_embedding), target.to(student_embedding.dtype))
+
+
+class RKDAngleLoss(nn.Module):
+    """Huber loss between the angles of student and teacher (Park et al., Eq. 8 and 9)."""
+
+    def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)``; the labels are not used."""
+        with torch.no_grad():
+            target = angles(teacher_embedding)
+        return F.smooth_l1_loss(angles(student_embedding), target.to(student_embedding.dtype))
+
+
+def rkd(
+    student: ModelShape,
+    teacher: ModelShape,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    embedding_share: float = 0.5,
+) -> list[Stage]:
+    """Match distances and angles, then fine-tune with cross-entropy (Park et al., CVPR 2019).
+
+    Two stages, as the ReFilled paper uses it across tasks (supplement 2.1): ``embedding_share`` of the epochs
+    go to the first.
+    """
+    relations = {
+        "distance": Term(RKDDistanceLoss(), constant(distance_weight), student="embedding", teacher="embedding"),
+        "angle": Term(RKDAngleLoss(), constant(angle_weight), student="embedding", teacher="embedding"),
+    }
+    return [
+        Stage("embedding", relations, share=embedding_share),
+        Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())}, share=1 - embedding_share, classifier="fresh"),
+    ]

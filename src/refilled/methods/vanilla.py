@@ -1,0 +1,11 @@
+"""The student alone: cross-entropy on the labels."""
+
+from torch import nn
+
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term
+
+
+def vanilla(student: ModelShape, teacher: ModelShape | None) -> list[Stage]:
+    """Cross-entropy on the labels, without a teacher."""
+    return [Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())})]

@@ -1,0 +1,141 @@
+"""What a person sees while a student trains: bars on a terminal, plain lines elsewhere, or nothing."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+_REDRAW = 0.2  # seconds; reading a loss value waits for the device, so it is not done at every step
+
+
+class Display(Protocol):
+    """Where progress is shown."""
+
+    def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
+        """A stage of ``epochs`` times ``steps`` begins, or goes on after ``done`` steps."""
+
+    def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
+        """A step on so many images gave these values."""
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        """An epoch ended."""
+
+    def message(self, text: str) -> None:
+        """Something else worth saying happens."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
+        """Show nothing."""
+
+    def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
+        """Show nothing."""
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        """Show nothing."""
+
+    def message(self, text: str) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Show nothing."""
+
+
+class _Rate:
+    """Images a second since the last look."""
+
+    def __init__(self) -> None:
+        self.images, self.since = 0, time.monotonic()
+
+    def __call__(self, now: float) -> float:
+        rate = self.images / max(now - self.since, 1e-9)
+        self.images, self.since = 0, now
+        return rate
+
+
+class Bars(Silent):
+    """A bar for each stage, with the time left, images a second and the values of the last step."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}", markup=False),
+            console=console,
+        )
+        self._progress.start()
+        self._rate = _Rate()
+        self._val = ""
+
+    def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
+        """Add a bar."""
+        self._bar = self._progress.add_task(
+            name, total=epochs * steps, completed=done, epoch=0, epochs=epochs, values=""
+        )
+        self._rate, self._val = _Rate(), ""
+
+    def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
+        """Advance the bar; redraw the values now and then."""
+        self._rate.images += images
+        self._progress.advance(self._bar)
+        now = time.monotonic()
+        if now - self._rate.since > _REDRAW:
+            shown = [f"{self._rate(now):.0f} images/s", *(f"{n} {v.item():.3g}" for n, v in values.items()), self._val]
+            self._progress.update(self._bar, epoch=epoch + 1, values="  ".join(shown))
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        """Take note of the validation accuracy, and of the epoch, should it have been too short to be drawn."""
+        if "val_accuracy" in entry:
+            self._val = f"val {entry['val_accuracy']:.1f} %"
+        self._progress.update(self._bar, epoch=entry["epoch"])
+
+    def message(self, text: str) -> None:
+        """Print it above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the bars as they stand."""
+        self._progress.stop()
+
+
+class Lines(Silent):
+    """One plain line an epoch, at most one in five seconds, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rate = _Rate()
+        self._epochs = 0
+
+    def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
+        """Say what begins."""
+        self._epochs, self._rate = epochs, _Rate()
+        self._print(f"stage {name}: {epochs} epochs of {steps} steps")
+
+    def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
+        """Count the images."""
+        self._rate.images += images
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        """Print the epoch's means, unless a line was printed just now."""
+        now = time.monotonic()
+        if now - self._rate.since < 5 and entry["epoch"] < self._epochs:
+            return
+        values = [f"{n} {v:.4g}" for n, v in entry.items() if n not in ("stage", "epoch")]
+        self._print(f"  epoch {entry['epoch']}/{self._epochs}  {'  '.join(values)}  {self._rate(now):.0f} images/s")
+
+    def message(self, text: str) -> None:
+        """Print it."""
+        self._print(text)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,147 @@
+"""The configuration of a run: frozen plain data, and all there is.
+
+Every field is a key of ``run.toml`` and a flag of the command line, and its line in the docstring is the flag's help.
+This module loads nothing heavy, so that ``refilled --help`` answers at once.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from refilled.errors import RunError, unknown
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student is optimised. The defaults suit short runs; ``PRESETS["paper"]`` is what the paper did.
+
+    Attributes:
+        epochs: Passes over the training images, all stages together: methods compare at equal cost.
+        batch_size: Images a step, at most; an epoch is cut into batches of nearly equal size.
+        lr: Learning rate at its highest.
+        momentum: Momentum of SGD.
+        nesterov: Whether it is Nesterov's.
+        weight_decay: Weight decay.
+        schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage.
+        warmup: Epochs of linear warm-up at the beginning of each stage.
+        sampler: ``shuffle``: all images in random order; ``balanced``: P classes with K images each in every batch.
+        images_per_class: K of the balanced sampler.
+        augmentation: ``auto`` takes what suits the data.
+        views: Replay so many augmented views of each image in turn, and keep the teacher's embeddings of them on disk,
+            computed once; None for a new view in every epoch, which the teacher sees live.
+        precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
+        seed: Of the initial weights, the order, the augmentation and the choice of shots.
+    """
+
+    epochs: int = 60
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup: float = 1.0
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    images_per_class: int = 4
+    augmentation: Literal["auto", "none", "crop", "crop-flip"] = "auto"
+    views: int | None = None
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "lr": math.isfinite(self.lr) and self.lr > 0,
+            "momentum": 0 <= self.momentum < 1,
+            "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            "warmup": math.isfinite(self.warmup) and self.warmup >= 0,
+            "views": self.views is None or self.views >= 1,
+            "images_per_class": self.images_per_class >= 1,
+            "seed": 0 <= self.seed < 2**31,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise RunError(f"{name} = {getattr(self, name)} is out of range")
+        if self.nesterov and self.momentum == 0:
+            raise RunError("nesterov needs a momentum above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Recipe):
+    """The configuration of a run: plain data, and all there is.
+
+    Attributes:
+        task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
+        student: Architecture of the student.
+        teacher: A student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``; None for none.
+        method: Name of a method, or the path of a file that defines one.
+        settings: The method's own parameters.
+        shots: Training images a class; None for all.
+        val: Part of the training images that is held out by class to watch the progress; never trained on.
+        image_size: Side length that images are brought to; None for what suits them.
+        pretrained: Whether a ``timm/`` student starts from published weights.
+        teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
+        teacher_std: Standard deviations likewise.
+        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
+        data_root: Folder that holds the data sets.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        threads: Processor threads; None for as many as torch chooses. Results are bit-identical at equal threads.
+    """
+
+    task: str
+    student: str
+    teacher: str | None = None
+    method: str = "vanilla"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    shots: int | None = None
+    val: float = 0.1
+    image_size: int | None = None
+    pretrained: bool = False
+    teacher_mean: tuple[float, float, float] | None = None
+    teacher_std: tuple[float, float, float] | None = None
+    teacher_size: int | None = None
+    data_root: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+    def to_toml(self) -> str:
+        """Write the configuration down; what is None is left out."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        settings = {name: value for name, value in values.pop("settings").items() if value is not None}
+        return tomli_w.dumps({**values, "settings": settings})
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read what :meth:`to_toml` wrote.
+
+        Raises:
+            RunError: the text is no TOML, or a key is unknown, missing or of the wrong type.
+        """
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RunError(f"not a run's configuration: {error}") from error
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise RunError(unknown("key", name, known))
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise RunError(f"not a run's configuration: {'; '.join(problems)}") from error
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Supplement 2.1: 200 epochs for each of the two stages.
+    "paper": {"epochs": 400, "lr": 0.1, "momentum": 0.9, "nesterov": False, "schedule": "step", "warmup": 0.0},
+}
+"""What ``--preset`` sets; flags that are given besides it win."""

@@ -1,0 +1,316 @@
+"""The training loop: the only one for supervised training, whatever the method.
+
+It reads a method's stages and knows nothing else about it. Where it stands is a :class:`Position`; everything it
+needs to go on from there is handed to the journal as a state, so that an interrupted run goes on bit for bit.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from refilled.checkpoints import State
+from refilled.data import Task, augment, epoch_batches
+from refilled.errors import NonFiniteError, RunError
+from refilled.evaluation import accuracy, predict
+from refilled.models import Backbone
+from refilled.outputs import Outputs
+from refilled.run import Precision, Recipe
+from refilled.stages import Prepares, Reports, Stage
+from refilled.teacher_cache import VIEW_SEED, TeacherCache
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: the next step to take, counted from 0 in its epoch, the epoch in its stage."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+class Journal(Protocol):
+    """Where training writes what happens, and where it finds what happened before."""
+
+    def restore(self) -> State | None:
+        """Return the state to go on from, if there is one."""
+
+    def checkpoint_due(self) -> bool:
+        """Whether the state should be saved after the step just taken."""
+
+    def save(self, state: State) -> None:
+        """Keep the state."""
+
+    def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None:
+        """A stage of ``epochs`` times ``steps`` begins, or goes on after ``done`` steps."""
+
+    def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
+        """A step was taken."""
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        """An epoch ended; the entry is plain data."""
+
+    def end_stage(self, stage: Stage, student: Backbone) -> None:
+        """A stage, not the last, ended."""
+
+
+def share_epochs(stages: Sequence[Stage], epochs: int) -> list[int]:
+    """Divide the epochs among the stages by their shares; the parts add up to the whole."""
+    total = sum(stage.share for stage in stages)
+    if total <= 0:
+        raise RunError(f"the shares of the stages must add up to more than 0, not {total}")
+    ends = [0]
+    reached = 0.0
+    for stage in stages:
+        reached += stage.share
+        ends.append(math.floor(epochs * reached / total + 0.5))
+    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
+    """Return the learning rate at ``time``, in epochs since its stage of ``epochs`` began."""
+    warmup = min(recipe.warmup, epochs / 2)
+    if time < warmup:
+        return recipe.lr * (time + 1e-2) / (warmup + 1e-2)  # not quite 0, or the first step would be lost
+    if recipe.schedule == "step":
+        return recipe.lr * 0.2 ** math.floor(4 * time / epochs)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (time - warmup) / (epochs - warmup)))
+
+
+def augmentation_of(recipe: Recipe, task: Task) -> Augmentation:
+    """Decide what ``auto`` means for a task."""
+    return task.augmentation if recipe.augmentation == "auto" else recipe.augmentation
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Decide what ``auto`` means: bfloat16 only where the hardware multiplies in it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return "bf16-mixed" if fast else "32-true"
+
+
+def fit(
+    student: Backbone,
+    teacher: Backbone | None,
+    task: Task,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    fabric: Fabric,
+    journal: Journal,
+    cache: TeacherCache | None = None,
+) -> None:
+    """Train the student through the stages, from where the journal's state stands.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; the step is not taken.
+    """
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    learner = fabric.setup_module(student)
+    if teacher is not None:
+        teacher.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = journal.restore()
+    start = Position(**state.data["position"]) if state else Position()
+    budget = share_epochs(stages, recipe.epochs)
+    for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
+        if number < start.stage or epochs == 0:
+            continue
+        _Stage(number, stage, epochs, sum(budget[:number]), student, learner, teacher, task, recipe, fabric, journal, cache).run(
+            state if number == start.stage else None
+        )
+        if number + 1 < len(stages):
+            journal.end_stage(stage, student)
+    fabric.to_device(student)
+
+
+class _Stage:
+    """One stage under way: the student, its optimiser, the losses, and where it stands."""
+
+    def __init__(
+        self,
+        number: int,
+        stage: Stage,
+        epochs: int,
+        epochs_before: int,
+        student: Backbone,
+        learner: nn.Module,
+        teacher: Backbone | None,
+        task: Task,
+        recipe: Recipe,
+        fabric: Fabric,
+        journal: Journal,
+        cache: TeacherCache | None,
+    ) -> None:
+        self.number, self.stage, self.epochs, self.epochs_before = number, stage, epochs, epochs_before
+        self.student, self.learner, self.teacher = student, learner, teacher
+        self.task, self.recipe, self.fabric, self.journal, self.cache = task, recipe, fabric, journal, cache
+        self.augmentation = augmentation_of(recipe, task)
+        self.position = Position(number)
+        self.sums: dict[str, Tensor] = {}  # of each value over the epoch so far, weighted by images
+        self.losses = nn.ModuleDict({name: term.loss for name, term in stage.terms.items()}).to(fabric.device)
+        self.optimizer = torch.optim.SGD(
+            [*student.parameters(), *self.losses.parameters()],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+            fused=fabric.device.type in ("cpu", "cuda"),
+        )
+
+    def run(self, state: State | None) -> None:
+        if state is None:
+            self._begin()
+        else:
+            self._restore(state)
+        labels = self.task.train.labels
+        steps = len(self._batches(labels, 0))
+        self.journal.begin_stage(self.stage, self.epochs, steps, self.position.epoch * steps + self.position.step)
+        for epoch in range(self.position.epoch, self.epochs):
+            batches = self._batches(labels, epoch)
+            self._train_epoch(epoch, batches)
+            self.journal.epoch(self._entry(epoch))
+            self.sums = {}
+            self.position = Position(self.number, epoch + 1)
+
+    def _batches(self, labels: Tensor, epoch: int) -> list[Tensor]:
+        return epoch_batches(
+            labels,
+            batch_size=self.recipe.batch_size,
+            seed=self.recipe.seed,
+            epoch=self.epochs_before + epoch,
+            sampler=self.recipe.sampler,
+            images_per_class=self.recipe.images_per_class,
+        )
+
+    def _train_epoch(self, epoch: int, batches: Sequence[Tensor]) -> None:
+        terms, fabric = self.stage.terms, self.fabric
+        weights = {name: term.weight(epoch) for name, term in terms.items()}
+        features = any(term.student == "features" for term in terms.values())
+        self.student.train()
+        for step in range(self.position.step, len(batches)):
+            images, labels = self._load(batches[step], epoch)
+            taught = self._teach(images, batches[step], epoch)
+            seen = self.learner(images, features=features)
+            losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
+            self.optimizer.zero_grad()
+            fabric.backward(_weighted_sum(weights, losses))
+            self._check_finite(losses, epoch, step)
+            self._set_learning_rate(epoch + step / len(batches))
+            self.optimizer.step()
+            self._record(losses, len(batches[step]), Position(self.number, epoch, step + 1))
+
+    def _load(self, batch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        seed, view = self._view(epoch)
+        images = augment(self.task.train.pixels[batch], batch, seed=seed, view=view, kind=self.augmentation)
+        device = self.fabric.device
+        return images.to(device, non_blocking=True), self.task.train.labels[batch].to(device, non_blocking=True)
+
+    def _view(self, epoch: int) -> tuple[int, int]:
+        """Seed and number of the view that an epoch of this stage sees."""
+        view = self.epochs_before + epoch
+        return (self.recipe.seed, view) if self.recipe.views is None else (VIEW_SEED, view % self.recipe.views)
+
+    def _teach(self, images: Tensor, batch: Tensor, epoch: int) -> Outputs | None:
+        if self.teacher is None or not self.stage.needs_teacher:
+            return None
+        if self.cache is not None and not self.stage.reads("logits") and not self.stage.reads("features"):
+            embedding = self.cache(self._view(epoch)[1], batch).to(self.fabric.device)
+            return Outputs(embedding.new_empty(len(batch), 0), embedding)
+        with torch.no_grad(), self.fabric.autocast():
+            taught = self.teacher(images, features=self.stage.reads("features"))
+        return cast(Outputs, taught)
+
+    def _set_learning_rate(self, time: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.epochs, time)
+
+    def _check_finite(self, losses: Mapping[str, Tensor], epoch: int, step: int) -> None:
+        """Raise before a step that would spoil the weights."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm + sum(loss.detach() for loss in losses.values())):
+            return
+        values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
+        raise NonFiniteError(
+            f"stage '{self.stage.name}', epoch {epoch + 1}, step {step + 1}: the loss or its gradient is not finite "
+            f"({values}; gradient norm {norm.item():g}). The step was not taken. "
+            "A lower --lr usually mends it; so can --precision 32-true or a smaller weight of the loss that grew"
+        )
+
+    def _record(self, losses: Mapping[str, Tensor], images: int, position: Position) -> None:
+        values = {name: loss.detach() for name, loss in losses.items()}
+        for term in self.stage.terms.values():
+            if isinstance(term.loss, Reports):
+                values.update(term.loss.statistics())
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + images * value.double()
+        self.sums["images"] = self.sums.get("images", torch.zeros(())) + images
+        self.position = position
+        self.journal.step(position, images, values)
+        if self.journal.checkpoint_due():
+            self.journal.save(self._state())
+
+    def _entry(self, epoch: int) -> dict[str, Any]:
+        """Sum up an epoch for the log: only what a repeated run would give again, so no times."""
+        images = self.sums["images"].item()
+        means = {name: (total / images).item() for name, total in self.sums.items() if name != "images"}
+        entry = {"stage": self.stage.name, "epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **means}
+        classifies = any(term.student == "logits" for term in self.stage.terms.values())
+        if classifies and len(self.task.val) > 0:
+            with self.fabric.autocast():
+                logits = predict(self.student, self.task.val.pixels, self.fabric.device).logits
+            entry["val_accuracy"] = accuracy(logits, self.task.val.labels)
+        return entry
+
+    def _begin(self) -> None:
+        if self.stage.classifier == "fresh":
+            generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.number)
+            self.student.reset_classifier(generator)
+        learners = [term.loss for term in self.stage.terms.values() if isinstance(term.loss, Prepares)]
+        if learners and self.teacher is not None:
+            with self.fabric.autocast():
+                embedding = predict(self.teacher, self.task.train.pixels, self.fabric.device).embedding
+            for loss in learners:
+                loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
+
+    def _state(self) -> State:
+        tensors = {f"student/{name}": value for name, value in self.student.state_dict().items()}
+        tensors |= {f"losses/{name}": value for name, value in self.losses.state_dict().items()}
+        tensors |= {f"sums/{name}": value for name, value in self.sums.items()}
+        for index, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": v for name, v in entries.items() if v is not None}
+        tensors["random"] = torch.get_rng_state()
+        if self.fabric.device.type == "cuda":
+            tensors["random_cuda"] = torch.cuda.get_rng_state()
+        return State(tensors, {"position": vars(self.position), "lr": self.optimizer.param_groups[0]["lr"]})
+
+    def _restore(self, state: State) -> None:
+        self.position = Position(**state.data["position"])
+        self.student.load_state_dict(dict(_under("student/", state.tensors)))
+        self.losses.load_state_dict(dict(_under("losses/", state.tensors)))
+        self.sums = dict(_under("sums/", state.tensors))
+        saved: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under("optimizer/", state.tensors):
+            index, entry = name.split("/")
+            saved.setdefault(int(index), {})[entry] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved})
+        self._set_learning_rate(0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = state.data["lr"]
+        torch.set_rng_state(state.tensors["random"])
+        if "random_cuda" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors["random_cuda"])
+
+
+def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name.removeprefix(prefix), value) for name, value in tensors.items() if name.startswith(prefix))

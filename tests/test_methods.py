@@ -1,0 +1,196 @@
+"""Every method keeps the same promises; each loss equals its formula written out."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from refilled.errors import MethodError
+from refilled.methods import list_methods, load_method
+from refilled.methods.kd import softened_kl
+from refilled.methods.rkd import angles, relative_distances
+from refilled.outputs import Outputs
+from refilled.stages import Prepares
+
+CLASSES = 7
+
+
+def shape(dim, classes=("a", "b", "c", "d", "e", "f", "g")):
+    return SimpleNamespace(embedding_dim=dim, feature_channels=(4, 8), num_classes=len(classes), class_names=classes)
+
+
+def outputs(batch, dim, grad, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + dim)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    return Outputs(draw(batch, CLASSES), draw(batch, dim), (draw(batch, 4, 8, 8), draw(batch, 8, 4, 4)))
+
+
+def terms(name):
+    for stage in load_method(name).stages(shape(16), shape(24), {}):
+        for term in stage.terms.values():
+            if isinstance(term.loss, Prepares) and term.teacher is not None:
+                term.loss.prepare(torch.randn(70, 24), torch.arange(70) % CLASSES)
+            yield term
+
+
+@pytest.mark.parametrize("name", list_methods())
+class TestEveryMethod:
+    def test_gives_finite_losses_whose_gradient_reaches_what_it_reads(self, name):
+        labels = torch.arange(30) % CLASSES
+        for term in terms(name):
+            seen, taught = outputs(30, 16, grad=True), outputs(30, 24, grad=True)
+            loss = term(seen, taught, labels)
+            assert loss.shape == ()
+            assert loss.isfinite()
+            loss.backward()
+            read = getattr(seen, term.student)
+            assert read.grad.isfinite().all()
+            assert read.grad.any()
+            assert all(getattr(taught, part).grad is None for part in ("logits", "embedding"))
+
+    def test_does_not_depend_on_the_order_of_the_batch(self, name):
+        labels = torch.arange(30) % CLASSES
+        order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+        for term in terms(name):
+            seen, taught = (outputs(30, dim, grad=False, dtype=torch.float64) for dim in (16, 24))
+            shuffled = [Outputs(o.logits[order], o.embedding[order], tuple(f[order] for f in o.features)) for o in (seen, taught)]
+            torch.testing.assert_close(term(seen, taught, labels), term(*shuffled, labels[order]))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_stays_finite_in_half_precision(self, name, dtype):
+        labels = torch.arange(30) % CLASSES
+        for term in terms(name):
+            seen, taught = outputs(30, 16, grad=True, dtype=dtype), outputs(30, 24, grad=False, dtype=dtype)
+            loss = term(seen, taught, labels)
+            loss.backward()
+            assert loss.isfinite()
+            assert getattr(seen, term.student).grad.isfinite().all()
+
+    @pytest.mark.parametrize("labels", [[0], [3, 3, 3, 3], [0, 1, 2, 3, 4, 5, 6]], ids=["one image", "one class", "all distinct"])
+    def test_survives_degenerate_batches(self, name, labels):
+        labels = torch.tensor(labels)
+        for embedding in (torch.zeros, torch.ones, torch.randn):
+            for term in terms(name):
+                seen = Outputs(torch.randn(len(labels), CLASSES).requires_grad_(), embedding(len(labels), 16).requires_grad_())
+                taught = Outputs(torch.randn(len(labels), CLASSES), embedding(len(labels), 24))
+                loss = term(seen, taught, labels)
+                loss.backward()
+                assert loss.isfinite()
+                assert getattr(seen, term.student).grad.isfinite().all()
+
+    def test_has_a_summary_and_shares_that_can_be_divided(self, name):
+        method = load_method(name)
+        assert method.summary
+        assert sum(stage.share for stage in method.stages(shape(16), shape(16), {})) > 0
+
+    def test_refuses_other_classes_exactly_if_it_reads_the_logits(self, name):
+        method, other = load_method(name), shape(24, ("u", "v", "w", "x", "y", "z", "g"))
+        reads_logits = any(stage.reads("logits") for stage in method.stages(shape(16), shape(24), {}))
+        if not reads_logits:
+            assert method.stages(shape(16), other, {})
+            return
+        with pytest.raises(MethodError, match=f"'{name}' compares logits class by class, but .* share 1 of 7 classes; use refilled"):
+            method.stages(shape(16), other, {})
+
+
+def test_settings_are_read_by_the_signature():
+    settled = load_method("refilled").settle({"temperature": "4", "centers": "global", "normalize": "true", "gamma": "0.1"})
+    assert settled["temperature"] == 4.0
+    assert settled["centers"] == "global"
+    assert settled["normalize"] is True
+    assert settled["gamma"] == 0.1
+    assert load_method("refilled").settle({"gamma": "none"})["gamma"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temprature": "2"}, "unknown parameter 'temprature'; did you mean 'temperature'"),
+        ({"temperature": "warm"}, "must be float"),
+        ({"centers": "globl"}, "did you mean 'global'"),
+        ({"normalize": "maybe"}, "must be true or false"),
+    ],
+)
+def test_wrong_settings_are_explained(settings, message):
+    with pytest.raises(MethodError, match=message):
+        load_method("refilled").settle(settings)
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(MethodError, match="unknown method 'rdk'; did you mean 'rkd'"):
+        load_method("rdk")
+
+
+def test_a_method_needs_the_teacher_that_it_reads():
+    with pytest.raises(MethodError, match="learns from a teacher"):
+        load_method("rkd").stages(shape(16), None, {})
+
+
+def test_a_file_of_ones_own_is_a_method(tmp_path: Path):
+    text = Path(__file__).parents[1].joinpath("CONTRIBUTING.md").read_text()
+    file = tmp_path / "similarity.py"
+    file.write_text(text.split("```python\n")[1].split("```")[0])
+    method = load_method(str(file))
+    assert method.settle({"weight": "3"}) == {"weight": 3.0}
+    (stage,) = method.stages(shape(16), shape(24), {})
+    assert stage.terms["similarity"](outputs(9, 16, True), outputs(9, 24, False), torch.arange(9) % 7) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "must define the function mine"), ("import nothing_like_it", "cannot be imported")]
+)
+def test_a_broken_file_is_explained(tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(MethodError, match=message):
+        load_method(str(tmp_path / "mine.py"))
+
+
+def test_one_stage_refilled_sums_the_terms_of_both():
+    (stage,) = load_method("refilled").stages(shape(16), shape(24), {"gamma": 0.1})
+    assert set(stage.terms) == {"triplets", "ce", "local_kd"}
+    assert stage.terms["triplets"].weight(7) == 0.1
+
+
+def test_the_weight_of_local_distillation_decays_as_in_the_paper():
+    _, stage = load_method("refilled").stages(shape(16), shape(24), {})
+    weights = [stage.terms["local_kd"].weight(epoch) for epoch in range(3)]
+    assert weights == pytest.approx([10, 10 * 2.718281828**-0.05, 10 * 2.718281828**-0.1])
+    _, fixed = load_method("refilled").stages(shape(16), shape(24), {"kd_decay": 0.0})
+    assert {fixed.terms["local_kd"].weight(epoch) for epoch in range(3)} == {10.0}
+    _, alone = load_method("refilled").stages(shape(16), shape(24), {"kd_weight": 0.0})
+    assert set(alone.terms) == {"ce"}
+
+
+def test_kd_equals_the_divergence_written_out():
+    student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
+    written_out = 16 * (p * (p / q).log()).sum() / 5
+    torch.testing.assert_close(softened_kl(student, teacher, 4.0), written_out)
+
+
+def test_rkd_distances_and_angles_equal_loops():
+    x = torch.randn(6, 4, dtype=torch.float64)
+    apart = [(x[i] - x[j]).norm() for i in range(6) for j in range(6) if i != j]
+    scale = torch.stack(apart).mean()
+    distances, cosines = relative_distances(x), angles(x)
+    for i in range(6):
+        for j in range(6):
+            torch.testing.assert_close(distances[i, j], (x[i] - x[j]).norm() / scale)
+            for k in range(6):
+                expected = torch.zeros((), dtype=torch.float64)
+                if i != j and k != j:
+                    expected = F.normalize(x[i] - x[j], dim=0) @ F.normalize(x[k] - x[j], dim=0)
+                torch.testing.assert_close(cosines[j, i, k], expected)
+
+
+def test_rkd_does_not_see_rotation_and_scale():
+    x = torch.randn(8, 5, dtype=torch.float64)
+    turned = 3 * x @ nn.init.orthogonal_(torch.empty(5, 5, dtype=torch.float64))
+    torch.testing.assert_close(relative_distances(turned), relative_distances(x))
+    torch.testing.assert_close(angles(turned), angles(x))

@@ -1,0 +1,57 @@
+"""A run's configuration is plain data: it goes to TOML and back, and what is wrong in it is explained."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refilled.errors import RefilledError, RunError
+from refilled.run import PRESETS, Run
+
+FULL = Run(
+    task="cifar100:50-99",
+    student="wrn_16_1",
+    teacher="runs/a teacher/ü",
+    method="refilled",
+    settings={"temperature": 2.0, "normalize": True, "centers": "global"},
+    shots=50,
+    teacher_mean=(0.1, 0.2, 0.3),
+    teacher_std=(1.0, 1.0, 1.0),
+)
+
+
+def test_a_run_goes_to_toml_and_back():
+    assert Run.from_toml(FULL.to_toml()) == FULL
+
+
+@given(st.text(), st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), st.text() | st.booleans() | st.floats(allow_nan=False)))
+def test_any_text_survives_toml(task, settings):
+    run = replace(FULL, task=task, settings=settings)
+    assert Run.from_toml(run.to_toml()) == run
+
+
+@given(st.text() | st.from_regex(r"(task|student|epochs|lr|seed|settings) = (1|-1|'a'|true|\[\]|nan)", fullmatch=True))
+def test_any_other_text_is_refused_with_an_error_for_people(text):
+    with pytest.raises(RefilledError):
+        Run.from_toml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('task = "a"\nstudent = "b"\nepoch = 3', "unknown key 'epoch'; did you mean 'epochs'"),
+        ('task = "a"\nstudent = "b"\nepochs = "three"', "epochs: "),
+        ('task = "a"', "student: "),
+        ('task = "a"\nstudent = "b"\nepochs = 0', "epochs = 0 is out of range"),
+        ('task = "a"\nstudent = "b"\nlr = nan', "lr = nan is out of range"),
+    ],
+)
+def test_a_mistake_is_named(text, message):
+    with pytest.raises(RunError, match=message):
+        Run.from_toml(text)
+
+
+def test_presets_are_valid_runs():
+    for values in PRESETS.values():
+        Run(task="digits", student="wrn_10_1", **values)
