@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refilled.errors import ModelError
 from refilled.outputs import Outputs
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,10 +23,13 @@ class Backbone(nn.Module):
     Args:
         embedding_dim: Size d of the embedding.
         feature_channels: Channels of the feature maps that :meth:`embed` gives, shallow to deep.
-        num_classes: Number C of classes.
+        num_classes: Number C of classes; 0 for an extractor without a classifier, whose logits are ``(N, 0)``.
         mean: Mean of each channel that the model expects, on the scale [0, 1].
         std: Standard deviation likewise.
         input_size: Side length in pixels that images are resized to, or None for as they come.
+
+    Raises:
+        ModelError: when mean, std or input size make no sense.
     """
 
     mean: Tensor
@@ -44,30 +48,53 @@ class Backbone(nn.Module):
         self.embedding_dim = embedding_dim
         self.feature_channels = tuple(feature_channels)
         self.num_classes = num_classes
-        self.input_size = input_size
+        self.input_size: int | None = None
         self.class_names: tuple[str, ...] | None = None  # what the classes are called, where that is known
+        self.architecture: str | None = None  # the name that create_model rebuilds it by, where there is one
+        self.image_size: int | None = None  # the native size of the data that it was built for
         # Not persistent: they belong to the description of the model (model.json), not to its weights.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.classifier: nn.Module = nn.Linear(embedding_dim, num_classes)
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(1, 3, 1, 1), persistent=False)
+        self.set_preprocessing(mean, std, input_size)
+        self.classifier: nn.Module = nn.Linear(embedding_dim, num_classes) if num_classes else NoClassifier()
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map normalised images to their embedding ``(N, d)`` and feature maps, shallow to deep."""
         raise NotImplementedError
 
+    def forward(self, images: Tensor, features: bool = False) -> Outputs:
+        """Return the outputs; the feature maps only when asked for, since holding on to them costs memory."""
+        embedding, maps = self.embed(self.normalize(images))
+        return Outputs(self.classifier(embedding), embedding, maps if features else ())
+
     def normalize(self, images: Tensor) -> Tensor:
         """Bring images, uint8 or float in [0, 1], to the size, mean and std that the model expects."""
         size = self.input_size
         if size is not None and images.shape[-2:] != (size, size):
+            if images.dtype == torch.uint8 and images.is_cuda:  # only the CPU resizes uint8
+                images = images / 255
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         if images.dtype == torch.uint8:
             return (images - 255 * self.mean) / (255 * self.std)
         return (images - self.mean) / self.std
 
-    def forward(self, images: Tensor, features: bool = False) -> Outputs:
-        """Return the outputs; the feature maps only when asked for, since holding on to them costs memory."""
-        embedding, maps = self.embed(self.normalize(images))
-        return Outputs(self.classifier(embedding), embedding, maps if features else ())
+    def set_preprocessing(
+        self,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_size: int | None = None,
+    ) -> None:
+        """Change what :meth:`normalize` does; what is None stays as it is."""
+        for name, values in (("mean", mean), ("std", std)):
+            if values is None:
+                continue
+            if len(values) != 3 or not all(0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
+                raise ModelError(f"{name} must be three numbers on the scale 0 to 1, std above 0; got {list(values)}")
+            getattr(self, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
+        if input_size is not None:
+            if input_size < 1:
+                raise ModelError(f"the input size must be a positive number of pixels; got {input_size}")
+            self.input_size = input_size
 
     def reset_classifier(self, generator: torch.Generator) -> None:
         """Draw the classifier anew, from the distribution that :class:`torch.nn.Linear` starts with."""
@@ -78,6 +105,30 @@ class Backbone(nn.Module):
                 parameter.copy_(bound * drawn)
 
 
+class NoClassifier(nn.Module):
+    """Stands where an extractor has no classifier: no logits at all, ``(N, 0)``."""
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Map ``(N, d)`` to ``(N, 0)``."""
+        return embedding[:, :0]
+
+
 def freeze(model: M) -> M:
     """Make a teacher of a model: evaluation mode, no gradients. Returns the same model."""
     return model.eval().requires_grad_(False)
+
+
+def global_average_pool(maps: Tensor) -> Tensor:
+    """Average ``(N, C, H, W)`` over its pixels to ``(N, C)``, in float32 or better.
+
+    Distances between embeddings are small differences of large sums, which bfloat16 would drown in rounding.
+    """
+    return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
+
+
+def initialize_convolutions(model: nn.Module) -> None:
+    """Draw all convolutions as He et al. do (ICCV 2015): variance 2 / fan-out, fan-out counted within each group."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1] // module.groups
+            nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

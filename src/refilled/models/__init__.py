@@ -1,0 +1,18 @@
+"""Teachers and students: architectures by name, models in folders, teachers from anywhere."""
+
+from refilled.models.architectures import create_model, describe, from_description, list_models
+from refilled.models.backbone import Backbone, freeze
+from refilled.models.folder import load_model, save_model
+from refilled.models.teacher import load_teacher
+
+__all__ = [
+    "Backbone",
+    "create_model",
+    "describe",
+    "freeze",
+    "from_description",
+    "list_models",
+    "load_model",
+    "load_teacher",
+    "save_model",
+]

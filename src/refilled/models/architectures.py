@@ -1,0 +1,170 @@
+"""Architectures by name, and the plain description from which a saved model is rebuilt."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from refilled.errors import ModelError, unknown
+from refilled.models.backbone import Backbone
+from refilled.models.cifar_resnet import DEPTHS, CifarResNet
+from refilled.models.mobilenet import MobileNet
+from refilled.models.timm_backbone import TimmBackbone, timm_model
+from refilled.models.wide_resnet import WideResNet
+
+
+class Family(NamedTuple):
+    """A family of architectures: how its names look, and how one is built."""
+
+    form: str
+    summary: str
+    pattern: str
+    examples: tuple[str, ...]
+    build: Callable[[re.Match[str], int, int, bool], Backbone]
+    """From the matched name, the number of classes, the image size, and whether pretrained."""
+
+
+FAMILIES = (
+    Family(
+        "wrn_<depth>_<width>",
+        "Wide ResNet for small images (about 32 pixels), depth 6n + 4",
+        r"wrn_(\d{1,3})_(\d{1,2})",
+        ("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
+        lambda name, classes, size, pretrained: WideResNet(int(name[1]), int(name[2]), classes),
+    ),
+    Family(
+        "resnet<depth>",
+        f"ResNet for small images (about 32 pixels), depth one of {', '.join(map(str, DEPTHS))}",
+        r"resnet(\d{1,3})",
+        tuple(f"resnet{depth}" for depth in DEPTHS),
+        lambda name, classes, size, pretrained: CifarResNet(int(name[1]), classes),
+    ),
+    Family(
+        "mobilenet_<width>",
+        "MobileNet (version 1) for images of any size, width such as 1, 0.75, 0.5, 0.25",
+        r"mobilenet_(\d{1,2}(?:\.\d{1,6})?)",
+        ("mobilenet_0.25", "mobilenet_0.5", "mobilenet_0.75", "mobilenet_1"),
+        lambda name, classes, size, pretrained: MobileNet(float(name[1]), classes, size),
+    ),
+    Family(
+        "timm/<name>",
+        "any model of the timm library, such as timm/resnet18; timm.list_models() names them",
+        r"timm/([\w.-]+)",
+        ("timm/resnet18", "timm/mobilenetv3_small_050"),
+        lambda name, classes, size, pretrained: TimmBackbone(timm_model(name[1], pretrained), classes),
+    ),
+)
+
+
+def list_models() -> list[tuple[str, str]]:
+    """Return the form of each family's names, with one line about it."""
+    return [(family.form, family.summary) for family in FAMILIES]
+
+
+def is_architecture(name: str) -> bool:
+    """Whether ``name`` has the form of some family's names."""
+    return any(re.fullmatch(family.pattern, name) for family in FAMILIES)
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    image_size: int = 224,
+    pretrained: bool = False,
+) -> Backbone:
+    """Build the architecture that ``name`` names, with a fresh classifier.
+
+    Args:
+        name: Such as ``wrn_16_2``, ``mobilenet_0.5``, ``timm/resnet18``; see :func:`list_models`.
+        num_classes: Number of classes.
+        mean: Mean of each channel of the images on the scale [0, 1]; None for the model's own, or else 0.5.
+        std: Standard deviation likewise.
+        input_size: Side length in pixels to resize images to; None for as they come, or for the only size
+            that the model takes.
+        image_size: Native side length of the images; families that adapt to it (``mobilenet``) do so.
+        pretrained: Whether to start from the published weights (``timm/`` only).
+
+    Raises:
+        ModelError: for a name, number or weights that do not exist.
+    """
+    if num_classes < 1:
+        raise ModelError(f"{name}: the number of classes must be 1 or more; got {num_classes}")
+    if pretrained and not name.startswith("timm/"):
+        raise ModelError(f"'{name}' has no published weights; use a timm/ model, or train it")
+    for family in FAMILIES:
+        if match := re.fullmatch(family.pattern, name):
+            model = family.build(match, num_classes, image_size, pretrained)
+            model.set_preprocessing(mean, std, input_size)
+            model.architecture, model.image_size = name, image_size
+            return model
+    raise ModelError(unknown("model", name, [example for family in FAMILIES for example in family.examples]))
+
+
+def describe(model: Backbone) -> dict[str, Any]:
+    """Return the plain data from which :func:`from_description` rebuilds the model, without its weights.
+
+    Raises:
+        ModelError: when the model does not come from :func:`create_model`.
+    """
+    if model.architecture is None:
+        raise ModelError("only models built by name can be described; this one comes from a file of the user's")
+    return {
+        "architecture": model.architecture,
+        "num_classes": model.num_classes,
+        "image_size": model.image_size,
+        "input_size": model.input_size,
+        "mean": _numbers(model.mean),
+        "std": _numbers(model.std),
+        "classes": None if model.class_names is None else list(model.class_names),
+    }
+
+
+def from_description(description: Mapping[str, Any]) -> Backbone:
+    """Rebuild a model, with fresh weights, from what :func:`describe` gave.
+
+    Nothing in a description names code: the architecture is looked up among the known families only.
+
+    Raises:
+        ModelError: when the description is not one.
+    """
+    for key, kind in _KEYS.items():
+        if key not in description:
+            raise ModelError(f"the description of the model lacks '{key}'")
+        value = description[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(f"the description of the model has an unusable '{key}': {value!r:.80}")
+    model = create_model(
+        description["architecture"],
+        description["num_classes"],
+        mean=description["mean"],
+        std=description["std"],
+        input_size=description["input_size"],
+        image_size=description["image_size"],
+    )
+    classes = description["classes"]
+    if classes is not None and len(classes) != model.num_classes:
+        raise ModelError(f"the description of the model names {len(classes)} classes but counts {model.num_classes}")
+    model.class_names = None if classes is None else tuple(map(str, classes))
+    return model
+
+
+_KEYS: dict[str, Any] = {
+    "architecture": str,
+    "num_classes": int,
+    "image_size": int,
+    "input_size": int | None,
+    "mean": list,
+    "std": list,
+    "classes": list | None,
+}
+
+
+def _numbers(values: Tensor) -> list[float]:
+    """Return the shortest decimals that read back as the same float32 numbers."""
+    return [float(str(value)) for value in values.float().flatten().cpu().numpy().astype(np.float32)]

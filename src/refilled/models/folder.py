@@ -1,0 +1,76 @@
+"""Models in folders: the weights, and a description from which the architecture is rebuilt.
+
+A folder holds ``model.safetensors`` and ``model.json``. Neither can run code when it is read.
+"""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from refilled.errors import ModelError
+from refilled.files import write_atomic
+from refilled.models.architectures import describe, from_description
+from refilled.models.backbone import Backbone
+
+SCHEMA = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+def save_model(model: Backbone, folder: Path) -> None:
+    """Write the model to the folder, which is made where it does not exist.
+
+    Each of the two files is whole or absent at every instant. The description is written last and holds the
+    SHA-256 of the weights, so that files of two different models are never taken for one.
+
+    Raises:
+        ModelError: when the model was not built by name, or the folder cannot be written.
+    """
+    description = describe(model)
+    weights = save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    document = {"schema": SCHEMA, **description, "sha256": sha256(weights).hexdigest()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / WEIGHTS, weights)
+        write_atomic(folder / DESCRIPTION, json.dumps(document, indent=2).encode())
+    except OSError as error:
+        raise ModelError(f"the model ({len(weights):,} bytes) cannot be written to {folder}: {error}") from error
+
+
+def load_model(folder: Path) -> Backbone:
+    """Rebuild a model that :func:`save_model` wrote, in evaluation mode.
+
+    Raises:
+        ModelError: when a file is missing, damaged, or does not fit the other.
+    """
+    document = _read_description(folder / DESCRIPTION)
+    path = folder / WEIGHTS
+    weights = _read(path)
+    if sha256(weights).hexdigest() != document.get("sha256"):
+        raise ModelError(f"{path} is damaged, or belongs to another {DESCRIPTION}: the checksums differ")
+    try:
+        model = from_description(document)
+        model.load_state_dict(load(weights))
+    except (SafetensorError, RuntimeError, ModelError) as error:
+        raise ModelError(f"{folder} holds no usable model: {error}") from error
+    return model.eval()
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ModelError(f"{path} does not describe a model in a form that this version of refilled knows")
+    return document
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,63 @@
+"""MobileNet (Howard et al., 2017): depthwise-separable convolutions with a width multiplier."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from refilled.errors import ModelError
+from refilled.models.backbone import Backbone, global_average_pool, initialize_convolutions
+
+STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
+"""Output channels at width 1 and number of blocks of each stage: 13 blocks in all (their Table 1)."""
+
+
+class MobileNet(Backbone):
+    """MobileNet (version 1) with ``width`` times its channels, rounded to multiples of 8.
+
+    The total stride follows the images: 32 as published for 64 pixels and more, 8 below, where the first two
+    strides are left out so that 32 pixels end in a 4×4 map. The feature maps are the ends of the five stages.
+
+    Args:
+        width: Multiplier of all channels, above 0 and at most 4; the paper uses 1, 0.75, 0.5 and 0.25.
+        num_classes: Number of classes.
+        image_size: Side length in pixels of the images that it will see.
+
+    Raises:
+        ModelError: when the width is out of range.
+    """
+
+    def __init__(self, width: float, num_classes: int, image_size: int = 224) -> None:
+        if not 0 < width <= 4:
+            raise ModelError(f"mobilenet_{width:g}: the width must be above 0 and at most 4, such as 0.5")
+        channels = [max(8, 8 * round(width * out / 8)) for out, _ in STAGES]
+        super().__init__(channels[-1], channels, num_classes)
+        stem = max(8, 8 * round(width * 32 / 8))
+        stem_stride, *strides = (2, 1, 2, 2, 2, 2) if image_size >= 64 else (1, 1, 1, 2, 2, 2)
+        self.stem = _conv_bn_relu(3, stem, 3, stem_stride)
+        self.stages = nn.ModuleList(
+            _stage(inputs, outputs, blocks, stride)
+            for (inputs, outputs), (_, blocks), stride in zip(pairwise([stem, *channels]), STAGES, strides, strict=True)
+        )
+        initialize_convolutions(self)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Map normalised images to ``(N, 1024 * width)`` and the ends of the five stages."""
+        maps = [self.stem(images)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return global_average_pool(maps[-1]), tuple(maps[1:])
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = _separable(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(_separable(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+
+
+def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    depthwise = _conv_bn_relu(in_channels, in_channels, 3, stride, groups=in_channels)
+    return nn.Sequential(depthwise, _conv_bn_relu(in_channels, out_channels, 1))
+
+
+def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))

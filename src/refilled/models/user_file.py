@@ -1,0 +1,197 @@
+"""Teachers that a user's own Python file makes."""
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refilled.errors import ModelError, unknown
+from refilled.models.backbone import Backbone, global_average_pool
+from refilled.models.timm_backbone import TimmBackbone
+
+_PROBE_SIZE = 64  # pixels, where the input size is free
+
+
+class UserBackbone(Backbone):
+    """A module of the user's, asked for its embedding.
+
+    The embedding is what ``forward_features`` returns, else ``embed``, else the module itself; maps
+    ``(N, d, H, W)`` are averaged over their pixels, tokens ``(N, T, d)`` over the tokens. Where the module's
+    own output is a linear layer of just this embedding, that layer is the classifier; otherwise there is none.
+
+    Args:
+        module: The module.
+        mean: Mean of each channel that the module expects, on the scale [0, 1].
+        std: Standard deviation likewise.
+        input_size: Side length in pixels that images are resized to, or None for as they come.
+
+    Raises:
+        ModelError: when the module gives no embedding.
+    """
+
+    def __init__(
+        self, module: nn.Module, mean: Sequence[float], std: Sequence[float], input_size: int | None = None
+    ) -> None:
+        module.float().cpu().eval()
+        side = input_size or _PROBE_SIZE
+        images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+        with torch.no_grad():
+            embedding = _embedding(module, images)
+            classifier = _classifier(module, images, embedding)
+        super().__init__(embedding.shape[1], (), 0, mean, std, input_size)
+        self.module = module
+        if classifier is not None:
+            self.classifier, self.num_classes = classifier, classifier.out_features
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Map normalised images to the module's embedding ``(N, d)``; there are no feature maps."""
+        return _embedding(self.module, images), ()
+
+
+def _embedding(module: nn.Module, images: Tensor) -> Tensor:
+    name, embed = _embedder(module)
+    output = embed(images)
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"the {name} of the teacher must return a tensor: (N, d), tokens (N, T, d) or maps (N, d, H, W); got {what}"
+        )
+    if output.ndim == 4:
+        return global_average_pool(output)
+    return output.mean(1) if output.ndim == 3 else output
+
+
+def _embedder(module: nn.Module) -> tuple[str, Callable[[Tensor], Any]]:
+    for name in ("forward_features", "embed"):
+        if callable(embed := getattr(module, name, None)):
+            return name, embed
+    return "forward", module
+
+
+def _classifier(module: nn.Module, images: Tensor, embedding: Tensor) -> nn.Linear | None:
+    """Find the linear layer that makes the module's output of the embedding."""
+    candidates = [m for m in module.modules() if isinstance(m, nn.Linear) and m.in_features == embedding.shape[1]]
+    if not candidates:
+        return None
+    try:
+        output = module(images)
+    except NotImplementedError:  # a module that only embeds
+        return None
+    for linear in candidates:
+        logits = linear(embedding)
+        if isinstance(output, Tensor) and output.shape == logits.shape and torch.allclose(output, logits, atol=1e-4):
+            return linear
+    return None
+
+
+def load_user_file(
+    path: Path,
+    function: str,
+    argument: str | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | None = None,
+) -> Backbone:
+    """Call ``function``, with ``argument`` as one string if there is one, and make a teacher of what it returns.
+
+    It returns a module, or a module and a dict about it. What is None here is taken from the attributes ``mean``,
+    ``std`` and ``input_size`` of the module, else from the keys of the dict; the names of its classes from the
+    attribute ``class_names`` or the key ``labels``. A timm model is seen as :class:`TimmBackbone` sees it, with
+    timm's own mean, std and input size as the last resort.
+
+    Raises:
+        ModelError: with file and line, when the user's code fails; or when it returns something else, or when
+            mean and std are given nowhere.
+    """
+    with _errors_in(path):
+        result = _call(path, function, argument)
+    module, about = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(module, nn.Module) or not isinstance(about, Mapping):
+        raise ModelError(
+            f"{path}: {function} must return a torch.nn.Module, or a module and a dict, not {result!r:.80}"
+        )
+    mean = mean or _numbers("mean", module, about, path)
+    std = std or _numbers("std", module, about, path)
+    sizes = _numbers("input_size", module, about, path)  # some say (3, H, W)
+    input_size = input_size or (int(sizes[-1]) if sizes else None)
+    with _errors_in(path):
+        teacher = _backbone(module, mean, std, input_size, path)
+    teacher.class_names = _class_names(teacher, module, about, path)
+    return teacher
+
+
+def _call(path: Path, function: str, argument: str | None) -> Any:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    name = f"refilled_teacher_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = user_module = importlib.util.module_from_spec(spec)  # data classes look themselves up there
+    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as when run as a script
+    try:
+        spec.loader.exec_module(user_module)
+        make = getattr(user_module, function, None)
+        if not callable(make):
+            own = [key for key, value in vars(user_module).items() if getattr(value, "__module__", None) == name]
+            raise ModelError(f"{path}: {unknown('function', function, own)}")
+        return make() if argument is None else make(argument)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+
+
+@contextmanager
+def _errors_in(path: Path) -> Iterator[None]:
+    """Show an error of the user's code as one line, with the place in the user's file where it came from."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        raise ModelError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _backbone(
+    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int | None, path: Path
+) -> Backbone:
+    if hasattr(module, "pretrained_cfg") and hasattr(module, "forward_head"):
+        teacher = TimmBackbone(module)
+        teacher.set_preprocessing(mean, std, input_size)
+        return teacher
+    if mean is None or std is None:
+        raise ModelError(
+            f"{path} does not say how its teacher's images are normalised: give --teacher-mean and --teacher-std, or "
+            "let the function return (module, {'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]})"
+        )
+    return UserBackbone(module, mean, std, input_size)
+
+
+def _numbers(name: str, module: nn.Module, about: Mapping[str, Any], path: Path) -> list[float] | None:
+    value = getattr(module, name, None)
+    value = about.get(name) if value is None else value
+    if value is None:
+        return None
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: the {name} of the teacher must be numbers, not {value!r:.80}") from error
+
+
+def _class_names(teacher: Backbone, module: nn.Module, about: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
+    names = getattr(module, "class_names", None) or about.get("labels")
+    if names is None or teacher.num_classes == 0:
+        return None
+    if len(names) != teacher.num_classes:
+        raise ModelError(f"{path}: {len(names)} names of classes for the {teacher.num_classes} that the teacher scores")
+    return tuple(map(str, names.values() if isinstance(names, Mapping) else names))
