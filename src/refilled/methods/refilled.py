@@ -1,0 +1,430 @@
+r"""ReFilled: distil how a teacher compares images, whatever classes it was trained on.
+
+Two losses, which read no more of the teacher than its embedding of the student's images:
+
+* triplet alignment (stage 1) matches, triplet by triplet, how much more similar an image is to one of its class than
+  to one of another class;
+* local knowledge distillation (stage 2) matches the student's class probabilities with those of the teacher's
+  nearest-class-mean classifier, over the classes in the batch.
+
+References:
+    Ye, Lu and Zhan, Distilling Cross-Task Knowledge via Relationship Matching, CVPR 2020.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled import distances
+from refilled.distances import at_least_float32, pair_distances, root, squared_distances, unit_rows
+from refilled.errors import MethodError, unknown
+from refilled.mining import Triplets, blocks, check_batch, semi_hard_triplets, squared_from, within_margin
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term, constant, exponential
+
+Negatives = Literal["nearest", "semihard"]
+Reduction = Literal["sum", "mean"]
+Centers = Literal["batch", "leave-one-out", "global"]
+
+
+def triplet_gap(embedding: Tensor, triplets: Triplets) -> Tensor:
+    """How much farther the impostor is from the anchor than the positive: rows ``(N, d)`` -> ``(T,)``."""
+    anchor, positive, negative = triplets
+    distance = pair_distances(embedding, anchor.repeat(2), torch.cat([positive, negative]))
+    to_positive, to_negative = distance.chunk(2)
+    return to_negative - to_positive
+
+
+def triplet_alignment(
+    student_gap: Tensor, teacher_gap: Tensor, *, temperature: float = 2.0, student_temperature: float = 1.0
+) -> Tensor:
+    r"""Divergence of each triplet's similarity probability (Eq. 4 to 6 of the paper).
+
+    With gaps :math:`u = d_{ik} - d_{ij}` of anchor i, positive j and impostor k, the positive is the more similar with
+    probability :math:`p = \mathrm{sigmoid}(u / \tau)`. With :math:`\rho = 1 - p_T`,
+
+    .. math:: \mathrm{KL}(p_T \,\|\, p_S) = c(u_S / \tau_S) - c(u_T / \tau_T), \qquad c(u) = \rho u + \ln(1 + e^{-u})
+
+    Args:
+        student_gap: ``(T,)``, see :func:`triplet_gap`.
+        teacher_gap: ``(T,)`` of the same triplets.
+        temperature: :math:`\tau_T`, of the teacher's probabilities.
+        student_temperature: :math:`\tau_S`.
+
+    Returns:
+        ``(T,)``.
+    """
+    u_student, u_teacher = student_gap / student_temperature, teacher_gap / temperature
+    rho = torch.sigmoid(-u_teacher)
+    return (rho * u_student + F.softplus(-u_student)) - (rho * u_teacher + F.softplus(-u_teacher))
+
+
+class TupleAlignment(torch.autograd.Function):
+    r"""Sum over pairs of one class of the divergence between softmaxes over the positive and all its impostors.
+
+    For a pair (i, j) let K be j and all k of other classes with :math:`d_{ij}^S < d_{ik}^S \leq d_{ij}^S + m`.
+    With :math:`s_k = -d_{ik} / \tau` and :math:`Z = \sum_{k \in K} e^{s_k}`,
+
+    .. math:: \mathrm{KL} = \frac{1}{Z_T} \sum_{k \in K} e^{s_k^T} (s_k^T - s_k^S) - \ln Z_T + \ln Z_S, \qquad
+              \frac{\partial\,\mathrm{KL}}{\partial s_k^S} = \frac{e^{s_k^S}}{Z_S} - \frac{e^{s_k^T}}{Z_T}.
+
+    The exponentials depend on (i, k) alone, so each sum over K is a product with a matrix of zeros and ones. That
+    matrix has N numbers for every pair: it is made block by block, and the gradient is taken while it is there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        temperature: float,
+        student_temperature: float,
+        margin: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take unit rows ``(N, d_S)`` and ``(N, d_T)``; return the sum, and the numbers of tuples and impostors."""
+        total, tuples, impostors = student.new_zeros(3)
+        gradient = torch.zeros_like(student)
+        for block in blocks(labels):
+            distance = root(squared_from(student, block.anchor))  # (R, N)
+            inside = within_margin(distance, block, margin).mul_(block.real[:, :, None])  # (R, P, N)
+            s_student = (1 - distance) / student_temperature  # the 1 only keeps the exponentials in range
+            s_teacher = (1 - root(squared_from(teacher, block.anchor))) / temperature
+            e_student, e_teacher = s_student.exp(), s_teacher.exp()
+            terms = torch.stack([e_student, e_teacher, e_teacher * (s_teacher - s_student)], dim=2)  # (R, N, 3)
+            own = block.positive[:, :, None].expand(-1, -1, 3)
+            z_student, z_teacher, product = (terms.gather(1, own) + inside @ terms).unbind(2)  # each (R, P)
+            divergence = product / z_teacher - z_teacher.log() + z_student.log()
+            total += (divergence * block.real).sum()
+            number = inside.sum(2)
+            tuples += (number > 0).sum()
+            impostors += number.sum()
+
+            weights = torch.stack([1 / z_student, -1 / z_teacher], dim=2) * block.real[:, :, None]  # (R, P, 2)
+            spread = (inside.transpose(1, 2) @ weights).scatter_add_(1, own[:, :, :2], weights)  # (R, N, 2)
+            slope = (spread * terms[:, :, :2]).sum(2) / -student_temperature  # of the loss by the distances
+            pull = slope * torch.where(distance > 0, 1 / distance, 0)
+            rows = student[block.anchor]
+            gradient += pull.sum(0)[:, None] * student - pull.T @ rows
+            gradient.index_add_(0, block.anchor, pull.sum(1, keepdim=True) * rows - pull @ student)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(tuples, impostors)
+        return total, tuples, impostors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, total: Tensor, *counts: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradient that the forward pass left."""
+        (gradient,) = ctx.saved_tensors
+        return total * gradient, None, None, None, None, None
+
+
+class TripletAlignmentLoss(nn.Module):
+    r"""Triplet alignment: the student learns to compare images as the teacher does (Eq. 4 and 5 of the paper).
+
+    Triplets are mined from the batch by the student's distances, and the divergence of
+    :func:`triplet_alignment` is summed over them. Both embeddings are brought to length 1 first. The teacher's
+    embedding is a constant: no gradient flows to it.
+
+    Args:
+        temperature: Softens the teacher's probabilities; 2 across tasks and 4 on the same task in the paper.
+        student_temperature: Of the student's probabilities; 1 in the paper.
+        negatives: ``"nearest"`` compares each pair of one class with the nearest of the impostors that are farther
+            away, as the paper does; ``"semihard"`` with all of them up to ``margin``, in one softmax, as the authors
+            did later (:class:`TupleAlignment`).
+        margin: How much farther than the positive an impostor may be; only for ``"semihard"``.
+        reduction: ``"sum"`` as in the paper, or ``"mean"`` over triplets (over pairs that have an impostor, for
+            ``"semihard"``). It is 0 where there are none.
+
+    Raises:
+        MethodError: A parameter is out of its range, or (on a call) the shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        student_temperature: float = 1.0,
+        negatives: Negatives = "nearest",
+        margin: float = 0.2,
+        reduction: Reduction = "sum",
+    ) -> None:
+        super().__init__()
+        _check_choice("negatives", negatives, get_args(Negatives))
+        _check_choice("reduction", reduction, get_args(Reduction))
+        _check_positive(temperature=temperature, student_temperature=student_temperature, margin=margin)
+        if negatives == "semihard" and min(temperature, student_temperature) < 0.02:
+            raise MethodError(
+                f"negatives='semihard' takes exp(1 / temperature), too large for temperatures below 0.02, "
+                f"but they are {temperature} and {student_temperature}; raise them or use negatives='nearest'"
+            )
+        self.temperature = temperature
+        self.student_temperature = student_temperature
+        self.negatives = negatives
+        self.margin = margin
+        self.reduction = reduction
+        self._statistics: dict[str, Tensor] = {}
+
+    def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)`` with class ids ``(N,)``."""
+        check_batch(labels, student_embedding, teacher_embedding)
+        student, teacher = unit_rows(student_embedding), unit_rows(teacher_embedding.detach())
+        if self.negatives == "nearest":
+            total, number = self._nearest(student, teacher, labels)
+        else:
+            total, number = self._semihard(student, teacher, labels)
+        # A batch without triplets still has a graph, and an embedding that is not finite is not passed over.
+        total = total + 0 * student.sum()
+        return total if self.reduction == "sum" else total / number.clamp(min=1)
+
+    def statistics(self) -> Mapping[str, Tensor]:
+        """Scalars about the last batch, on its device.
+
+        ``triplets``: how many there were; ``violated``: the share of them in which the teacher finds the impostor
+        nearer than the positive. For ``"semihard"`` instead ``tuples``: pairs with an impostor; ``impostors``:
+        their mean number.
+        """
+        return self._statistics
+
+    def extra_repr(self) -> str:
+        """Name the hyper-parameters when printed."""
+        return f"negatives={self.negatives}, temperature={self.temperature}, reduction={self.reduction}"
+
+    def _nearest(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        triplets = semi_hard_triplets(student, labels)
+        student_gap, teacher_gap = triplet_gap(student, triplets), triplet_gap(teacher, triplets)
+        number = student_gap.new_tensor(len(student_gap))
+        self._statistics = {"triplets": number, "violated": (teacher_gap < 0).sum() / number.clamp(min=1)}
+        divergence = triplet_alignment(
+            student_gap, teacher_gap, temperature=self.temperature, student_temperature=self.student_temperature
+        )
+        return divergence.sum(), number
+
+    def _semihard(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(student.device.type, enabled=False):
+            total, tuples, impostors = TupleAlignment.apply(
+                student, teacher.to(student.dtype), labels, self.temperature, self.student_temperature, self.margin
+            )
+        self._statistics = {"tuples": tuples, "impostors": impostors / tuples.clamp(min=1)}
+        return total, tuples
+
+
+def local_kd(
+    student_logits: Tensor,
+    teacher_embedding: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 2.0,
+    student_temperature: float = 1.0,
+    centers: Literal["batch", "leave-one-out"] | Tensor = "batch",
+    normalize: bool = False,
+) -> Tensor:
+    r"""Local knowledge distillation over the classes present in the batch (Eq. 7 to 9 of the paper).
+
+    With :math:`p_c` the mean teacher embedding of class c, the teacher's probabilities are those of its
+    nearest-class-mean classifier,
+
+    .. math:: q_T(c|x) = \mathrm{softmax}_c\big(-\|\phi_T(x) - p_c\|^2 / \tau\big), \qquad
+              \ell = \frac{1}{N} \sum_x \mathrm{KL}\big(q_T(\cdot|x) \,\|\, \mathrm{softmax}_c(f_S(x)_c / \tau_S)\big).
+
+    Args:
+        student_logits: ``(N, C)``, over all of the student's classes.
+        teacher_embedding: ``(N, d)``; a constant, no gradient flows to it.
+        labels: Class ids ``(N,)`` in ``0 .. C - 1``.
+        temperature: :math:`\tau`.
+        student_temperature: :math:`\tau_S`; 1 in the paper.
+        centers: ``"batch"`` takes the means over the batch (the paper). ``"leave-one-out"`` leaves each image out of
+            the mean of its own class; the only image of a class remains that class's mean. A tensor ``(C, d)`` gives
+            the means, computed elsewhere, of all classes.
+        normalize: Bring the teacher's embedding to length 1 first.
+
+    Raises:
+        MethodError: Shapes or labels do not fit.
+    """
+    check_batch(labels, student_logits, teacher_embedding)
+    embedding = _teacher_rows(teacher_embedding, normalize)
+    means, classes = distances.class_centers(embedding, labels)
+    _check_classes(classes, student_logits.shape[1])
+    if isinstance(centers, Tensor):
+        means = _given_centers(centers, classes, embedding)
+    squared = squared_distances(embedding, means)  # (N, C')
+    if isinstance(centers, str) and centers == "leave-one-out":
+        # The mean without x lies n / (n - 1) times as far from x as the mean with it.
+        own = labels[:, None] == classes
+        n = own.sum(0)
+        squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
+    log_q = F.log_softmax(-squared / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(student_logits)[:, classes] / student_temperature, dim=1)
+    return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
+
+
+class LocalKDLoss(nn.Module):
+    """Local knowledge distillation, with its hyper-parameters: see :func:`local_kd`.
+
+    Args:
+        temperature: Of the teacher's probabilities.
+        student_temperature: Of the student's; 1 in the paper.
+        centers: Class means over the ``"batch"`` (the paper), ``"leave-one-out"``, or ``"global"``: over the whole
+            training set. The global ones are a buffer, from ``class_centers``, from :meth:`prepare` or from a loaded
+            state dict.
+        normalize: Bring the teacher's embedding to length 1 first.
+        class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
+
+    Raises:
+        MethodError: A parameter is out of its range, or (on a call) shapes or labels do not fit, or the global class
+            means are missing.
+    """
+
+    class_centers: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        student_temperature: float = 1.0,
+        centers: Centers = "batch",
+        normalize: bool = False,
+        class_centers: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("centers", centers, get_args(Centers))
+        _check_positive(temperature=temperature, student_temperature=student_temperature)
+        if class_centers is not None and centers != "global":
+            raise MethodError(f"class_centers are for centers='global', but centers is '{centers}'; drop one of them")
+        self.temperature = temperature
+        self.student_temperature = student_temperature
+        self.centers = centers
+        self.normalize = normalize
+        self.register_buffer("class_centers", class_centers)
+
+    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Take the class means of the whole training set, ``(N, d)`` and ``(N,)``, if ``centers="global"``."""
+        if self.centers != "global":
+            return
+        check_batch(labels, teacher_embedding)
+        means, classes = distances.class_centers(_teacher_rows(teacher_embedding, self.normalize), labels)
+        _check_classes(classes)
+        centers = means.new_full((int(classes[-1]) + 1, means.shape[1]), torch.nan)  # NaN: no image of that class
+        self.class_centers = centers.index_copy(0, classes, means)
+
+    def forward(self, student_logits: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of logits ``(N, C)`` and embedding ``(N, d)`` with class ids ``(N,)``."""
+        return local_kd(
+            student_logits,
+            teacher_embedding,
+            labels,
+            temperature=self.temperature,
+            student_temperature=self.student_temperature,
+            centers=self._global_centers() if self.centers == "global" else self.centers,
+            normalize=self.normalize,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the hyper-parameters when printed."""
+        return f"centers={self.centers}, temperature={self.temperature}, normalize={self.normalize}"
+
+    def _global_centers(self) -> Tensor:
+        if self.class_centers is None:
+            raise MethodError(
+                "centers='global' has no class means yet; call prepare(teacher_embedding, labels) with the whole "
+                "training set, or give class_centers"
+            )
+        return self.class_centers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The number of classes is only known from what is loaded.
+        saved = state_dict.get(f"{prefix}class_centers")
+        if saved is not None and self.centers == "global":
+            device = None if self.class_centers is None else self.class_centers.device
+            self.class_centers = torch.empty_like(saved, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
+    embedding = embedding.detach()
+    return unit_rows(embedding) if normalize else at_least_float32(embedding)
+
+
+def _given_centers(centers: Tensor, classes: Tensor, embedding: Tensor) -> Tensor:
+    if centers.ndim != 2 or centers.shape[1] != embedding.shape[1]:
+        raise MethodError(
+            f"class means of shape {tuple(centers.shape)} do not fit teacher embeddings {tuple(embedding.shape)}; "
+            "both must come from the same teacher"
+        )
+    _check_classes(classes, len(centers))
+    means = centers.to(embedding)[classes]
+    missing = classes[means.isnan().any(1)].tolist()
+    if missing:
+        raise MethodError(f"class {missing[0]} had no image when the class means were taken; prepare them anew")
+    return means
+
+
+def _check_classes(classes: Tensor, number: float = torch.inf) -> None:
+    low, high = int(classes[0]), int(classes[-1])
+    if low < 0 or high >= number:
+        raise MethodError(f"class id {low if low < 0 else high} is not in 0 .. {number} - 1; number the classes from 0")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MethodError(unknown(name, value, choices))
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise MethodError(f"{name} must be greater than 0, but is {value}")
+
+
+def refilled(
+    student: ModelShape,
+    teacher: ModelShape,
+    *,
+    temperature: float = 2.0,
+    negatives: Negatives = "nearest",
+    margin: float = 0.2,
+    reduction: Reduction = "sum",
+    triplet_weight: float = 1.0,
+    embedding_share: float = 0.5,
+    centers: Centers = "batch",
+    normalize: bool = False,
+    kd_temperature: float = 2.0,
+    kd_weight: float = 10.0,
+    kd_decay: float = 0.05,
+    gamma: float | None = None,
+) -> list[Stage]:
+    """Match triplets in the embedding, then distil a local classifier (Ye, Lu and Zhan, CVPR 2020).
+
+    Args:
+        student: The student.
+        teacher: The teacher; its classes may be any, since only its embedding is read.
+        temperature: tau of the teacher's triplet probabilities (2; the paper takes 4 for a same-task teacher).
+        negatives: ``nearest``: one impostor for each pair (paper); ``semihard``: all within ``margin`` (tuples).
+        margin: How much farther than the positive an impostor may be, for ``semihard``.
+        reduction: Whether stage 1 sums over triplets (Eq. 5) or averages.
+        triplet_weight: Factor of the triplet alignment in stage 1.
+        embedding_share: Part of the epochs that goes to stage 1; the paper gives each stage 200.
+        centers: Where the class centres of the teacher's local classifier come from (``batch``: Eq. 7).
+        normalize: Whether that classifier L2-normalises the teacher's embedding.
+        kd_temperature: tau of the local classifier (Eq. 8).
+        kd_weight: Weight of local distillation in the first epoch of its stage: ``1000 * lambda`` with lambda = 0.01
+            (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
+        kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
+        gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
+    """
+    alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
+    classify = {"ce": Term(nn.CrossEntropyLoss())}
+    if kd_weight > 0:
+        local = LocalKDLoss(temperature=kd_temperature, centers=centers, normalize=normalize)
+        classify["local_kd"] = Term(local, exponential(kd_weight, kd_decay), teacher="embedding")
+    if gamma is not None:
+        aligned = Term(alignment, constant(gamma), student="embedding", teacher="embedding")
+        return [Stage("joint", {"triplets": aligned, **classify})]
+    aligned = Term(alignment, constant(triplet_weight), student="embedding", teacher="embedding")
+    return [
+        Stage("embedding", {"triplets": aligned}, share=embedding_share),
+        Stage("classifier", classify, share=1 - embedding_share, classifier="fresh"),
+    ]
