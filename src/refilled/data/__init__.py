@@ -1,0 +1,8 @@
+"""Data: tasks from text, decoded images in memory, augmentation and batches as pure functions of the seed."""
+
+from refilled.data.loading import list_datasets, load_task
+from refilled.data.samplers import Sampler, epoch_batches
+from refilled.data.task import Split, Task
+from refilled.data.transforms import Augmentation, augment
+
+__all__ = ["Augmentation", "Sampler", "Split", "Task", "augment", "epoch_batches", "list_datasets", "load_task"]

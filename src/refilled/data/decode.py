@@ -1,0 +1,216 @@
+"""From encoded pictures to one uint8 tensor of square RGB images, whatever the pictures are.
+
+A picture that cannot be read is left out with a reason and never stops the run: nothing but regular files is opened,
+nothing but the listed formats is tried, and the number of pixels is read from the header before any is decoded.
+"""
+
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from refilled.data.source import Picture
+from refilled.errors import TaskError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+    + (".ppm", ".pgm", ".pbm", ".pnm")
+)
+"""File names that promise one of the formats."""
+
+MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of a decompression bomb
+MEMORY_LIMIT = 4 * 2**30
+
+_BATCH = 256  # encoded pictures held in memory at a time
+_LARGE = 8_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
+_large_picture = Lock()
+
+
+class _Unreadable(Exception):
+    """Why a picture is left out."""
+
+
+def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
+    """Decode one picture to RGB ``(S, S, 3)``: upright, short side scaled to ``size``, centre square kept.
+
+    The first frame of an animation is taken, transparency laid on white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        Exception: Of many kinds; :func:`describe` turns them into a reason.
+    """
+    if isinstance(picture, np.ndarray):
+        return _square(Image.fromarray(picture), size)
+    with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise _Unreadable(f"too large: {image.width}x{image.height}, over {MAX_PIXELS // 10**6} million pixels")
+        if pixels <= _LARGE:
+            return _upright_square(image, size)
+        with _large_picture:
+            return _upright_square(image, size)
+
+
+def short_side(picture: Picture) -> int | None:
+    """Return the length of the short side in pixels, from the header alone; None if it cannot be read."""
+    if isinstance(picture, np.ndarray):
+        return int(min(picture.shape[:2]))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
+                return min(image.size)
+    except Exception:  # Pillow's plugins raise many kinds on broken files; decode() will give the reason
+        return None
+
+
+def read_pixels(
+    pictures: Iterable[Picture], count: int, size: int, memory_limit: int = MEMORY_LIMIT
+) -> tuple[Tensor, dict[int, str]]:
+    """Decode ``count`` pictures into one tensor.
+
+    Args:
+        pictures: The encoded pictures.
+        count: How many there are, N.
+        size: Side length S of the images.
+        memory_limit: Bytes above which the images lie in a temporary file, mapped into memory, and not in memory.
+
+    Returns:
+        uint8 ``(M, 3, S, S)`` in channels-last memory, of the M readable ones in their order, and for each other one
+        its position and the reason.
+
+    Raises:
+        TaskError: There is no room for the temporary file.
+    """
+    pixels = _allocate(count, size, memory_limit)
+    array = pixels.numpy()
+    reasons: dict[int, str] = {}
+
+    def work(numbered: list[tuple[int, Picture]]) -> None:
+        for position, picture in numbered:
+            try:
+                array[position] = decode(picture, size)
+            except Exception as error:  # of any kind: a broken file must not stop the run
+                reasons[position] = describe(error)
+
+    remaining = enumerate(pictures)
+    # Small pictures are decoded faster by one thread: the interpreter's lock, not the decoder, is their limit.
+    threads = torch.get_num_threads() if size > 64 else 1
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")  # Pillow warns of oddities in pictures that it reads well
+        while batch := list(islice(remaining, _BATCH)):
+            list(pool.map(work, [batch[start::threads] for start in range(threads)]))
+    readable = np.ones(count, dtype=bool)
+    readable[list(reasons)] = False
+    return keep(pixels.permute(0, 3, 1, 2), readable), dict(sorted(reasons.items()))
+
+
+def keep(pixels: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
+    """Keep the images ``wanted`` of ``(N, 3, S, S)`` by moving them forward in place: no second copy in memory."""
+    for to, origin in enumerate(np.flatnonzero(wanted).tolist()):
+        if to != origin:
+            pixels[to] = pixels[origin]
+    return pixels[: int(wanted.sum())]
+
+
+def describe(error: Exception) -> str:
+    """Say in a few words why a picture could not be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a picture in a known format ({', '.join(FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large: over {MAX_PIXELS // 10**6} million pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()  # without the path, which stands beside the reason
+    return str(error) or type(error).__name__
+
+
+def regular_file_size(path: Path) -> int | None:
+    """Return the size of a regular file in bytes; None for anything else."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _open(picture: bytes | Path) -> IO[bytes]:
+    if isinstance(picture, bytes):
+        if not picture:
+            raise _Unreadable("empty")
+        return BytesIO(picture)
+    found = picture.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise _Unreadable("a directory")
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise _Unreadable("not a regular file")
+    if found.st_size == 0:
+        raise _Unreadable("empty")
+    return picture.open("rb")
+
+
+def _upright_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, still twice what is needed
+    with suppress(Exception):  # a damaged orientation tag; damaged pixels will say so below
+        ImageOps.exif_transpose(image, in_place=True)
+    return _square(image, size)
+
+
+def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    image = _rgb(image)
+    side = min(image.size)
+    if image.size != (size, size):
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _from_deep_grey(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, where Pillow's own conversion would clip."""
+    levels: NDArray[Any] = np.asarray(image)
+    if image.mode.startswith("F") or levels.min() < 0 or levels.max() > 65535:
+        raise _Unreadable(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits a channel")
+    return Image.fromarray((levels // 257).astype(np.uint8))
+
+
+def _allocate(count: int, size: int, memory_limit: int) -> Tensor:
+    """Return room for ``(N, S, S, 3)`` bytes, in memory or in an unnamed file that vanishes with the process."""
+    shape = (count, size, size, 3)
+    wanted = count * size * size * 3
+    if wanted <= memory_limit:
+        return torch.empty(shape, dtype=torch.uint8)
+    with tempfile.NamedTemporaryFile(prefix="refilled-") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # claim the room now: a disk full later would kill the process
+                os.posix_fallocate(file.fileno(), 0, wanted)
+        except OSError as error:
+            raise TaskError(
+                f"{count} images of {size}x{size} need {wanted / 2**30:.1f} GiB, more than fit in memory or in "
+                f"{tempfile.gettempdir()} ({describe(error)}); point TMPDIR at a larger disk, or ask for a smaller "
+                "image size or fewer shots"
+            ) from None
+        return torch.from_file(file.name, shared=True, size=wanted, dtype=torch.uint8).view(shape)

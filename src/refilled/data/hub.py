@@ -1,0 +1,89 @@
+"""Data sets of the Hugging Face hub, through its library `datasets`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refilled.data.parquet import PART_NAMES, as_picture, choose_column, number_labels
+from refilled.data.source import Picture, Rows, Source
+from refilled.errors import TaskError, unknown
+
+_BATCH = 256  # rows read at a time
+
+
+def open_hub(name: str, image: str | None = None, label: str | None = None) -> Source:
+    """Open a data set of the hub, or one that `datasets` has in its cache; its code is never run.
+
+    Args:
+        name: As on the hub: ``uoft-cs/cifar100``.
+        image: The image column; the one that the features call an image if None.
+        label: The label column; found by name if None.
+
+    Raises:
+        TaskError: It cannot be loaded, or its columns cannot be used.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # no network, no such name, no access, a damaged file: each has its own class
+        raise TaskError(
+            f"hub:{name} could not be loaded ({error}); check the name and the network, or download its Parquet files "
+            "and give their folder as the task"
+        ) from error
+    tables = {PART_NAMES[key.lower()]: table for key, table in loaded.items() if key.lower() in PART_NAMES}
+    if "train" not in tables:
+        raise TaskError(f"hub:{name} has no training part; it has {', '.join(loaded)}")
+    features = tables["train"].features
+    where = f"hub:{name}"
+    if image is None:
+        images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+        image = choose_column("image", images, list(features), where)
+    if label is None:
+        labels = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in ("int64", "int32", "string")
+        ]
+        label = choose_column("label", labels, list(features), where)
+    for column in (image, label):
+        if column not in features:
+            raise TaskError(f"{where}: {unknown('column', column, features)}")
+    names = getattr(features[label], "names", None)
+    raw = {part: list(table[label]) for part, table in tables.items()}
+    classes, numbered = number_labels(raw, dict(enumerate(names)) if names else None, f"column '{label}' of {where}")
+    parts = {
+        part: HubPart(numbered[part], table.cast_column(image, datasets.Image(decode=False)), image, f"{name}/{part}")
+        for part, table in tables.items()
+    }
+    info = tables["train"].info
+    return Source(
+        classes,
+        parts["train"],
+        parts.get("val"),
+        parts.get("test"),
+        licence=info.license or None,
+        citation=info.citation or None,
+    )
+
+
+@dataclass(frozen=True)
+class HubPart:
+    """A part of a data set of the hub, as an Arrow table on disk."""
+
+    labels: Rows
+    table: Any
+    image: str
+    prefix: str
+
+    def name(self, row: int) -> str:
+        """Say where an image came from: ``uoft-cs/cifar100/train#17``."""
+        return f"{self.prefix}#{row}"
+
+    def pictures(self, rows: Rows) -> Iterator[Picture]:
+        """Read the encoded pictures of these rows, a bounded number at a time."""
+        column = self.table.select_columns(self.image)
+        for start in range(0, len(rows), _BATCH):
+            for value in column[rows[start : start + _BATCH]][self.image]:
+                yield as_picture(value, Path())

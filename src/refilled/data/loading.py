@@ -1,0 +1,300 @@
+"""From a task's text to the task: open the source, choose classes, divide, decode."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refilled.data import cifar100, digits
+from refilled.data.cifar100 import open_cifar100
+from refilled.data.decode import MEMORY_LIMIT, keep, read_pixels, short_side
+from refilled.data.digits import open_digits
+from refilled.data.hub import open_hub
+from refilled.data.image_folder import open_image_folder
+from refilled.data.parquet import is_parquet, open_parquet
+from refilled.data.partition import draw_shots, first_copies, hold_out, pixel_digests
+from refilled.data.selection import select_classes
+from refilled.data.source import Part, Rows, Source
+from refilled.data.task import Split, Task, fingerprint
+from refilled.data.task_text import TaskOptions, TaskText, parse_task_text
+from refilled.errors import TaskError
+
+TEST_FRACTION = 0.2  # cut from a source that has no test part
+MAX_BAD_FRACTION = 0.01
+LARGEST_AUTOMATIC_SIZE = 224
+_LOOKED_AT = 256  # images whose size is looked at to find the automatic size
+
+
+def list_datasets() -> list[tuple[str, str]]:
+    """Return what a task's text can begin with, and a line on each."""
+    return [
+        ("digits", digits.SUMMARY),
+        ("cifar100", cifar100.SUMMARY),
+        ("folder:PATH", "class folders of images, with or without train, val and test above them; PATH alone will do"),
+        ("NAME", "a folder of this name below the data root: class folders, or train.parquet and test.parquet"),
+        ("FILE.parquet", "a table with a column of encoded images and one of labels"),
+        ("hub:NAME", "a data set of the Hugging Face hub"),
+    ]
+
+
+def load_task(
+    text: str,
+    *,
+    data_root: Path | None = None,
+    shots: int | None = None,
+    shots_seed: int = 0,
+    val: float = 0.1,
+    image_size: int | None = None,
+    allow_bad: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> Task:
+    """Load a task from its text form, ``SOURCE[:SELECTION][@key=value,...]``.
+
+    The same text and arguments give the same task, in any process and whatever order a folder is listed in.
+
+    * A source without a test part has a fifth of each class cut off for it; then ``val`` of each class is cut off the
+      training part, unless the source has a val part. At least one image of a class stays and, where a class has two
+      or more, at least one is held out; a class's only image trains. Copies of a picture stay on one side of a cut.
+    * ``shots`` are drawn last, from what is left to train on.
+    * Images are square: the short side is scaled to ``image_size`` and the middle kept. The automatic size is the
+      median short side of up to 256 training images, at most 224; a source may know better (digits: 16).
+    * Class ids count from 0 in the order of the source's classes.
+
+    Args:
+        text: The task. Its options ``shots``, ``shots_seed``, ``val`` and ``size`` go before the arguments below;
+            besides there are ``seed`` (of halves, cuts and shots), ``augment``, and ``image`` and ``label``, the
+            columns of a table.
+        data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
+        shots: Training images of each class; all if None.
+        shots_seed: Which ones.
+        val: Fraction of the training part to validate on; 0 for none at all.
+        image_size: Side length S; found from the images if None.
+        allow_bad: Go on although more than 1 % of the images cannot be read.
+        memory_limit: Bytes above which a part's images are mapped from a temporary file.
+
+    Raises:
+        TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
+            train on, or more than 1 % of the images cannot be read.
+    """
+    root = (data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data")).expanduser()
+    wanted = parse_task_text(text, root, TaskOptions(shots=shots, shots_seed=shots_seed, val=val, size=image_size))
+    source = _open(wanted, root)
+    classes = select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
+    plan = _divide(source, classes, wanted.options)
+    size = wanted.options.size or source.image_size or _automatic_size(source.train)
+    decoded = _decode(plan, wanted.options, size, memory_limit)
+    skipped = (*source.skipped, *(bad for part in decoded.values() for bad in part.skipped))
+    if not allow_bad:
+        _refuse_bad(skipped, sum(len(part.rows) for part in decoded.values()))
+    _check_train(decoded["train"], plan, source, wanted.options.shots)
+    splits = {name: _split(part, plan) for name, part in decoded.items()}
+    names = tuple(source.classes[position] for position in plan.classes)
+    return Task(
+        name=wanted.resolved(root),
+        classes=names,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
+        image_size=size,
+        augmentation=wanted.options.augment or source.augmentation,
+        fingerprint=fingerprint(names, (splits["train"], splits["val"], splits["test"])),
+        skipped=skipped,
+        notes=(*source.notes, *plan.notes, *_copies_notes(decoded)),
+        licence=source.licence,
+        citation=source.citation,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which rows of which part of the source make up train, val and test."""
+
+    classes: tuple[int, ...]  # positions in the source's classes
+    parts: dict[str, Part]
+    rows: dict[str, Rows]
+    cut: frozenset[str]  # names of those that were cut off the training part here
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """The images of one part that could be read and kept."""
+
+    part: Part
+    rows: Rows
+    pixels: Tensor
+    digests: tuple[bytes, ...]  # of the pixels
+    skipped: tuple[tuple[str, str], ...]
+    copies: int  # left out since they equal an image that was held out
+
+
+def _open(wanted: TaskText, data_root: Path) -> Source:
+    columns = (wanted.options.image, wanted.options.label)
+    if wanted.kind == "cifar100":
+        return open_cifar100(data_root, *columns)
+    if wanted.kind == "hub":
+        return open_hub(wanted.source, *columns)
+    if wanted.kind == "path" and is_parquet(Path(wanted.source)):
+        return open_parquet(Path(wanted.source), *columns)
+    if any(columns):
+        raise TaskError(f"'{wanted.source}' is no table and has no columns; leave out @image= and @label=")
+    if wanted.kind == "digits":
+        return open_digits()
+    if not Path(wanted.source).is_dir():
+        raise TaskError(f"{wanted.source} is neither a folder nor a .parquet file")
+    return open_image_folder(Path(wanted.source))
+
+
+def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Plan:
+    """Choose the rows of every part, and cut the parts that the source does not have."""
+    given = {"train": source.train, "val": source.val if options.val else None, "test": source.test}
+    parts = {name: part or source.train for name, part in given.items()}
+    rows = {name: _rows_of(part, chosen) for name, part in given.items()}
+    wanted = {"test": TEST_FRACTION, "val": options.val}
+    cut = [name for name, fraction in wanted.items() if given[name] is None and fraction]
+    notes = []
+    labels = source.train.labels
+    if cut:
+        firsts = np.full(len(labels), -1)
+        firsts[rows["train"]] = first_copies(rows["train"], source.train.pictures(rows["train"]))
+        copies = int((firsts[rows["train"]] != rows["train"]).sum())
+        if copies:
+            notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
+    for name in cut:
+        here = rows["train"]
+        rows["train"], rows[name] = hold_out(
+            here, labels[here], firsts[here], wanted[name], seed=options.seed, purpose=name
+        )
+    if "test" in cut:
+        notes.append(
+            f"no test part: {TEST_FRACTION:.0%} of the images of each class were cut off for it, seed {options.seed}"
+        )
+    present = {name: set(np.unique(parts[name].labels[rows[name]]).tolist()) for name in parts}
+    for position in sorted((present["val"] | present["test"]) - present["train"]):
+        raise TaskError(
+            f"class '{source.classes[position]}' has images in val or test but none to train on; add some, or choose "
+            "the other classes"
+        )
+    classes = tuple(position for position in chosen if position in present["train"])
+    if len(classes) < 2:
+        raise TaskError(f"a task needs at least two classes with images to train on, but there are {len(classes)}")
+    notes += _absence_note("no images, left out", source, set(chosen) - present["train"])
+    for name in ("val", "test"):
+        if len(rows[name]):
+            notes += _absence_note(f"no {name} images", source, set(classes) - present[name])
+    return _Plan(classes, parts, rows, frozenset(cut), tuple(notes))
+
+
+def _rows_of(part: Part | None, chosen: Sequence[int]) -> Rows:
+    if part is None:
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero(np.isin(part.labels, chosen))
+
+
+def _absence_note(what: str, source: Source, absent: set[int]) -> list[str]:
+    if not absent:
+        return []
+    names = [source.classes[position] for position in sorted(absent)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{what}: {', '.join(names[:5])}{more}"]
+
+
+def _automatic_size(part: Part) -> int:
+    """Return the median short side of images spread evenly over a part, at most 224."""
+    rows = np.unique(np.linspace(0, len(part.labels) - 1, _LOOKED_AT).astype(np.int64))
+    sides = [side for side in map(short_side, part.pictures(rows)) if side is not None]
+    return min(LARGEST_AUTOMATIC_SIZE, int(np.median(sides))) if sides else LARGEST_AUTOMATIC_SIZE
+
+
+def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> dict[str, _Decoded]:
+    """Decode every part.
+
+    A cut keeps copies of a file together. Pictures that are stored differently and turn out to be equal only when
+    decoded leave the part that was cut later, so that the test images never depend on what is trained on.
+    """
+
+    def draw(pool: Rows) -> Rows:
+        if options.shots is None:
+            return pool
+        labels = plan.parts["train"].labels[pool]
+        return draw_shots(pool, labels, options.shots, seed=options.seed, shots_seed=options.shots_seed)
+
+    decoded: dict[str, _Decoded] = {}
+    held_out: set[bytes] = set()
+    for name in ("test", "val", "train"):
+        avoid = held_out if name in plan.cut or name == "train" else set()
+        choose = draw if name == "train" else lambda pool: pool
+        decoded[name] = _decode_part(plan.parts[name], plan.rows[name], choose, avoid, size, memory_limit)
+        if name in plan.cut:
+            held_out.update(decoded[name].digests)
+    return decoded
+
+
+def _decode_part(
+    part: Part, pool: Rows, choose: Callable[[Rows], Rows], avoid: set[bytes], size: int, memory_limit: int
+) -> _Decoded:
+    """Decode what is chosen from a pool of rows; for what turns out unusable, choose again from the others."""
+    skipped: dict[int, str] = {}
+    copies = 0
+    while True:
+        rows = choose(pool)
+        pixels, reasons = read_pixels(part.pictures(rows), len(rows), size, memory_limit)
+        digests = pixel_digests(pixels)
+        fresh = np.array([digest not in avoid for digest in digests], dtype=bool)
+        usable = np.delete(rows, list(reasons))[fresh]
+        skipped.update({int(rows[position]): reason for position, reason in reasons.items()})
+        copies += int((~fresh).sum())
+        if len(usable) == len(rows) or len(rows) == len(pool):
+            break
+        pool = np.setdiff1d(pool, np.setdiff1d(rows, usable))
+    return _Decoded(
+        part=part,
+        rows=usable,
+        pixels=keep(pixels, fresh),
+        digests=tuple(digest for digest, is_fresh in zip(digests, fresh, strict=True) if is_fresh),
+        skipped=tuple((part.name(row), reason) for row, reason in sorted(skipped.items())),
+        copies=copies,
+    )
+
+
+def _refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
+    total = len(skipped) + read
+    if len(skipped) <= MAX_BAD_FRACTION * total:
+        return
+    first = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
+    more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    raise TaskError(
+        f"{len(skipped)} of {total} images cannot be read, more than {MAX_BAD_FRACTION:.0%}: {first}{more}. Mend or "
+        "remove them, or allow bad images to go on without them"
+    )
+
+
+def _check_train(train: _Decoded, plan: _Plan, source: Source, shots: int | None) -> None:
+    """Refuse classes that have nothing, or not enough, to train on now that all images have been looked at."""
+    counts = np.bincount(train.part.labels[train.rows], minlength=len(source.classes))
+    for position in plan.classes:
+        if counts[position] < (shots or 1):
+            raise TaskError(
+                f"class '{source.classes[position]}' has {counts[position]} readable images to train on, without those "
+                f"held out, fewer than the {shots or 1} needed; add images, ask for fewer shots, or choose other classes"
+            )
+
+
+def _split(part: _Decoded, plan: _Plan) -> Split:
+    labels = np.searchsorted(plan.classes, part.part.labels[part.rows])
+    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), tuple(map(part.part.name, part.rows.tolist())))
+
+
+def _copies_notes(decoded: dict[str, _Decoded]) -> list[str]:
+    left_out = {name: part.copies for name, part in decoded.items() if part.copies}
+    notes = [f"{count} images of {name} left out: they equal held-out ones" for name, count in left_out.items()]
+    trained = set(decoded["train"].digests)
+    for name in ("val", "test"):
+        shared = sum(digest in trained for digest in decoded[name].digests)
+        if shared:
+            notes.append(f"{shared} images of {name} are in train too")
+    return notes

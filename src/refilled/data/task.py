@@ -1,0 +1,68 @@
+"""A task: the images of some classes of a data set, divided into train, val and test, decoded and ready."""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+
+from torch import Tensor
+
+from refilled.data.transforms import Augmentation
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one part of a task."""
+
+    pixels: Tensor
+    """uint8 ``(N, 3, S, S)`` in channels-last memory; mapped from a temporary file where it is too large."""
+
+    labels: Tensor
+    """int64 ``(N,)``, class ids 0 .. C-1."""
+
+    sources: tuple[str, ...]
+    """Where each image came from: a path within the folder, or ``train.parquet#17``."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task with its images."""
+
+    name: str
+    """The text form that gives this very task again."""
+
+    classes: tuple[str, ...]
+    """Names of the C classes."""
+
+    train: Split
+    val: Split
+    test: Split
+    image_size: int
+    """Side length S in pixels."""
+
+    augmentation: Augmentation
+    """What suits the source."""
+
+    fingerprint: str
+    """SHA-256 over class names, labels and pixels of every part."""
+
+    skipped: tuple[tuple[str, str], ...] = ()
+    """(image, reason) of what could not be read and was left out."""
+
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know: parts that were cut, copies, classes without images."""
+
+    licence: str | None = None
+    citation: str | None = None
+
+
+def fingerprint(classes: tuple[str, ...], splits: tuple[Split, ...]) -> str:
+    """Digest class names, labels and pixels: two tasks are the same data if and only if these are equal."""
+    digest = sha256(json.dumps(classes).encode())
+    for split in splits:
+        digest.update(json.dumps(list(split.pixels.shape)).encode())
+        digest.update(split.labels.numpy().tobytes())
+        digest.update(split.pixels.permute(0, 2, 3, 1).contiguous().numpy().reshape(-1).data)
+    return digest.hexdigest()
