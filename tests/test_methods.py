@@ -59,7 +59,10 @@ class TestEveryMethod:
         order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
         for term in terms(name):
             seen, taught = (outputs(30, dim, grad=False, dtype=torch.float64) for dim in (16, 24))
-            shuffled = [Outputs(o.logits[order], o.embedding[order], tuple(f[order] for f in o.features)) for o in (seen, taught)]
+            shuffled = [
+                Outputs(o.logits[order], o.embedding[order], tuple(f[order] for f in o.features))
+                for o in (seen, taught)
+            ]
             torch.testing.assert_close(term(seen, taught, labels), term(*shuffled, labels[order]))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -72,12 +75,16 @@ class TestEveryMethod:
             assert loss.isfinite()
             assert getattr(seen, term.student).grad.isfinite().all()
 
-    @pytest.mark.parametrize("labels", [[0], [3, 3, 3, 3], [0, 1, 2, 3, 4, 5, 6]], ids=["one image", "one class", "all distinct"])
+    @pytest.mark.parametrize(
+        "labels", [[0], [3, 3, 3, 3], [0, 1, 2, 3, 4, 5, 6]], ids=["one image", "one class", "all distinct"]
+    )
     def test_survives_degenerate_batches(self, name, labels):
         labels = torch.tensor(labels)
         for embedding in (torch.zeros, torch.ones, torch.randn):
             for term in terms(name):
-                seen = Outputs(torch.randn(len(labels), CLASSES).requires_grad_(), embedding(len(labels), 16).requires_grad_())
+                seen = Outputs(
+                    torch.randn(len(labels), CLASSES).requires_grad_(), embedding(len(labels), 16).requires_grad_()
+                )
                 taught = Outputs(torch.randn(len(labels), CLASSES), embedding(len(labels), 24))
                 loss = term(seen, taught, labels)
                 loss.backward()
@@ -95,12 +102,16 @@ class TestEveryMethod:
         if not reads_logits:
             assert method.stages(shape(16), other, {})
             return
-        with pytest.raises(MethodError, match=f"'{name}' compares logits class by class, but .* share 1 of 7 classes; use refilled"):
+        with pytest.raises(
+            MethodError, match=f"'{name}' compares logits class by class, but .* share 1 of 7 classes; use refilled"
+        ):
             method.stages(shape(16), other, {})
 
 
 def test_settings_are_read_by_the_signature():
-    settled = load_method("refilled").settle({"temperature": "4", "centers": "global", "normalize": "true", "gamma": "0.1"})
+    settled = load_method("refilled").settle(
+        {"temperature": "4", "centers": "global", "normalize": "true", "gamma": "0.1"}
+    )
     assert settled["temperature"] == 4.0
     assert settled["centers"] == "global"
     assert settled["normalize"] is True
@@ -153,8 +164,8 @@ def test_a_broken_file_is_explained(tmp_path, content, message):
 
 def test_one_stage_refilled_sums_the_terms_of_both():
     (stage,) = load_method("refilled").stages(shape(16), shape(24), {"gamma": 0.1})
-    assert set(stage.terms) == {"triplets", "ce", "local_kd"}
-    assert stage.terms["triplets"].weight(7) == 0.1
+    assert set(stage.terms) == {"alignment", "ce", "local_kd"}
+    assert stage.terms["alignment"].weight(7) == 0.1
 
 
 def test_the_weight_of_local_distillation_decays_as_in_the_paper():

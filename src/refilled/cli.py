@@ -96,9 +96,7 @@ def distill(
     task: Annotated[
         str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
     ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)] = None,
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,10 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refilled.checkpoints import LAST, discard_states, hold
+from refilled.checkpoints import discard_states, hold
 from refilled.data import Task, load_task
-from refilled.errors import RunError
+from refilled.data.decode import SUFFIXES, read_pixels
+from refilled.errors import RunError, TaskError
 from refilled.evaluation import accuracy, class_accuracies, nearest_center_accuracy, predict
 from refilled.files import write_atomic
 from refilled.journal import RunJournal
@@ -34,6 +36,8 @@ from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
 from refilled.training import augmentation_of, fit, resolve_precision
 
 RUN_FILES = ("run.toml", "log.jsonl", "result.json", "model.safetensors", "model.json", "DONE")
+
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,7 @@ class Result:
         return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
 
 
-def distill(
-    run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0
-) -> Result:
+def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Train a student as the run says, test it once, and leave everything in a new folder.
 
     Raises:
@@ -148,8 +150,50 @@ def _refuse_used(folder: Path) -> None:
         raise RunError(f"{folder} is not empty and holds no run; choose another --out")
 
 
-def _resolve(run: Run) -> Run:
-    """Settle what the run leaves to the machine, so that its folder says what was done."""
+def classify(
+    folder: Path, images: Iterable[Path]
+) -> tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]:
+    """Give each image's probability of each class, and for images that cannot be read the reason.
+
+    Args:
+        folder: A student's folder.
+        images: Image files, or folders whose images, at any depth, are taken.
+
+    Raises:
+        RefilledError: the folder holds no student, or there is no image.
+    """
+    model = load_model(folder)
+    paths = [path for image in images for path in _images_in(image)]
+    if not paths:
+        raise TaskError("no images were found; name image files, or folders that hold some")
+    assert model.image_size is not None  # every model that can be saved has one
+    assert model.class_names is not None  # every student has them
+    readable: list[tuple[Path, dict[str, float]]] = []
+    unreadable: list[tuple[Path, str]] = []
+    for start in range(0, len(paths), _BATCH):
+        batch = paths[start : start + _BATCH]
+        pixels, reasons = read_pixels(batch, len(batch), model.image_size)
+        probabilities = predict(model, pixels).logits.softmax(1).tolist()
+        kept = [path for position, path in enumerate(batch) if position not in reasons]
+        readable += [
+            (p, dict(zip(model.class_names, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)
+        ]
+        unreadable += [(batch[position], reason) for position, reason in reasons.items()]
+    return readable, unreadable
+
+
+def _images_in(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES)
+    return [path]
+
+
+def resolve(run: Run) -> Run:
+    """Settle what the run leaves to the machine and to the method's defaults, so that its folder says what was done.
+
+    Raises:
+        RefilledError: the device cannot be used here, or the method or a parameter of it does not exist.
+    """
     device = _device(run.device)
     precision = resolve_precision(run.precision, device)
     settings = load_method(run.method).settle(run.settings)
@@ -203,13 +247,14 @@ class _Prepared:
 
     def _student(self) -> Backbone:
         torch.manual_seed(self.run.seed)
-        pixels = self.task.train.pixels.float() / 255
+        # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
+        mean, std = (None, None) if self.run.pretrained else _channel_statistics(self.task.train.pixels)
         student = create_model(
             self.run.student,
             len(self.task.classes),
             image_size=self.task.image_size,
-            mean=pixels.mean((0, 2, 3)).tolist(),
-            std=pixels.std((0, 2, 3)).tolist(),
+            mean=mean,
+            std=std,
             pretrained=self.run.pretrained,
         )
         student.class_names = self.task.classes
@@ -285,11 +330,12 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
             "fingerprint": task.fingerprint,
             "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
             "image_size": task.image_size,
-            "skipped": task.skipped,
-            "notes": task.notes,
+            "skipped": [list(pair) for pair in task.skipped],
+            "notes": list(task.notes),
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
-        versions={name: version(name) for name in ("refilled", "torch", "timm")} | {"python": platform.python_version()},
+        versions={name: version(name) for name in ("refilled", "torch", "timm")}
+        | {"python": platform.python_version()},
         hardware={"device": _device_name(device), "threads": run.threads, "precision": run.precision},
     )
 
@@ -301,6 +347,16 @@ def _ncm_of_snapshot(prepared: _Prepared, path: Path) -> float:
     train, test = (predict(student, split.pixels, prepared.run.device).embedding for split in (task.train, task.test))
     student.load_state_dict(final)
     return nearest_center_accuracy(train, task.train.labels, test, task.test.labels)
+
+
+def _channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 images ``(N, 3, S, S)``, on the scale [0, 1]."""
+    counts = torch.stack([torch.bincount(pixels[:, channel].flatten(), minlength=256) for channel in range(3)]).double()
+    levels = torch.arange(256) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = (share * levels).sum(1)
+    variance = (share * (levels - mean[:, None]).square()).sum(1)
+    return mean.tolist(), variance.sqrt().clamp(min=1 / 255).tolist()  # a channel without contrast is left as it is
 
 
 def _by_class(task: Task, accuracies: list[float]) -> dict[str, float | None]:

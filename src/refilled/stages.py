@@ -58,12 +58,11 @@ class Term:
 
     def __call__(self, seen: Outputs, taught: Outputs | None, labels: Tensor) -> Tensor:
         """Return the scalar loss, not yet weighted."""
-        student = getattr(seen, self.student)
-        if self.teacher is None:
-            result: Tensor = self.loss(student, labels)
-            return result
-        result = self.loss(student, getattr(taught, self.teacher), labels)
-        return result
+        tensors = [getattr(seen, self.student)]
+        if self.teacher is not None:
+            tensors.append(getattr(taught, self.teacher))
+        loss: Tensor = self.loss(*tensors, labels)
+        return loss
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ needs to go on from there is handed to the journal as a state, so that an interr
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.checkpoints import State
-from refilled.data import Task, augment, epoch_batches
+from refilled.data import Augmentation, Task, augment, epoch_batches
 from refilled.errors import NonFiniteError, RunError
 from refilled.evaluation import accuracy, predict
 from refilled.models import Backbone
@@ -22,6 +23,7 @@ from refilled.outputs import Outputs
 from refilled.run import Precision, Recipe
 from refilled.stages import Prepares, Reports, Stage
 from refilled.teacher_cache import VIEW_SEED, TeacherCache
+
 
 @dataclass(frozen=True)
 class Position:
@@ -67,7 +69,7 @@ def share_epochs(stages: Sequence[Stage], epochs: int) -> list[int]:
     for stage in stages:
         reached += stage.share
         ends.append(math.floor(epochs * reached / total + 0.5))
-    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
@@ -121,9 +123,9 @@ def fit(
     for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
         if number < start.stage or epochs == 0:
             continue
-        _Stage(number, stage, epochs, sum(budget[:number]), student, learner, teacher, task, recipe, fabric, journal, cache).run(
-            state if number == start.stage else None
-        )
+        _Stage(
+            number, stage, epochs, sum(budget[:number]), student, learner, teacher, task, recipe, fabric, journal, cache
+        ).run(state if number == start.stage else None)
         if number + 1 < len(stages):
             journal.end_stage(stage, student)
     fabric.to_device(student)
@@ -288,19 +290,21 @@ class _Stage:
         tensors["random"] = torch.get_rng_state()
         if self.fabric.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state()
-        return State(tensors, {"position": vars(self.position), "lr": self.optimizer.param_groups[0]["lr"]})
+        lr = self.optimizer.param_groups[0]["lr"]
+        # The names of the sums besides, for their order: a file of tensors does not keep it, and the log should.
+        return State(tensors, {"position": vars(self.position), "lr": lr, "sums": list(self.sums)})
 
     def _restore(self, state: State) -> None:
         self.position = Position(**state.data["position"])
         self.student.load_state_dict(dict(_under("student/", state.tensors)))
         self.losses.load_state_dict(dict(_under("losses/", state.tensors)))
-        self.sums = dict(_under("sums/", state.tensors))
-        saved: dict[int, dict[str, Tensor]] = {}
+        self.sums = {name: state.tensors[f"sums/{name}"] for name in state.data["sums"]}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, value in _under("optimizer/", state.tensors):
             index, entry = name.split("/")
-            saved.setdefault(int(index), {})[entry] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved})
-        self._set_learning_rate(0)
+            parameter = parameters[int(index)]
+            # In the memory layout of its parameter: the fused step walks both in the order of memory.
+            self.optimizer.state[parameter][entry] = torch.empty_like(parameter).copy_(value)
         for group in self.optimizer.param_groups:
             group["lr"] = state.data["lr"]
         torch.set_rng_state(state.tensors["random"])

@@ -41,7 +41,9 @@ def demo(folder: Path, jobs: int = 2) -> None:
     console.print(shown)
     console.print(verdict(rows[-1], rows[0]), highlight=False)
     page = folder / "report.html"
-    write_report(page, "Digits: a teacher of 0-4 for students of 5-9", rows, rows[0], rows[-1], load_task(STUDENT.task).test)
+    write_report(
+        page, "Digits: a teacher of 0-4 for students of 5-9", rows, rows[0], rows[-1], load_task(STUDENT.task).test
+    )
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -97,7 +97,7 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
             "data": f"{result.data['task']}, {result.data['images']}, fingerprint {result.data['fingerprint']}",
             "teacher": (result.teacher or {}).get("name", "none"),
             "seeds": len(shown.results),
-            "figure": "last epoch, mean ± standard deviation over seeds; gains are paired by seed, with a 95 % interval",
+            "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with their 95 % interval",
             "hardware": result.hardware,
             "versions": result.versions,
             "runs": ", ".join(str(row.folders[0].parent) for row in rows[:1]),
@@ -151,7 +151,9 @@ def _tsne(found: Mapping[str, Tensor], labels: Tensor, images: int = 1000, class
     kept = (labels < classes).nonzero().squeeze(1)[:images]
     figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
     for axes, (name, embedding) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        points = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform(embedding[kept])
+        points = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform(
+            embedding[kept]
+        )
         colors = [COLORS[label] for label in labels[kept].tolist()]
         axes.scatter(points[:, 0], points[:, 1], c=colors, s=6, linewidths=0)
         axes.set_title(name, fontsize=9, parse_math=False)

@@ -1,0 +1,251 @@
+"""The training loop: it learns, it is exact, and what it must not touch stays as it was."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from refilled import experiment
+from refilled.errors import NonFiniteError, RunError
+from refilled.experiment import Result, distill, resume
+from refilled.journal import Interrupted, RunJournal
+from refilled.models import load_model
+from refilled.progress import Silent
+from refilled.run import Recipe, Run
+from refilled.stages import Stage, Term
+from refilled.training import learning_rate, share_epochs
+
+QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    distill(replace(QUICK, task="digits:0-4", epochs=8, shots=40), folder)
+    return str(folder)
+
+
+def refilled(teacher: str, **changes: object) -> Run:
+    return replace(QUICK, method="refilled", teacher=teacher, **changes)
+
+
+def digest(folder: Path) -> str:
+    """Of all that a repeated run must give again."""
+    names = ("model.safetensors", "model.json", "log.jsonl", "stages/embedding.safetensors")
+    return sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+
+
+def test_a_teacher_learns_its_digits(teacher):
+    assert Result.load(Path(teacher)).accuracy > 80
+
+
+def test_the_folder_explains_itself(teacher, tmp_path):
+    result = distill(refilled(teacher), tmp_path / "b")
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {
+        "run.toml",
+        "log.jsonl",
+        "result.json",
+        "model.safetensors",
+        "model.json",
+        "stages",
+        "DONE",
+        ".lock",
+    }
+    assert Result.load(tmp_path / "b") == result
+    run = Run.from_toml((tmp_path / "b" / "run.toml").read_text())
+    assert run.settings["temperature"] == 2.0  # a default of the method, written down
+    entries = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [entry["stage"] for entry in entries] == ["embedding"] * 2 + ["classifier"] * 2
+    assert all(math.isfinite(entry["lr"]) for entry in entries)
+    assert load_model(tmp_path / "b").class_names == ("5", "6", "7", "8", "9")
+
+
+def test_evaluating_a_student_gives_the_accuracy_of_its_run(teacher, tmp_path):
+    result = distill(refilled(teacher), tmp_path / "b")
+    again = experiment.evaluate(tmp_path / "b")
+    assert again["accuracy"] == result.accuracy
+    assert again["class_accuracies"] == result.class_accuracies
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16-mixed"}, {"views": 2}, {"sampler": "balanced"}], ids=str)
+def test_the_same_run_twice_gives_the_same_bits(teacher, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
+    for name in "ab":
+        distill(refilled(teacher, **changes), tmp_path / name)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+class _Stopping(Silent):
+    """Sends this process a signal at one step, as a scheduler would."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def step(self, epoch, images, values):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("changes", [{}, {"views": 2, "settings": {"centers": "global"}}], ids=str)
+def test_a_run_stopped_at_any_step_goes_on_exactly(teacher, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
+    run = refilled(teacher, **changes)
+    distill(run, tmp_path / "whole")
+    for step in (1, 2, 3, 4, 5, 7, 8):  # two steps an epoch, two epochs a stage: begin, middle and end of each
+        folder = tmp_path / str(step)
+        with pytest.raises(Interrupted):
+            distill(run, folder, display=_Stopping(step))
+        assert (folder / "last.ckpt").exists()
+        resume(folder)
+        assert digest(folder) == digest(tmp_path / "whole"), f"stopped after step {step}"
+
+
+def test_a_run_killed_at_random_times_goes_on_exactly(teacher, tmp_path):
+    run = refilled(teacher, epochs=16, precision="bf16-mixed")
+    distill(run, tmp_path / "whole")
+    (tmp_path / "run.toml").write_text(run.to_toml())
+    script = (
+        "import sys; from pathlib import Path; from refilled.run import Run; from refilled.experiment import *\n"
+        "folder = Path(sys.argv[1]) / 'killed'\n"
+        "print('start', flush=True)\n"
+        "if (folder / 'run.toml').exists(): resume(folder, seconds_between_saves=0)\n"
+        "else: distill(Run.from_toml((folder.parent / 'run.toml').read_text()), folder, seconds_between_saves=0)"
+    )
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], stdout=subprocess.PIPE
+        ) as process:
+            process.stdout.readline()
+            while not (tmp_path / "killed" / "last.ckpt").exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.4))
+            kills += process.poll() is None
+            process.kill()
+    assert kills > 0
+    if not (tmp_path / "killed" / "DONE").exists():
+        resume(tmp_path / "killed")
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_and_still_ends_exactly(teacher, tmp_path):
+    run = refilled(teacher)
+    distill(run, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        distill(run, tmp_path / "b", display=_Stopping(6), seconds_between_saves=0)
+    last = tmp_path / "b" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    resume(tmp_path / "b")
+    assert digest(tmp_path / "b") == digest(tmp_path / "whole")
+
+
+def test_a_folder_is_never_overwritten_silently(teacher, tmp_path):
+    with pytest.raises(Interrupted):
+        distill(QUICK, tmp_path / "b", display=_Stopping(3))
+    with pytest.raises(RunError, match=r"unfinished run; go on with 'refilled distill --resume .*/b'"):
+        distill(QUICK, tmp_path / "b")
+    resume(tmp_path / "b")
+    before = digest_all(tmp_path / "b")
+    with pytest.raises(RunError, match="finished run; choose another --out, or replace it with --overwrite"):
+        distill(QUICK, tmp_path / "b")
+    assert digest_all(tmp_path / "b") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…")
+    with pytest.raises(RunError, match="not empty"):
+        distill(QUICK, tmp_path / "mine")
+    (tmp_path / "b" / "notes.txt").write_text("keep")
+    experiment.overwrite(tmp_path / "b")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".lock", "notes.txt"]
+
+
+def digest_all(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path):
+    run = experiment.resolve(refilled(teacher))
+    prepared = experiment._Prepared(run)
+    before = {name: value.clone() for name, value in prepared.teacher.state_dict().items()}
+    student = {name: value.clone() for name, value in prepared.student.state_dict().items()}
+    folder = tmp_path / "b"
+    folder.mkdir()
+    experiment._carry_out(prepared, folder, Silent(), 60)
+    after = prepared.teacher.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not prepared.teacher.training
+    assert not any(p.requires_grad for p in prepared.teacher.parameters())
+    unchanged = [n for n, v in prepared.student.named_parameters() if torch.equal(v, student[n])]
+    assert unchanged == []
+
+
+class _Exploding(nn.Module):
+    def __init__(self, after: int, gradient_only: bool) -> None:
+        super().__init__()
+        self.left, self.gradient_only = after, gradient_only
+
+    def forward(self, logits, labels):
+        self.left -= 1
+        loss = nn.functional.cross_entropy(logits, labels)
+        if self.left > 0:
+            return loss
+        return loss + (logits * 0).sum().sqrt() if self.gradient_only else loss * torch.nan
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path, gradient_only):
+    prepared = experiment._Prepared(experiment.resolve(QUICK))
+    prepared.stages = [Stage("classifier", {"ce": Term(_Exploding(3, gradient_only))})]
+    with pytest.raises(NonFiniteError, match=r"stage 'classifier', epoch 2, step 1.*The step was not taken"):
+        experiment._carry_out(prepared, tmp_path, Silent(), 60)
+    assert all(parameter.isfinite().all() for parameter in prepared.student.parameters())
+
+
+def test_epochs_are_shared_out_whole():
+    def stages(*shares):
+        return [Stage(str(share), {}, share=share) for share in shares]
+
+    assert share_epochs(stages(1, 1), 10) == [5, 5]
+    assert share_epochs(stages(0.5, 0.5), 5) == [3, 2]
+    assert share_epochs(stages(0, 1), 7) == [0, 7]
+    for shares in ((0.3, 0.3, 0.4), (1, 2, 3, 4), (0.1, 0.9)):
+        for epochs in range(1, 30):
+            assert sum(share_epochs(stages(*shares), epochs)) == epochs
+
+
+def test_the_papers_schedule_falls_to_a_fifth_after_each_quarter():
+    paper = Recipe(epochs=200, schedule="step", warmup=0)
+    rates = [learning_rate(paper, 200, epoch) for epoch in (0, 49.9, 50, 99, 100, 150, 199)]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008])
+
+
+def test_the_cosine_schedule_rises_and_falls():
+    recipe = Recipe(warmup=2)
+    rates = [learning_rate(recipe, 20, time / 10) for time in range(200)]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(recipe.lr)
+    assert top == 20
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
+
+
+def test_the_journal_counts_time_over_all_starts(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    journal = RunJournal(tmp_path, Silent())
+    journal._seconds_before = 100.0
+    assert 100 <= journal.seconds < 110
