@@ -28,16 +28,16 @@ from refilled.errors import TaskError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
-    + (".ppm", ".pgm", ".pbm", ".pnm")
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
 )
 """File names that promise one of the formats."""
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of a decompression bomb
 MEMORY_LIMIT = 4 * 2**30
 
-_BATCH = 256  # encoded pictures held in memory at a time
-_LARGE = 8_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
+_BATCH = 128  # encoded pictures held in memory at a time
+_LARGE = 4_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
 _large_picture = Lock()
 
 
@@ -56,10 +56,10 @@ def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
     if isinstance(picture, np.ndarray):
         return _square(Image.fromarray(picture), size)
     with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise _Unreadable(f"too large: {image.width}x{image.height}, over {MAX_PIXELS // 10**6} million pixels")
-        if pixels <= _LARGE:
+        image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
+        if image.width * image.height <= _LARGE:
             return _upright_square(image, size)
         with _large_picture:
             return _upright_square(image, size)
@@ -163,7 +163,6 @@ def _open(picture: bytes | Path) -> IO[bytes]:
 
 
 def _upright_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, still twice what is needed
     with suppress(Exception):  # a damaged orientation tag; damaged pixels will say so below
         ImageOps.exif_transpose(image, in_place=True)
     return _square(image, size)

@@ -107,8 +107,8 @@ def _refuse_collisions(classes: list[str], root: Path) -> None:
         other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
             raise TaskError(
-                f"the class folders '{other}' and '{name}' of {root} differ in case or the encoding of accents only, which "
-                "some file systems cannot tell apart; merge or rename them"
+                f"the class folders '{other}' and '{name}' of {root} differ in case or the encoding of accents only, "
+                "which some file systems cannot tell apart; merge or rename them"
             )
 
 

@@ -20,7 +20,7 @@ from refilled.data.partition import draw_shots, first_copies, hold_out, pixel_di
 from refilled.data.selection import select_classes
 from refilled.data.source import Part, Rows, Source
 from refilled.data.task import Split, Task, fingerprint
-from refilled.data.task_text import TaskOptions, TaskText, parse_task_text
+from refilled.data.task_text import TaskOptions, TaskText, expand_home, parse_task_text
 from refilled.errors import TaskError
 
 TEST_FRACTION = 0.2  # cut from a source that has no test part
@@ -80,7 +80,7 @@ def load_task(
         TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
             train on, or more than 1 % of the images cannot be read.
     """
-    root = (data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data")).expanduser()
+    root = expand_home(data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data"))
     wanted = parse_task_text(text, root, TaskOptions(shots=shots, shots_seed=shots_seed, val=val, size=image_size))
     source = _open(wanted, root)
     classes = select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
@@ -155,24 +155,9 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     parts = {name: part or source.train for name, part in given.items()}
     rows = {name: _rows_of(part, chosen) for name, part in given.items()}
     wanted = {"test": TEST_FRACTION, "val": options.val}
-    cut = [name for name, fraction in wanted.items() if given[name] is None and fraction]
-    notes = []
-    labels = source.train.labels
-    if cut:
-        firsts = np.full(len(labels), -1)
-        firsts[rows["train"]] = first_copies(rows["train"], source.train.pictures(rows["train"]))
-        copies = int((firsts[rows["train"]] != rows["train"]).sum())
-        if copies:
-            notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
-    for name in cut:
-        here = rows["train"]
-        rows["train"], rows[name] = hold_out(
-            here, labels[here], firsts[here], wanted[name], seed=options.seed, purpose=name
-        )
-    if "test" in cut:
-        notes.append(
-            f"no test part: {TEST_FRACTION:.0%} of the images of each class were cut off for it, seed {options.seed}"
-        )
+    cut = {name: fraction for name, fraction in wanted.items() if given[name] is None and fraction}
+    cut_rows, notes = _cut(source.train, rows["train"], cut, options.seed)
+    rows.update(cut_rows)
     present = {name: set(np.unique(parts[name].labels[rows[name]]).tolist()) for name in parts}
     for position in sorted((present["val"] | present["test"]) - present["train"]):
         raise TaskError(
@@ -187,6 +172,25 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
         if len(rows[name]):
             notes += _absence_note(f"no {name} images", source, set(classes) - present[name])
     return _Plan(classes, parts, rows, frozenset(cut), tuple(notes))
+
+
+def _cut(part: Part, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
+    """Cut held-out parts off the training part; returns the rows of every part, and notes."""
+    cut = {"train": rows}
+    notes: list[str] = []
+    if not fractions:
+        return cut, notes
+    firsts = np.full(len(part.labels), -1)
+    firsts[rows] = first_copies(rows, part.pictures(rows))
+    copies = int((firsts[rows] != rows).sum())
+    if copies:
+        notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
+    for name, fraction in fractions.items():
+        here = cut["train"]
+        cut["train"], cut[name] = hold_out(here, part.labels[here], firsts[here], fraction, seed=seed, purpose=name)
+    if "test" in fractions:
+        notes.append(f"no test part: {TEST_FRACTION:.0%} of the images of each class were cut off for it, seed {seed}")
+    return cut, notes
 
 
 def _rows_of(part: Part | None, chosen: Sequence[int]) -> Rows:
@@ -280,7 +284,7 @@ def _check_train(train: _Decoded, plan: _Plan, source: Source, shots: int | None
         if counts[position] < (shots or 1):
             raise TaskError(
                 f"class '{source.classes[position]}' has {counts[position]} readable images to train on, without those "
-                f"held out, fewer than the {shots or 1} needed; add images, ask for fewer shots, or choose other classes"
+                f"held out, fewer than the {shots or 1} needed; add images, ask for fewer shots, or choose others"
             )
 
 

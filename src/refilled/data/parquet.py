@@ -28,7 +28,7 @@ _COLUMN_NAMES = {
     "image": ("img", "image", "picture", "pixels"),
     "label": ("label", "labels", "fine_label", "class", "class_name", "target", "category"),
 }
-_BATCH = 1024  # rows read at a time
+_BATCH = 128  # rows read at a time
 
 
 def is_parquet(path: Path) -> bool:
@@ -268,5 +268,5 @@ def _readable(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         raise TaskError(f"{file} cannot be read as Parquet ({error}); write or download it again") from error

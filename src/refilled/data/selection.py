@@ -13,8 +13,8 @@ def select_classes(selection: str | None, classes: Sequence[str], *, seed: int) 
     """Return the positions of the chosen classes, ascending.
 
     Args:
-        selection: ``"0-49"``, ``"0-4,7"``, ``"sparrow,crow"``, ``"random-half"``, ``"other-half"`` (what the random half
-            of the same seed leaves), or None for all. A name counts before a number that is written alike.
+        selection: ``"0-49"``, ``"0-4,7"``, ``"sparrow,crow"``, ``"random-half"``, ``"other-half"`` (what the random
+            half of the same seed leaves), or None for all. A name counts before a number that is written alike.
         classes: The names of the source's classes, in its order.
         seed: Decides the halves.
 

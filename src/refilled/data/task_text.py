@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -81,9 +82,9 @@ def parse_task_text(text: str, data_root: Path, options: TaskOptions) -> TaskTex
     text = text.strip()
     if not text:
         raise TaskError("a task needs a text such as 'digits', 'cifar100:0-49' or the path of a folder of images")
-    body, said = text, ""
-    if not _exists(Path(text)) and _OPTIONS.fullmatch(text.rpartition("@")[2]):
-        body, _, said = text.rpartition("@")
+    body, at, said = text.rpartition("@")
+    if not at or not _OPTIONS.fullmatch(said) or _find(text.removeprefix("folder:"), data_root):
+        body, said = text, ""
     kind, source, selection = _split_source(body, data_root)
     if selection is not None and not selection.strip():
         raise TaskError(f"'{text}' names no classes after the colon; write for example :0-49 or :random-half")
@@ -107,9 +108,9 @@ def _split_source(body: str, data_root: Path) -> tuple[str, str, str | None]:
         return "hub", name.strip(), selection_text if colon else None
     place = tail if head == "folder" else body
     for path, selection in _cuts(place):
-        for candidate in (Path(path).expanduser(), data_root / path):
-            if path and _exists(candidate):
-                return "path", str(candidate.absolute()), selection
+        found = _find(path, data_root)
+        if found:
+            return "path", str(found.absolute()), selection
     if head == "folder" or "/" in place:
         raise TaskError(f"there is no folder or file '{place}', neither here nor in {data_root}")
     raise TaskError(
@@ -124,11 +125,20 @@ def _cuts(text: str) -> list[tuple[str, str | None]]:
     return [(text, None), *((text[:place], text[place + 1 :]) for place in reversed(colons))]
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long a name; a NUL in it
-        return False
+def expand_home(path: Path) -> Path:
+    """Put the home directory for a leading ``~``, where there is one."""
+    with suppress(RuntimeError, ValueError):  # no such user; a NUL in the name
+        return path.expanduser()
+    return path
+
+
+def _find(path: str, data_root: Path) -> Path | None:
+    """Find what exists by this name, from here or else from the data root."""
+    for candidate in (expand_home(Path(path)), data_root / path):
+        with suppress(OSError, ValueError):  # too long a name; a NUL in it
+            if path and candidate.exists():
+                return candidate
+    return None
 
 
 def _folders(root: Path) -> list[str]:

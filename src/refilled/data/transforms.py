@@ -15,7 +15,7 @@ def augment(pixels: Tensor, indices: Tensor, *, seed: int, view: int, kind: Augm
     """Return one random view of each image: padded by reflection, cropped back, perhaps mirrored.
 
     An image's view depends on (seed, view, index) alone, so it is the same in every batch, process and resumed run.
-    The padding is an eighth of the side length, 4 pixels for CIFAR's 32 (paper, section 5.2: pad by 4, random crop).
+    The padding is an eighth of the side length, 4 pixels for CIFAR's 32 (paper, supplement 2.2).
 
     Args:
         pixels: uint8 images ``(N, 3, S, S)``, on any device.

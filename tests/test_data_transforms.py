@@ -1,0 +1,114 @@
+"""Augmentation against a loop over padded images, and the generator under it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refilled.data import augment
+from refilled.data.keyed import keyed_bits, keyed_integers, keyed_permutation, keyed_uniform
+from refilled.errors import TaskError
+
+
+def images(count: int, side: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["crop", "crop-flip"])
+@pytest.mark.parametrize("side", [8, 33])
+def test_every_view_is_a_crop_of_the_padded_image_and_mirrored_only_if_asked(kind, side):
+    pixels = images(40, side)
+    views = augment(pixels, torch.arange(40), seed=1, view=0, kind=kind).numpy()
+    pad = side // 8
+    mirrored = 0
+    for image, view in zip(pixels.numpy(), views, strict=True):
+        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+        crops = [
+            padded[:, top : top + side, left : left + side] for top in range(2 * pad + 1) for left in range(2 * pad + 1)
+        ]
+        plain = any(np.array_equal(view, crop) for crop in crops)
+        assert plain or any(np.array_equal(view, crop[:, :, ::-1]) for crop in crops)
+        mirrored += not plain
+    assert (mirrored > 0) == (kind == "crop-flip")
+
+
+def test_no_augmentation_is_the_identity():
+    pixels = images(3, 16)
+    assert augment(pixels, torch.arange(3), seed=0, view=0, kind="none") is pixels
+
+
+def test_a_view_does_not_depend_on_the_batch():
+    pixels = images(20, 16)
+    order = torch.tensor([7, 3, 19, 3])
+    together = augment(pixels, torch.arange(20), seed=5, view=2, kind="crop-flip")
+    assert torch.equal(augment(pixels[order], order, seed=5, view=2, kind="crop-flip"), together[order])
+
+
+def test_seed_and_view_change_the_view():
+    pixels = images(20, 16)
+    views = [
+        augment(pixels, torch.arange(20), seed=seed, view=view, kind="crop-flip") for seed in (0, 1) for view in (0, 1)
+    ]
+    assert all(not torch.equal(views[i], views[j]) for i in range(4) for j in range(i))
+
+
+def test_all_offsets_are_used():
+    ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(1000, 3, 8, 8)
+    corners = augment(ramp, torch.arange(1000), seed=0, view=0, kind="crop")[:, 0, 0, 0]
+    assert set(corners.tolist()) == {9, 8, 1, 0}  # offsets -1 and 0 in both directions; +1 is the next
+    assert set(augment(ramp, torch.arange(1000), seed=0, view=0, kind="crop")[:, 0, 4, 4].tolist()) == {
+        8 * row + column for row in (3, 4, 5) for column in (3, 4, 5)
+    }
+
+
+def test_memory_layout_does_not_matter_and_the_result_is_channels_last():
+    pixels = images(4, 16)
+    channels_last = pixels.contiguous(memory_format=torch.channels_last)
+    views = [augment(p, torch.arange(4), seed=0, view=0, kind="crop-flip") for p in (pixels, channels_last)]
+    assert torch.equal(*views)
+    assert views[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tiny_and_empty_batches_pass():
+    assert augment(images(2, 1), torch.arange(2), seed=0, view=0, kind="crop-flip").shape == (2, 3, 1, 1)
+    assert augment(images(0, 8), torch.arange(0), seed=0, view=0, kind="crop-flip").shape == (0, 3, 8, 8)
+
+
+def test_an_unknown_kind_names_the_known_ones():
+    with pytest.raises(TaskError, match="did you mean 'crop-flip'"):
+        augment(images(1, 8), torch.arange(1), seed=0, view=0, kind="crop-flop")
+
+
+def splitmix64(state: int) -> int:
+    """One output of splitmix64 in Python's integers."""
+    state = (state + 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+    return state ^ state >> 31
+
+
+def test_keyed_bits_are_splitmix64_key_after_key():
+    assert splitmix64(1234567) == 6457827717110365317  # the generator's published test vector
+    assert int(keyed_bits(1234567)) == 6457827717110365317
+    assert int(keyed_bits(1234567, 8)) == splitmix64(6457827717110365317 + 8)
+
+
+@given(st.integers(-(2**70), 2**70), st.lists(st.integers(0, 2**62), min_size=1, max_size=20))
+def test_keyed_bits_of_an_array_are_those_of_its_elements(seed, keys):
+    together = keyed_bits(seed, "purpose", np.array(keys))
+    assert together.tolist() == [int(keyed_bits(seed, "purpose", key)) for key in keys]
+
+
+def test_purposes_are_independent_and_uniform():
+    keys = np.arange(20_000)
+    first, second = keyed_uniform(0, "top", keys), keyed_uniform(0, "left", keys)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+    assert 0 <= first.min() < 0.001
+    assert 0.999 < first.max() < 1
+    counts = np.bincount(keyed_integers(9, 0, "top", keys))
+    assert np.all(abs(counts - 20_000 / 9) < 5 * (20_000 / 9) ** 0.5)
+
+
+def test_a_permutation_holds_every_number_once():
+    assert sorted(keyed_permutation(1000, 3, "any").tolist()) == list(range(1000))
