@@ -139,6 +139,8 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
         value = description[key]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelError(f"the description of the model has an unusable '{key}': {value!r:.80}")
+    if not all(isinstance(number, int | float) for number in (*description["mean"], *description["std"])):
+        raise ModelError("the description of the model has a mean or std that is not made of numbers")
     model = create_model(
         description["architecture"],
         description["num_classes"],

@@ -74,9 +74,9 @@ class Backbone(nn.Module):
             if images.dtype == torch.uint8 and images.is_cuda:  # only the CPU resizes uint8
                 images = images / 255
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        if images.dtype == torch.uint8:
-            return (images - 255 * self.mean) / (255 * self.std)
-        return (images - self.mean) / self.std
+        if images.dtype == torch.uint8:  # in place, for half the time of fresh tensors
+            return images.to(self.mean.dtype).sub_(255 * self.mean).div_(255 * self.std)
+        return (images.to(self.mean.dtype) - self.mean).div_(self.std)
 
     def set_preprocessing(
         self,

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, global_average_pool, initialize_convolutions
+from refilled.models.depthwise import DepthwiseConv2d
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 """Output channels at width 1 and number of blocks of each stage: 13 blocks in all (their Table 1)."""
@@ -33,7 +34,7 @@ class MobileNet(Backbone):
         super().__init__(channels[-1], channels, num_classes)
         stem = max(8, 8 * round(width * 32 / 8))
         stem_stride, *strides = (2, 1, 2, 2, 2, 2) if image_size >= 64 else (1, 1, 1, 2, 2, 2)
-        self.stem = _conv_bn_relu(3, stem, 3, stem_stride)
+        self.stem = _bn_relu(nn.Conv2d(3, stem, 3, stem_stride, 1, bias=False))
         self.stages = nn.ModuleList(
             _stage(inputs, outputs, blocks, stride)
             for (inputs, outputs), (_, blocks), stride in zip(pairwise([stem, *channels]), STAGES, strides, strict=True)
@@ -54,10 +55,10 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    depthwise = _conv_bn_relu(in_channels, in_channels, 3, stride, groups=in_channels)
-    return nn.Sequential(depthwise, _conv_bn_relu(in_channels, out_channels, 1))
+    depthwise = DepthwiseConv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False)
+    pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return nn.Sequential(_bn_relu(depthwise), _bn_relu(pointwise))
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+def _bn_relu(conv: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))

@@ -101,8 +101,10 @@ def _our_name(name: str) -> str:
 def _timm_with_weights(name: str, path: Path) -> Backbone:
     body = timm_model(name)
     weights = read_state_dict(path)
-    classifier = f"{body.pretrained_cfg['classifier']}.weight"
-    if classifier in weights:
-        body.reset_classifier(len(weights[classifier]))
+    names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
+    classifier = names if isinstance(names, str) else names[0]
+    num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks but the logits
+    if num_classes != body.num_classes:
+        body.reset_classifier(num_classes)
     load_weights(body, weights, str(path))
     return TimmBackbone(body)

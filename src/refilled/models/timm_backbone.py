@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone
+from refilled.models.depthwise import speed_up_depthwise
 
 
 class TimmBackbone(Backbone):
@@ -37,6 +38,7 @@ class TimmBackbone(Backbone):
             config["input_size"][-1] if fixed_size else None,
         )
         self.body = body
+        speed_up_depthwise(self)
         if num_classes is None and isinstance(head, nn.Linear):
             self.classifier, self.num_classes = head, head.out_features
 

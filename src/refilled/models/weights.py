@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,13 +47,11 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path} holds more than tensors, and running what it holds is refused. Save the state dict alone: "
-            "torch.save(model.state_dict(), FILE)"
+            f"{path} holds more than tensors, or something else altogether; running code out of a weight file is "
+            "refused. Save the state dict alone: torch.save(model.state_dict(), FILE)"
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        raise ModelError(
-            f"{path} cannot be read as weights: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+    except Exception as error:  # damaged bytes make the readers fail in every which way
+        raise ModelError(f"{path} cannot be read as weights: {type(error).__name__}: {error!s:.200}") from error
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
