@@ -16,7 +16,9 @@ from refilled.files import write_atomic
 
 
 def state(number):
-    return {"weight": torch.full((3, 2), float(number)), "random": torch.arange(5, dtype=torch.uint8)}, {"number": number}
+    return {"weight": torch.full((3, 2), float(number)), "random": torch.arange(5, dtype=torch.uint8)}, {
+        "number": number
+    }
 
 
 def test_a_state_comes_back_as_it_went(tmp_path):
@@ -57,7 +59,9 @@ def test_when_no_state_is_whole_the_error_names_them(tmp_path):
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace", "link"])
 @pytest.mark.parametrize("nth", [1, 2])
-def test_a_crash_at_any_point_of_a_save_leaves_a_whole_state_not_older_than_the_one_before(tmp_path, monkeypatch, call, nth):
+def test_a_crash_at_any_point_of_a_save_leaves_a_whole_state_not_older_than_the_one_before(
+    tmp_path, monkeypatch, call, nth
+):
     save_state(tmp_path, *state(1))
     save_state(tmp_path, *state(2))
     seen = 0
@@ -103,7 +107,9 @@ def test_only_one_process_holds_a_folder(tmp_path):
             print("held", flush=True)
             sys.stdin.read()
     """)
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(RunError, match=f"in use by process {other.pid}"), hold(tmp_path):
             pass

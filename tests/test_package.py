@@ -15,7 +15,16 @@ def loaded_by(statement):
 def test_the_losses_load_torch_and_nothing_else_heavy():
     modules = loaded_by("from refilled import TripletAlignmentLoss, LocalKDLoss, semi_hard_triplets, class_centers")
     assert "torch" in modules
-    assert not modules & {"timm", "torchvision", "lightning_fabric", "sklearn", "datasets", "typer", "rich", "matplotlib"}
+    assert not modules & {
+        "timm",
+        "torchvision",
+        "lightning_fabric",
+        "sklearn",
+        "datasets",
+        "typer",
+        "rich",
+        "matplotlib",
+    }
 
 
 def test_the_command_line_starts_without_torch():

@@ -25,7 +25,12 @@ def test_a_run_goes_to_toml_and_back():
     assert Run.from_toml(FULL.to_toml()) == FULL
 
 
-@given(st.text(), st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), st.text() | st.booleans() | st.floats(allow_nan=False)))
+@given(
+    st.text(),
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,9}", fullmatch=True), st.text() | st.booleans() | st.floats(allow_nan=False)
+    ),
+)
 def test_any_text_survives_toml(task, settings):
     run = replace(FULL, task=task, settings=settings)
     assert Run.from_toml(run.to_toml()) == run

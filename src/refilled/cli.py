@@ -32,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
+console = Console()
 err = Console(stderr=True)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
@@ -62,7 +62,8 @@ def _flag(setting: Field[Any]) -> inspect.Parameter:
     hint = get_type_hints(Run)[setting.name]
     default = setting.default if setting.default is not MISSING else None
     description = _descriptions()[setting.name] + (f" [default: {default}]" if default is not None else "")
-    option = typer.Option(help=escape(description), show_default=False)
+    panel = "Training" if setting.name in {f.name for f in fields(Recipe)} else "Data, models, machine"
+    option = typer.Option(help=escape(description), show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint | None, option]
     )
@@ -147,7 +148,7 @@ def evaluate(
         table.add_row(escape(_printable(name)), "no images" if accuracy is None else f"{accuracy:.1f} %")
     table.add_section()
     table.add_row(f"all {result['images']} images", f"{result['accuracy']:.2f} %")
-    out.print(table)
+    console.print(table)
 
 
 @app.command()
@@ -175,7 +176,7 @@ def predict(
             for row, (name, probability) in enumerate(ranked):
                 shown = "" if row else escape(_printable(str(image)))
                 table.add_row(shown, escape(_printable(name)), f"{100 * probability:.1f} %")
-        out.print(table)
+        console.print(table)
     for image, reason in unreadable:
         err.print(f"left out {_printable(str(image))}: {reason}", markup=False, highlight=False)
     if unreadable:
@@ -188,7 +189,42 @@ def list_(what: Annotated[str, typer.Argument(help="methods, models or datasets"
     kinds = {"methods": _methods, "models": _models, "datasets": _datasets}
     if what not in kinds:
         raise RunError(unknown("list", what, kinds))
-    out.print(kinds[what]())
+    console.print(kinds[what]())
+
+
+@app.command()
+@_run_flags("task", "method", "settings", "seed")
+def compare(
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A task or a folder of images; or a comparison written down, FILE.toml.", show_default=False
+        ),
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Names with commas; the first is the baseline.")
+    ] = "vanilla,rkd,refilled",
+    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
+    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
+    preset: Annotated[str | None, typer.Option(help="paper", show_default=False)] = None,
+    **flags: Any,
+) -> None:
+    """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
+    from refilled.benchmark.comparison import Comparison
+    from refilled.benchmark.comparison import compare as carry_out
+
+    if task.endswith(".toml"):
+        comparison = Comparison.from_toml(_read(Path(task)))
+        out = out or Path("runs") / Path(task).stem
+    else:
+        run = _configure(preset, {"task": task, "student": student, **flags})
+        rows = {name: {"method": name} for name in methods.split(",")}
+        comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
+        out = out or Path("runs") / _run_name(run)
+    page = carry_out(comparison, out, jobs, console)
+    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -197,9 +233,15 @@ def demo(
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
 ) -> None:
     """Show the whole on digits: a teacher of 0-4 helps students of 5-9. Takes about a minute."""
-    from refilled.benchmark.demo import demo as show
+    from importlib.resources import files
 
-    show(out, jobs)
+    from refilled.benchmark.comparison import Comparison
+    from refilled.benchmark.comparison import compare as carry_out
+
+    console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
+    comparison = Comparison.from_toml((files("refilled.benchmark") / "demo.toml").read_text(encoding="utf-8"))
+    page = carry_out(comparison, out, jobs, console)
+    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -223,6 +265,13 @@ def _configure(preset: str | None, values: dict[str, Any]) -> Run:
         raise RunError(unknown("preset", preset, PRESETS))
     given = {name: value for name, value in values.items() if value is not None}
     return Run(**{**PRESETS.get(preset or "", {}), **given})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 def _key_value(text: str) -> tuple[str, str]:
@@ -278,8 +327,8 @@ def _print_result(result: "Result", folder: Path) -> None:
         table.add_row("left out", f"{len(result.data['skipped'])} unreadable images; see result.json")
     for note in result.data["notes"]:
         table.add_row("note", escape(_printable(note)))
-    out.print(table)
-    out.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_name(run: Run) -> str:

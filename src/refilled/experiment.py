@@ -6,6 +6,7 @@ the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.checkpoints import discard_states, hold
-from refilled.data import Task, load_task
+from refilled.data import Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.errors import RunError, TaskError
 from refilled.evaluation import accuracy, class_accuracies, nearest_center_accuracy, predict
@@ -38,6 +39,8 @@ from refilled.training import augmentation_of, fit, resolve_precision
 RUN_FILES = ("run.toml", "log.jsonl", "result.json", "model.safetensors", "model.json", "DONE")
 
 _BATCH = 256
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would tell of each precision plugin
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def resume(folder: Path, *, display: Display | None = None, seconds_between_save
         raise RunError(f"{folder} holds no run to go on with")
     if (folder / "DONE").exists():
         return Result.load(folder)
-    run = Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+    run = _load_run(folder)
     with hold(folder):
         return _carry_out(_Prepared(run), folder, display or Silent(), seconds_between_saves)
 
@@ -110,7 +113,7 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         RunError: the folder holds no student, or the task has other classes.
     """
     model = load_model(folder)
-    run = Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+    run = _load_run(folder)
     data = _load_task(replace(run, task=task or run.task, data_root=data_root or run.data_root))
     if data.classes != model.class_names:
         raise RunError(f"{task} has other classes than the student in {folder}")
@@ -148,6 +151,11 @@ def _refuse_used(folder: Path) -> None:
         )
     if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def test_part(folder: Path) -> Split:
+    """Load the test images of a run's task."""
+    return _load_task(_load_run(folder)).test
 
 
 def classify(
@@ -210,6 +218,13 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _load_run(folder: Path) -> Run:
+    path = folder / "run.toml"
+    if not path.exists():
+        raise RunError(f"{folder} holds no run: there is no {path.name}")
+    return Run.from_toml(path.read_text(encoding="utf-8"))
 
 
 def _load_task(run: Run) -> Task:

@@ -18,7 +18,7 @@ from torch import Tensor
 from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
 from refilled.data import Split
 from refilled.evaluation import predict
-from refilled.experiment import Result
+from refilled.experiment import Result, test_part
 from refilled.files import write_atomic
 from refilled.models import Backbone, load_model
 
@@ -70,7 +70,7 @@ def verdict(row: Row, baseline: Row) -> str:
     return f"The teacher hurt: {row.name} loses {gain.mean:+.2f} points against {baseline.name} ({interval})."
 
 
-def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, test: Split) -> None:
+def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row) -> None:
     """Write the page: verdict, table, curves, and t-SNE of the test images in the embeddings of the first seed.
 
     Args:
@@ -79,8 +79,8 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
         rows: All methods, the baseline among them.
         baseline: The student without a teacher.
         shown: The method that the verdict and the pictures are about.
-        test: The test images.
     """
+    test = test_part(shown.folders[0])
     pictures = {
         "Validation accuracy, mean over seeds": _curves(rows),
         "Test images in the embedding (t-SNE, first seed)": _tsne(embeddings(baseline, shown, test), test.labels),

@@ -110,7 +110,8 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise MethodError(f"no method file {path}; it is a Python file with a function of the same name")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # the suffix is .py
+    assert spec is not None  # the suffix is .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,0 +1,158 @@
+"""Compare methods on a task at equal cost: what to run as one readable file, and a page that says who won.
+
+A comparison is TOML::
+
+    title = "Birds"
+    seeds = [0, 1, 2]
+
+    [run]                       # what all rows share: the fields of a run
+    task = "cub100_84"
+    student = "mobilenet_0.25"
+    teacher = "tf_mobilenet.py:load_mobilenet:mobilenetv2_100_inat_bird"
+    epochs = 40
+
+    [rows]                      # the first is the baseline, the last the one that the page is about
+    vanilla = { method = "vanilla" }
+    ReFilled = { method = "refilled", settings = { kd_decay = 0.0 } }
+
+With a table ``[teacher]``, the fields of a run, the teacher is trained first.
+"""
+
+import csv
+import io
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from refilled.benchmark.report import Row, table, verdict, write_report
+from refilled.benchmark.runner import run_grid
+from refilled.errors import RunError, unknown
+from refilled.experiment import Result
+from refilled.files import write_atomic
+from refilled.run import Run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods on one task, each with several seeds.
+
+    Attributes:
+        title: The heading of the page.
+        run: What all rows share.
+        rows: Each row's name, and the fields in which its runs differ.
+        seeds: One run of every row for each.
+        teacher: A teacher to train first, if ``run`` does not name one.
+    """
+
+    title: str
+    run: Run
+    rows: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = (0, 1, 2)
+    teacher: Run | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise RunError("a comparison needs at least one row")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise RunError(f"a comparison needs different seeds, not {list(self.seeds)}")
+        self.grid(Path())  # so that a wrong row is found before anything trains
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read a comparison.
+
+        Raises:
+            RunError: the text is no TOML, or something in it is unknown, missing or of the wrong type.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
+        except tomllib.TOMLDecodeError as error:
+            raise RunError(f"not a comparison: {error}") from error
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise RunError(f"not a comparison: {'; '.join(problems)}") from error
+
+    def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
+        """Return the run of each row and seed; a teacher that is to be trained lies in ``folder/teacher``."""
+        shared = self.run if self.teacher is None else replace(self.run, teacher=str(folder / "teacher"))
+        return {
+            name: {seed: _with(shared, {**changes, "seed": seed}) for seed in self.seeds}
+            for name, changes in self.rows.items()
+        }
+
+
+def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Console | None = None) -> Path:
+    """Carry out what is missing of a comparison, and write its table and page.
+
+    Returns:
+        The page, ``report.html``; beside it lie ``results.csv``, a line a run, and ``results.md``.
+    """
+    console = console or Console()
+    if comparison.teacher is not None:
+        console.print("training the teacher", highlight=False)
+        teacher = run_grid({"teacher": comparison.teacher}, folder)["teacher"]
+        console.print(f"  teacher: {teacher.accuracy:.2f} % on its own classes", highlight=False)
+    grid = comparison.grid(folder)
+    runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
+    found = run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, result))
+    rows = [
+        Row(name, [found[_place(name, s)] for s in row], [folder / _place(name, s) for s in row])
+        for name, row in grid.items()
+    ]
+    baseline, shown = rows[0], rows[-1]
+    lines = table(rows, baseline)
+    console.print(_terminal_table(lines, f"{comparison.title}: {len(comparison.seeds)} seeds, last epoch, percent"))
+    console.print(verdict(shown, baseline), highlight=False, soft_wrap=True)
+    write_atomic(folder / "results.csv", _csv(rows, comparison.seeds).encode())
+    write_atomic(folder / "results.md", _markdown(lines).encode())
+    write_report(folder / "report.html", comparison.title, rows, baseline, shown)
+    return folder / "report.html"
+
+
+def _with(run: Run, changes: Mapping[str, Any]) -> Run:
+    for name in changes:
+        if name not in vars(run):
+            raise RunError(unknown("key", name, vars(run)))
+    changed = replace(run, **changes)
+    # A method without a teacher is the same run whatever the teacher, and need not be repeated for another one.
+    return replace(changed, teacher=None) if changed.method == "vanilla" else changed
+
+
+def _place(row: str, seed: int) -> str:
+    letters = "".join(c if c.isalnum() or c in ".+-" else "_" for c in row)
+    return f"{letters}-s{seed}"
+
+
+def _tell(console: Console, name: str, result: Result) -> None:
+    console.print(f"  {name}: {result.accuracy:.2f} %", markup=False, highlight=False)
+
+
+def _terminal_table(lines: Sequence[Mapping[str, str]], title: str) -> Table:
+    shown = Table(*lines[0], title=title)
+    for line in lines:
+        shown.add_row(*line.values())
+    return shown
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
+
+
+def _csv(rows: Sequence[Row], seeds: Sequence[int]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    stages = sorted({stage for row in rows for result in row.results for stage in result.stages})
+    writer.writerow(["row", "seed", "accuracy", "ncm_accuracy", *(f"ncm_after_{s}" for s in stages), "seconds", "data"])
+    for row in rows:
+        for seed, result in zip(seeds, row.results, strict=True):
+            after = [f"{result.stages[s]['ncm_accuracy']:.2f}" if s in result.stages else "" for s in stages]
+            measures = [f"{result.accuracy:.2f}", f"{result.ncm_accuracy:.2f}", *after, f"{result.seconds:.0f}"]
+            writer.writerow([row.name, seed, *measures, result.data["fingerprint"][:16]])
+    return text.getvalue()
