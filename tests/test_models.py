@@ -140,6 +140,13 @@ def test_a_model_comes_back_from_its_folder_as_it_was(member, tmp_path):
     assert not twin.training
 
 
+def test_a_model_laid_out_channels_last_is_saved_as_any(tmp_path):
+    model = create_model("wrn_10_1", 2).to(memory_format=torch.channels_last)
+    save_model(model, tmp_path)
+    for name, value in load_model(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "expected"),
     [
@@ -261,6 +268,13 @@ def test_a_name_that_does_not_exist_is_explained(name, hint):
 def test_a_setting_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ModelError):
         create_model("wrn_10_1", **{"num_classes": 2, **wrong})
+
+
+def test_a_model_of_one_size_resizes_to_it_and_refuses_another():
+    assert create_model("timm/test_vit", 2).input_size == 160
+    assert create_model("timm/test_resnet", 2).input_size is None
+    with pytest.raises(ModelError, match="160 pixels only"):
+        create_model("timm/test_vit", 2, input_size=32)
 
 
 @settings(max_examples=200, deadline=None)

@@ -64,7 +64,7 @@ class TestWeightFile:
             lambda state: {"state_dict": state, "epoch": 3},
             lambda state: {"model": state, "best_acc": 0.5},
             lambda state: {f"module.{name}": value for name, value in state.items()},
-            lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+            lambda state: {"state_dict": {f"_orig_mod.module.{name}": value for name, value in state.items()}},
             lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
             lambda state: {name.replace("classifier", "fc"): value for name, value in state.items()},
         ],
@@ -294,6 +294,12 @@ class TestUserFile:
             self.load(tmp_path, code)
         assert self.load(tmp_path, code, mean=HALF, std=HALF).embedding_dim == 4
 
+    def test_is_told_the_line_by_a_relative_path_too(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "mine.py", "def make():\n    return 1 / 0\n")
+        with pytest.raises(ModelError, match=r"mine\.py:2: ZeroDivisionError"):
+            load_teacher("mine.py:make")
+
     @pytest.mark.parametrize(
         ("code", "hint"),
         [
@@ -306,6 +312,7 @@ class TestUserFile:
             ("def make(): return 3", "must return a torch.nn.Module"),
             ("def make(): return Net(), 3", "must return a torch.nn.Module"),
             ("def make(): return Net(), {**INFO, 'std': 'small'}", "std of the teacher must be numbers"),
+            ("class M(Net): embed = Net.maps\ndef make(): return M(), {**INFO, 'labels': 7}", "TypeError"),
             ("def make(): return Net(), {**INFO, 'std': [0.5]}", "std must be three numbers"),
             ("def make(): return nn.Flatten(0), INFO", r"got shape \(24576,\)"),
             ("def make(): return nn.LSTM(64, 2), INFO", r"mine\.py: RuntimeError|mine\.py: ValueError"),

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from refilled.errors import ModelError, unknown
@@ -169,4 +168,4 @@ _KEYS: dict[str, Any] = {
 
 def _numbers(values: Tensor) -> list[float]:
     """Return the shortest decimals that read back as the same float32 numbers."""
-    return [float(str(value)) for value in values.float().flatten().cpu().numpy().astype(np.float32)]
+    return [float(str(value)) for value in values.float().flatten().cpu().numpy()]

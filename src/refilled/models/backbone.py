@@ -34,6 +34,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    required_size: int | None = None
+    """The only side length that the model takes, where there is one."""
 
     def __init__(
         self,
@@ -94,6 +96,8 @@ class Backbone(nn.Module):
         if input_size is not None:
             if input_size < 1:
                 raise ModelError(f"the input size must be a positive number of pixels; got {input_size}")
+            if self.required_size not in (None, input_size):
+                raise ModelError(f"this model takes images of {self.required_size} pixels only; got {input_size}")
             self.input_size = input_size
 
     def reset_classifier(self, generator: torch.Generator) -> None:

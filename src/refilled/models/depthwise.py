@@ -13,9 +13,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to ``(N, C, H / stride, W / stride)``, in the type of ``x``."""
-        if x.is_cuda or x.dtype == self.weight.dtype or self.stride == (1, 1):
+        if x.device.type != "cpu" or self.stride == (1, 1) or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -30,7 +31,11 @@ def save_model(model: Backbone, folder: Path) -> None:
         ModelError: when the model was not built by name, or the folder cannot be written.
     """
     description = describe(model)
-    weights = save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    # Copies, since safetensors takes neither channels-last nor shared memory.
+    state = {
+        name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
+    }
+    weights = save(state)
     document = {"schema": SCHEMA, **description, "sha256": sha256(weights).hexdigest()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,14 +28,15 @@ class TimmBackbone(Backbone):
         body.reset_classifier(0)
         has_maps = hasattr(body, "forward_intermediates")
         config = body.pretrained_cfg
-        fixed_size = num_classes is None or config.get("fixed_input_size")
+        size = config["input_size"][-1]
+        self.required_size = size if config.get("fixed_input_size") else None
         super().__init__(
             body.head_hidden_size,
             [level["num_chs"] for level in body.feature_info] if has_maps else (),
             num_classes or 0,
             config["mean"],
             config["std"],
-            config["input_size"][-1] if fixed_size else None,
+            size if num_classes is None else self.required_size,
         )
         self.body = body
         speed_up_depthwise(self)
@@ -44,11 +45,10 @@ class TimmBackbone(Backbone):
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map normalised images to timm's pre-logits ``(N, d)`` and its intermediates."""
-        last, maps = self.body.forward_intermediates(images) if self.feature_channels else self._deepest(images)
+        if not self.feature_channels:
+            return self.body.forward_head(self.body.forward_features(images), pre_logits=True), ()
+        last, maps = self.body.forward_intermediates(images)
         return self.body.forward_head(last, pre_logits=True), tuple(maps)
-
-    def _deepest(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.body.forward_features(images), ()
 
 
 def timm_model(name: str, pretrained: bool = False) -> Any:

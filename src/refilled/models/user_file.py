@@ -117,13 +117,13 @@ def load_user_file(
         raise ModelError(
             f"{path}: {function} must return a torch.nn.Module, or a module and a dict, not {result!r:.80}"
         )
-    mean = mean or _numbers("mean", module, about, path)
-    std = std or _numbers("std", module, about, path)
-    sizes = _numbers("input_size", module, about, path)  # some say (3, H, W)
-    input_size = input_size or (int(sizes[-1]) if sizes else None)
     with _errors_in(path):
+        mean = mean or _numbers("mean", module, about, path)
+        std = std or _numbers("std", module, about, path)
+        sizes = _numbers("input_size", module, about, path)  # some say (3, H, W)
+        input_size = input_size or (int(sizes[-1]) if sizes else None)
         teacher = _backbone(module, mean, std, input_size, path)
-    teacher.class_names = _class_names(teacher, module, about, path)
+        teacher.class_names = _class_names(teacher, module, about, path)
     return teacher
 
 
@@ -155,7 +155,8 @@ def _errors_in(path: Path) -> Iterator[None]:
     except ModelError:
         raise
     except (Exception, SystemExit) as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         if isinstance(error, SyntaxError):
             lines.append(error.lineno)
         place = f"{path}:{lines[-1]}" if lines else str(path)

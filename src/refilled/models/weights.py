@@ -14,12 +14,13 @@ from refilled.errors import ModelError
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 """What the names of weight files end in."""
 
+_PREFIXES = ("_orig_mod.", "module.")  # of compiled models, and of models on several devices
 _NESTS = ("state_dict", "model", "model_state_dict", "net")
 _SHOWN = 4  # names in a message, so that it stays readable
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, out of the nest and without the ``module.`` prefix that training scripts leave on it.
+    """Read a state dict, out of the nest and without the prefixes that training scripts leave on it.
 
     Args:
         path: A safetensors file, or one that :func:`torch.save` wrote; pickled code in it is refused.
@@ -34,8 +35,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ModelError(f"{path} holds no state dict (tensors by name), but {type(content).__name__}")
     names = [str(name) for name in content]
-    prefix = "module." if all(name.startswith("module.") for name in names) else ""
-    return {name.removeprefix(prefix): value for name, value in zip(names, content.values(), strict=True)}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in names):
+            names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, content.values(), strict=True))
 
 
 def _read(path: Path) -> Any:
