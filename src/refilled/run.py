@@ -81,7 +81,8 @@ class Run(Recipe):
     Attributes:
         task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
         student: Architecture of the student.
-        teacher: A student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``; None for none.
+        teacher: A student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``; variables of the
+            environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
         shots: Training images a class; None for all.
