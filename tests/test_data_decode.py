@@ -121,7 +121,7 @@ def test_large_jpegs_are_shrunk_while_they_are_decoded_without_harm():
     assert abs(ours - plain).max() < 6
 
 
-@pytest.fixture()
+@pytest.fixture
 def bad_files(tmp_path):
     good = encoded(Image.fromarray(RAMP), "JPEG")
     contents = {

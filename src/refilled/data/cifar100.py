@@ -3,10 +3,14 @@
 import logging
 import os
 import pickle
+import shutil
 import tarfile
+from hashlib import file_digest
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -19,7 +23,7 @@ CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # of the archive, published beside it
 _FOLDER = "cifar-100-python"
-_FILES = ("meta", "train", "test")
+_FILES = ("meta", "test", "train")  # the one that is looked for comes last
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): ("numpy._core.multiarray", "_reconstruct"),
@@ -56,24 +60,18 @@ def open_cifar100(data_root: Path, image: str | None = None, label: str | None =
 
 
 def _open_pickles(folder: Path) -> Source:
-    meta = load_pickle(folder / "meta")
+    names = load_pickle(folder / "meta").get("fine_label_names", [])
+    classes = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
     parts = {}
     for part in ("train", "test"):
         content = load_pickle(folder / part)
         pixels, labels = content.get("data"), content.get("fine_labels")
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or not isinstance(labels, list):
             raise TaskError(f"{folder / part} does not hold CIFAR-100's images; download it again from {URL}")
-        if pixels.shape != (len(labels), 3072):
-            raise TaskError(
-                f"{folder / part} has {len(labels)} labels for images {pixels.shape}; download it from {URL}"
-            )
+        if pixels.shape != (len(labels), 3072) or not all(label in range(len(classes)) for label in labels):
+            raise TaskError(f"{folder / part} has labels that fit neither images nor names; download it from {URL}")
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts[part] = ArrayPart(np.array(labels, dtype=np.int64), images, part)
-    names = meta.get("fine_label_names", [])
-    classes = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    for part, found in parts.items():
-        if np.any((found.labels < 0) | (found.labels >= len(classes))):
-            raise TaskError(f"{folder / part} has labels beyond the {len(classes)} class names; download it from {URL}")
     return Source(classes, parts["train"], None, parts["test"], image_size=32, citation=CITATION)
 
 
@@ -104,8 +102,6 @@ def load_pickle(file: Path) -> dict[str, Any]:
 
 
 def _download(home: Path) -> None:
-    from torchvision.datasets.utils import download_url
-
     advice = (
         f"get {URL}, unpack it to {home / _FOLDER}, or point --data-root or REFILLED_DATA at the folder that holds it"
     )
@@ -113,20 +109,26 @@ def _download(home: Path) -> None:
         raise TaskError(f"CIFAR-100 is not below {home}, and downloads are off (HF_HUB_OFFLINE); {advice}")
     logging.getLogger(__name__).warning("downloading CIFAR-100 (161 MB) from %s to %s", URL, home)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        download_url(URL, str(home), md5=MD5)
-        _unpack(home / Path(URL).name, home / _FOLDER)
-    except (OSError, RuntimeError, tarfile.TarError, KeyError) as error:
+        with TemporaryFile() as archive:
+            with urlopen(URL, timeout=60) as response:
+                shutil.copyfileobj(response, archive)
+            archive.seek(0)
+            if file_digest(archive, "md5").hexdigest() != MD5:
+                raise OSError("what came is not what the authors published")
+            archive.seek(0)
+            _unpack(archive, home / _FOLDER)
+    except (OSError, tarfile.TarError, KeyError) as error:
         raise TaskError(f"CIFAR-100 is not below {home} and could not be downloaded ({error}); {advice}") from error
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Copy the three files out by name: nothing else in the archive can choose where it is written."""
-    folder.mkdir(exist_ok=True)
-    with tarfile.open(archive) as opened:
+def _unpack(archive: IO[bytes], folder: Path) -> None:
+    """Copy the three files out by name: nothing in the archive can choose where it is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=archive) as opened:
         for name in _FILES:
             member = opened.extractfile(f"{_FOLDER}/{name}")
             if member is None:
-                raise KeyError(f"{name} is no file in {archive}")
-            (folder / name).write_bytes(member.read())
-    archive.unlink()
+                raise KeyError(f"{name} is no file in the archive")
+            unfinished = folder / f"{name}.part"
+            unfinished.write_bytes(member.read())
+            unfinished.replace(folder / name)

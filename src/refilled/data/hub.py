@@ -32,7 +32,8 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
             f"hub:{name} could not be loaded ({error}); check the name and the network, or download its Parquet files "
             "and give their folder as the task"
         ) from error
-    tables = {PART_NAMES[key.lower()]: table for key, table in loaded.items() if key.lower() in PART_NAMES}
+    keys = {PART_NAMES[key.lower()]: key for key in loaded if key.lower() in PART_NAMES}
+    tables = {part: loaded[key] for part, key in keys.items()}
     if "train" not in tables:
         raise TaskError(f"hub:{name} has no training part; it has {', '.join(loaded)}")
     features = tables["train"].features
@@ -54,7 +55,9 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
     raw = {part: list(table[label]) for part, table in tables.items()}
     classes, numbered = number_labels(raw, dict(enumerate(names)) if names else None, f"column '{label}' of {where}")
     parts = {
-        part: HubPart(numbered[part], table.cast_column(image, datasets.Image(decode=False)), image, f"{name}/{part}")
+        part: HubPart(
+            numbered[part], table.cast_column(image, datasets.Image(decode=False)), image, f"{name}/{keys[part]}"
+        )
         for part, table in tables.items()
     }
     info = tables["train"].info
