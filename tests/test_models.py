@@ -6,7 +6,9 @@ import sys
 from contextlib import suppress
 
 import pytest
+import timm
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ from refilled.models import (
     save_model,
 )
 from refilled.models.architectures import FAMILIES
+from refilled.models.cifar_resnet import BasicBlock
 from refilled.models.depthwise import DepthwiseConv2d, speed_up_depthwise
 
 MEMBERS = [  # name, native size of the images
@@ -162,6 +165,27 @@ def test_a_model_laid_out_channels_last_is_saved_as_any(tmp_path):
 def test_models_have_as_many_parameters_as_in_the_literature(name, classes, expected):
     with torch.device("meta"):
         assert parameters(create_model(name, classes)) == expected
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (32, 2)])
+def test_a_basic_block_is_that_of_torchvision(channels, stride):
+    block = BasicBlock(16, channels, stride).eval()
+    theirs = torchvision.models.resnet.BasicBlock(16, channels, stride, block.downsample).eval()
+    theirs.load_state_dict(block.state_dict())
+    maps = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(block(maps), theirs(maps))
+
+
+def test_mobilenet_is_that_of_timm():
+    model = create_model("mobilenet_1", 3, image_size=64).eval()
+    theirs = timm.create_model("mobilenetv1_100", num_classes=3, act_layer=nn.ReLU).eval()
+    ours = model.state_dict()
+    # The same tensors in the same order, but for the classifier, which ours has first.
+    values = [ours.pop("classifier.weight"), ours.pop("classifier.bias")]
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), [*ours.values(), *values], strict=True)))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, theirs(model.normalize(images)))
 
 
 @pytest.mark.parametrize(("size", "side"), [(16, 2), (32, 4), (63, 8), (64, 2), (84, 3), (224, 7)])
