@@ -212,6 +212,15 @@ def test_a_full_disk_is_said_at_once(monkeypatch):
         read_pixels([], 10, 16, memory_limit=0)
 
 
+def test_too_little_memory_is_said(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(TaskError, match=r"0\.7 GiB.*can't allocate memory.*smaller image size"):
+        read_pixels([], 1000, 500)
+
+
 def test_large_pictures_wait_for_each_other_and_come_out_alike(monkeypatch):
     picture = encoded(Image.fromarray(RAMP))
     usual = decode(picture, 8)

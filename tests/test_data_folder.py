@@ -290,6 +290,20 @@ def test_the_automatic_size_is_the_median_short_side_but_not_large(tmp_path):
     assert load_task(str(tmp_path)).image_size == 224
 
 
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+    fill(tmp_path, {"cat": 3, "dog": 3})
+    walked = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walked(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # file modes do not bind the superuser, who may run this
+    with pytest.raises(TaskError, match=r"dog cannot be listed: Permission denied"):
+        load_task(str(tmp_path))
+
+
 # The same in every process
 
 

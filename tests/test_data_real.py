@@ -44,5 +44,5 @@ def test_coarse_labels_are_a_column_like_any_other(real_data):
 )
 def test_other_data_sets_of_the_data_root_are_found_by_name(real_data, text, classes, train, test, side):
     task = load_task(text, data_root=real_data, val=0)
-    assert (task.name, len(task.classes)) == (f"{text}@val=0", classes)
+    assert (task.name, len(task.classes)) == (f"{text}@val=0.0", classes)
     assert (len(task.train), len(task.test), task.image_size) == (train, test, side)

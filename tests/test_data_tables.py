@@ -125,7 +125,7 @@ def test_columns_can_be_chosen(tmp_path):
     with pytest.raises(TaskError, match="unknown column 'c'"):
         load_task(f"{path}@image=c,label=fine")
     task = load_task(f"{path}@image=b,label=coarse", val=0)
-    assert task.name == f"{path}@val=0,image=b,label=coarse"
+    assert task.name == f"{path}@val=0.0,image=b,label=coarse"
     assert all(
         (int(image[0, 0, 0]) >= 55) == label
         for image, label in zip(task.train.pixels, task.train.labels.tolist(), strict=True)

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import tarfile
 from hashlib import file_digest
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -117,7 +118,7 @@ def _download(home: Path) -> None:
                 raise OSError("what came is not what the authors published")
             archive.seek(0)
             _unpack(archive, home / _FOLDER)
-    except (OSError, tarfile.TarError, KeyError) as error:
+    except (OSError, HTTPException, tarfile.TarError, KeyError) as error:
         raise TaskError(f"CIFAR-100 is not below {home} and could not be downloaded ({error}); {advice}") from error
 
 

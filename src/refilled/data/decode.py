@@ -200,16 +200,16 @@ def _allocate(count: int, size: int, memory_limit: int) -> Tensor:
     """Return room for ``(N, S, S, 3)`` bytes, in memory or in an unnamed file that vanishes with the process."""
     shape = (count, size, size, 3)
     wanted = count * size * size * 3
-    if wanted <= memory_limit:
-        return torch.empty(shape, dtype=torch.uint8)
-    with tempfile.NamedTemporaryFile(prefix="refilled-") as file:
-        try:
+    try:
+        if wanted <= memory_limit:
+            return torch.empty(shape, dtype=torch.uint8)
+        with tempfile.NamedTemporaryFile(prefix="refilled-") as file:
             if hasattr(os, "posix_fallocate"):  # claim the room now: a disk full later would kill the process
                 os.posix_fallocate(file.fileno(), 0, wanted)
-        except OSError as error:
-            raise TaskError(
-                f"{count} images of {size}x{size} need {wanted / 2**30:.1f} GiB, more than fit in memory or in "
-                f"{tempfile.gettempdir()} ({describe(error)}); point TMPDIR at a larger disk, or ask for a smaller "
-                "image size or fewer shots"
-            ) from None
-        return torch.from_file(file.name, shared=True, size=wanted, dtype=torch.uint8).view(shape)
+            return torch.from_file(file.name, shared=True, size=wanted, dtype=torch.uint8).view(shape)
+    except (OSError, RuntimeError) as error:
+        raise TaskError(
+            f"{count} images of {size}x{size} need {wanted / 2**30:.1f} GiB, for which there is no room in memory or "
+            f"in {tempfile.gettempdir()} ({describe(error)}); ask for a smaller image size or fewer shots, or point "
+            "TMPDIR at a larger disk"
+        ) from error

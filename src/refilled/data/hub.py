@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refilled.data.parquet import PART_NAMES, as_picture, choose_column, number_labels
-from refilled.data.source import Picture, Rows, Source
+from refilled.data.parquet import as_picture, choose_column, number_labels
+from refilled.data.source import PART_NAMES, Picture, Rows, Source
 from refilled.errors import TaskError, unknown
 
 _BATCH = 256  # rows read at a time
@@ -42,11 +42,8 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
         images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
         image = choose_column("image", images, list(features), where)
     if label is None:
-        labels = [
-            key
-            for key, feature in features.items()
-            if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in ("int64", "int32", "string")
-        ]
+        kinds = ("int", "uint", "string", "large_string")
+        labels = [key for key, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(kinds)]
         label = choose_column("label", labels, list(features), where)
     for column in (image, label):
         if column not in features:

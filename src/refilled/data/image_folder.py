@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from refilled.data.decode import SUFFIXES
-from refilled.data.parquet import PART_NAMES
-from refilled.data.source import Picture, Rows, Source
+from refilled.data.source import PART_NAMES, Picture, Rows, Source
 from refilled.errors import TaskError
 
 
@@ -18,8 +17,8 @@ def open_image_folder(root: Path) -> Source:
     """Open ``root/CLASS/.../IMAGE`` or ``root/{train,val,test}/CLASS/.../IMAGE``.
 
     The folder has parts if it holds a folder ``train`` that itself holds folders. Classes and images come in the order
-    of their names. Hidden files and files without the suffix of an image are passed over; a folder named like an image
-    is listed as skipped.
+    of their names. Hidden files and files without the suffix of an image are passed over. A folder named like an image
+    counts as one, which will turn out unreadable.
 
     Raises:
         TaskError: There are no class folders, a folder cannot be listed, or two names differ in case only.
@@ -30,17 +29,16 @@ def open_image_folder(root: Path) -> Source:
     if not classes:
         raise TaskError(f"{root} has no class folders; put the images of each class into a folder named after it")
     _refuse_collisions(classes, root)
-    skipped: list[tuple[str, str]] = []
     parts = {}
     for part, listed in found.items():
         files: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(classes):
-            images = list(_list_images(listed[name], root, skipped)) if name in listed else []
+            images = list(_list_images(listed[name])) if name in listed else []
             files += images
             labels += [label] * len(images)
         parts[part] = FolderPart(np.array(labels, dtype=np.int64), tuple(files), root)
-    return Source(tuple(classes), parts["train"], parts.get("val"), parts.get("test"), skipped=tuple(skipped))
+    return Source(tuple(classes), parts["train"], parts.get("val"), parts.get("test"))
 
 
 @dataclass(frozen=True)
@@ -70,35 +68,32 @@ def _part_roots(root: Path) -> dict[str, Path]:
 
 def _list_folders(root: Path) -> list[Path]:
     try:
-        entries = sorted(root.iterdir())
+        return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not _is_hidden(entry.name)]
     except OSError as error:
-        raise TaskError(f"the folder {root} cannot be listed: {error.strerror}") from None
-    return [entry for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
+        raise _unlistable(error) from None
 
 
 def _list_classes(root: Path) -> dict[str, Path]:
-    folders = [folder for folder in _list_folders(root) if folder.suffix.lower() not in SUFFIXES]
+    folders = [folder for folder in _list_folders(root) if not _is_image(folder.name)]
     for folder in folders:
         if _printable(folder) != str(folder):
-            raise TaskError(f"the name of the class folder {_printable(folder)} is not valid UTF-8; rename it")
+            raise TaskError(f"the path of the class folder {_printable(folder)} is not valid UTF-8; rename it")
     return {folder.name: folder for folder in folders}
 
 
-def _list_images(folder: Path, root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
+def _list_images(folder: Path) -> Iterator[Path]:
     """Walk down a class folder in the order of names; links to folders are not followed, so there are no loops."""
 
-    def unlisted(error: OSError) -> None:
-        skipped.append(
-            (_printable(Path(error.filename).relative_to(root)), f"folder cannot be listed: {error.strerror}")
-        )
+    def refuse(error: OSError) -> None:
+        raise _unlistable(error)
 
-    for place, folders, files in os.walk(folder, onerror=unlisted):
-        named_like_images = sorted(name for name in folders if Path(name).suffix.lower() in SUFFIXES)
-        skipped += [(_printable((Path(place) / name).relative_to(root)), "a directory") for name in named_like_images]
-        folders[:] = sorted(name for name in folders if not _is_hidden(name) and name not in named_like_images)
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SUFFIXES and not _is_hidden(name):
-                yield Path(place) / name
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        yield from (Path(place) / name for name in sorted(files + folders) if _is_image(name))
+        folders[:] = sorted(name for name in folders if not _is_image(name) and not _is_hidden(name))
+
+
+def _unlistable(error: OSError) -> TaskError:
+    return TaskError(f"the folder {_printable(Path(error.filename))} cannot be listed: {error.strerror}")
 
 
 def _refuse_collisions(classes: list[str], root: Path) -> None:
@@ -110,6 +105,10 @@ def _refuse_collisions(classes: list[str], root: Path) -> None:
                 f"the class folders '{other}' and '{name}' of {root} differ in case or the encoding of accents only, "
                 "which some file systems cannot tell apart; merge or rename them"
             )
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES and not _is_hidden(name)
 
 
 def _is_hidden(name: str) -> bool:

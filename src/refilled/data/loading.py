@@ -81,13 +81,15 @@ def load_task(
             train on, or more than 1 % of the images cannot be read.
     """
     root = expand_home(data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data"))
-    wanted = parse_task_text(text, root, TaskOptions(shots=shots, shots_seed=shots_seed, val=val, size=image_size))
+    wanted = parse_task_text(
+        text, root, TaskOptions(shots=shots, shots_seed=shots_seed, val=float(val), size=image_size)
+    )
     source = _open(wanted, root)
     classes = select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
     plan = _divide(source, classes, wanted.options)
     size = wanted.options.size or source.image_size or _automatic_size(source.train)
     decoded = _decode(plan, wanted.options, size, memory_limit)
-    skipped = (*source.skipped, *(bad for part in decoded.values() for bad in part.skipped))
+    skipped = tuple(bad for part in decoded.values() for bad in part.skipped)
     if not allow_bad:
         _refuse_bad(skipped, sum(len(part.rows) for part in decoded.values()))
     _check_train(decoded["train"], plan, source, wanted.options.shots)
@@ -103,7 +105,7 @@ def load_task(
         augmentation=wanted.options.augment or source.augmentation,
         fingerprint=fingerprint(names, (splits["train"], splits["val"], splits["test"])),
         skipped=skipped,
-        notes=(*source.notes, *plan.notes, *_copies_notes(decoded)),
+        notes=(*plan.notes, *_copies_notes(decoded)),
         licence=source.licence,
         citation=source.citation,
     )

@@ -12,18 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from refilled.data.source import Picture, Rows, Source
+from refilled.data.source import PART_NAMES, Picture, Rows, Source
 from refilled.errors import TaskError, unknown
 
-PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 _COLUMN_NAMES = {
     "image": ("img", "image", "picture", "pixels"),
     "label": ("label", "labels", "fine_label", "class", "class_name", "target", "category"),
@@ -242,7 +233,9 @@ def _class_names(raw: dict[str, list[Any]], tables: dict[str, _Table], label: st
             return dict(pairs)
     with suppress(OSError, KeyError, TypeError, ValueError):
         listed = json.loads(beside.read_text(encoding="utf-8"))
-        return dict(enumerate(map(str, listed["classes"] if isinstance(listed, dict) else listed)))
+        listed = listed["classes"] if isinstance(listed, dict) else listed
+        if isinstance(listed, list):
+            return dict(enumerate(map(str, listed)))
     return None
 
 

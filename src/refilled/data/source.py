@@ -10,6 +10,17 @@ from numpy.typing import NDArray
 
 from refilled.data.transforms import Augmentation
 
+PART_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""What folders and files of the parts are called."""
+
 Rows = NDArray[np.int64]
 Picture = bytes | Path | NDArray[Any]
 """An encoded image, the file that holds one, or uint8 pixels ``(H, W)`` or ``(H, W, 3)``."""
@@ -39,8 +50,6 @@ class Source:
     test: Part | None = None
     augmentation: Augmentation = "crop-flip"
     image_size: int | None = None  # the side length, where the source knows it
-    skipped: tuple[tuple[str, str], ...] = ()  # (name, reason) of what was found unusable on opening
-    notes: tuple[str, ...] = ()
     licence: str | None = None
     citation: str | None = None
 
