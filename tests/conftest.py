@@ -14,7 +14,7 @@ def data_root() -> Path:
     return Path(os.environ.get("REFILLED_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 
 
-@pytest.fixture()
+@pytest.fixture
 def real_data() -> Path:
     """The folder of real images; a test that asks for it is skipped where it is absent."""
     root = data_root()

@@ -55,7 +55,7 @@ def load_state(folder: Path) -> tuple[State | None, list[str]]:
     Raises:
         CheckpointError: states were saved, but none of them is whole.
     """
-    problems = []
+    problems: list[str] = []
     for name in (LAST, PREVIOUS):
         path = folder / name
         if not path.exists():

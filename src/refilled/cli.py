@@ -178,7 +178,8 @@ def predict(
                 table.add_row(shown, escape(_printable(name)), f"{100 * probability:.1f} %")
         console.print(table)
     for image, reason in unreadable:
-        err.print(f"left out {_printable(str(image))}: {reason}", markup=False, highlight=False)
+        line = f"left out {_printable(str(image))}: {_printable(reason)}"
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
     if unreadable:
         raise typer.Exit(1)
 
@@ -341,11 +342,15 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
     writer = csv.writer(sys.stdout)
     names = list(predictions[0][1]) if predictions else []
-    # A spreadsheet would run a name that begins like a formula.
-    writer.writerow(["image", "class", *(f"'{n}" if n.startswith(("=", "+", "-", "@")) else n for n in names)])
+    writer.writerow(["image", "class", *map(_cell, names)])
     for image, probabilities in predictions:
         best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow([image, best, *(f"{p:.6f}" for p in probabilities.values())])
+        writer.writerow([_cell(str(image)), _cell(best), *(f"{p:.6f}" for p in probabilities.values())])
+
+
+def _cell(text: str) -> str:
+    """Keep a spreadsheet from running a text that begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _printable(text: str) -> str:

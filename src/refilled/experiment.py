@@ -258,7 +258,9 @@ class _Prepared:
         run = self.run
         if run.teacher is None:
             return None
-        return load_teacher(os.path.expandvars(run.teacher), mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+        return load_teacher(
+            os.path.expandvars(run.teacher), mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size
+        )
 
     def _student(self) -> Backbone:
         torch.manual_seed(self.run.seed)

@@ -113,10 +113,10 @@ def fit(
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the step is not taken.
     """
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.to(memory_format=torch.channels_last)
     learner = fabric.setup_module(student)
     if teacher is not None:
-        teacher.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = journal.restore()
     start = Position(**state.data["position"]) if state else Position()
     budget = share_epochs(stages, recipe.epochs)
@@ -209,7 +209,9 @@ class _Stage:
 
     def _load(self, batch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         seed, view = self._view(epoch)
-        images = augment(self.task.train.pixels[batch], batch, seed=seed, view=view, kind=self.augmentation)
+        images = augment(
+            self.task.train.pixels.index_select(0, batch), batch, seed=seed, view=view, kind=self.augmentation
+        )
         device = self.fabric.device
         return images.to(device, non_blocking=True), self.task.train.labels[batch].to(device, non_blocking=True)
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from refilled.benchmark.report import Row, table, verdict, write_report
 from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
-from refilled.experiment import Result
+from refilled.experiment import Result, resolve
 from refilled.files import write_atomic
 from refilled.run import Run
 
@@ -61,7 +61,8 @@ class Comparison:
             raise RunError("a comparison needs at least one row")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"a comparison needs different seeds, not {list(self.seeds)}")
-        self.grid(Path())  # so that a wrong row is found before anything trains
+        for row in self.grid(Path()).values():
+            resolve(row[self.seeds[0]])  # so that a wrong row is found before anything trains
 
     @classmethod
     def from_toml(cls, text: str) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from safetensors.torch import load_file
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -66,8 +67,8 @@ def verdict(row: Row, baseline: Row) -> str:
     if not gain.established:
         return f"It is not established that the teacher helped: {row.name} {gain.mean:+.2f} points ({interval})."
     if gain.mean > 0:
-        return f"The teacher helped: {row.name} gains {gain.mean:+.2f} points over {baseline.name} ({interval})."
-    return f"The teacher hurt: {row.name} loses {gain.mean:+.2f} points against {baseline.name} ({interval})."
+        return f"The teacher helped: {row.name} gains {gain.mean:.2f} points over {baseline.name} ({interval})."
+    return f"The teacher hurt: {row.name} loses {-gain.mean:.2f} points against {baseline.name} ({interval})."
 
 
 def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row) -> None:
@@ -83,7 +84,9 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
     test = test_part(shown.folders[0])
     pictures = {
         "Validation accuracy, mean over seeds": _curves(rows),
-        "Test images in the embedding (t-SNE, first seed)": _tsne(embeddings(baseline, shown, test), test.labels),
+        "Test images in the embedding, coloured by class (t-SNE, first seed)": _tsne(
+            embeddings(baseline, shown, test), test.labels, list(shown.results[0].class_accuracies)
+        ),
     }
     result = shown.results[0]
     page = Environment(loader=PackageLoader("refilled.benchmark"), autoescape=True).get_template("report.html")
@@ -94,16 +97,20 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
         shown=shown.name,
         pictures=pictures,
         provenance={
-            "data": f"{result.data['task']}, {result.data['images']}, fingerprint {result.data['fingerprint']}",
+            "data": f"{result.data['task']}; {_listed(result.data['images'])} images; {result.data['fingerprint']}",
             "teacher": (result.teacher or {}).get("name", "none"),
             "seeds": len(shown.results),
             "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with their 95 % interval",
-            "hardware": result.hardware,
-            "versions": result.versions,
-            "runs": ", ".join(str(row.folders[0].parent) for row in rows[:1]),
+            "hardware": _listed(result.hardware),
+            "versions": _listed(result.versions),
+            "runs": str(shown.folders[0].parent),
         },
     )
     write_atomic(path, text.encode())
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
@@ -146,9 +153,9 @@ def _validation_curve(folder: Path) -> dict[int, float]:
     return {n: entry["val_accuracy"] for n, entry in enumerate(entries, 1) if "val_accuracy" in entry}
 
 
-def _tsne(found: Mapping[str, Tensor], labels: Tensor, images: int = 1000, classes: int = 10) -> str:
+def _tsne(found: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], images: int = 1000) -> str:
     """Draw the embeddings side by side; of many classes the first ten, of many images the first thousand."""
-    kept = (labels < classes).nonzero().squeeze(1)[:images]
+    kept = (labels < len(COLORS)).nonzero().squeeze(1)[:images]
     figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
     for axes, (name, embedding) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         points = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform(
@@ -159,6 +166,17 @@ def _tsne(found: Mapping[str, Tensor], labels: Tensor, images: int = 1000, class
         axes.set_title(name, fontsize=9, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
+    dots = [Line2D([], [], color=color, marker="o", linestyle="", markersize=4) for color in COLORS]
+    shown = figure.legend(
+        dots[: len(classes)],
+        [name[:24] for name in classes[: len(COLORS)]],
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=8,
+    )
+    for text in shown.get_texts():
+        text.set_parse_math(False)  # a class may be called $x$
     return _svg(figure)
 
 

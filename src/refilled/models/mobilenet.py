@@ -5,7 +5,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from refilled.errors import ModelError
-from refilled.models.backbone import Backbone, global_average_pool, initialize_convolutions
+from refilled.models.backbone import Backbone, global_average_pool
 from refilled.models.depthwise import DepthwiseConv2d
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
@@ -17,6 +17,9 @@ class MobileNet(Backbone):
 
     The total stride follows the images: 32 as published for 64 pixels and more, 8 below, where the first two
     strides are left out so that 32 pixels end in a 4×4 map. The feature maps are the ends of the five stages.
+
+    The initial weights are PyTorch's own. Those of He et al. are slower to get going: on 100 bird species at 84 pixels,
+    20 epochs brought width 0.25 to 16 % accuracy with them and to 20 % with these (one seed, float32).
 
     Args:
         width: Multiplier of all channels, above 0 and at most 4; the paper uses 1, 0.75, 0.5 and 0.25.
@@ -39,7 +42,6 @@ class MobileNet(Backbone):
             _stage(inputs, outputs, blocks, stride)
             for (inputs, outputs), (_, blocks), stride in zip(pairwise([stem, *channels]), STAGES, strides, strict=True)
         )
-        initialize_convolutions(self)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map normalised images to ``(N, 1024 * width)`` and the ends of the five stages."""

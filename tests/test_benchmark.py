@@ -1,0 +1,133 @@
+"""Comparisons: what is run, what is repeated, and what the page says."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from refilled.benchmark.comparison import Comparison, compare
+from refilled.benchmark.report import verdict
+from refilled.benchmark.summary import Gain
+from refilled.errors import RunError
+from refilled.run import Run
+
+TEXT = """
+title = "<b>Digits</b> & {{7*7}}"
+seeds = [0, 1]
+[teacher]
+task = "digits:0-4"
+student = "wrn_10_1"
+epochs = 2
+shots = 8
+threads = 1
+[run]
+task = "digits:5-9"
+student = "wrn_10_1"
+epochs = 2
+shots = 8
+threads = 1
+[rows]
+vanilla = { method = "vanilla" }
+"<i>Re|Filled</i>" = { method = "refilled", settings = { centers = "global" } }
+"""
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    return compare(Comparison.from_toml(TEXT), tmp_path_factory.mktemp("comparison"), jobs=2)
+
+
+def test_the_page_shows_table_and_pictures_and_runs_nothing(page):
+    parsed = _Page()
+    parsed.feed(page.read_text())
+    assert "<b>Digits</b> & {{7*7}}" in parsed.text  # as text, neither as tags nor as a template
+    assert "<i>Re|Filled</i>" in parsed.text
+    tags = {tag for tag, _ in parsed.tags}
+    assert not tags & {"script", "iframe", "object", "link", "b", "i"}
+    pictures = [attributes["src"] for tag, attributes in parsed.tags if tag == "img"]
+    assert len(pictures) == 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in pictures)
+    assert not re.search(r"https?://", page.read_text())
+    policy = next(
+        a["content"] for t, a in parsed.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith("default-src 'none'")
+
+
+def test_raw_results_lie_beside_the_page(page):
+    lines = (page.parent / "results.csv").read_text().splitlines()
+    assert lines[0].startswith("row,seed,accuracy,ncm_accuracy,ncm_after_embedding")
+    assert len(lines) == 1 + 2 * 2
+    assert (page.parent / "results.md").read_text().count("\n") == 4
+
+
+def test_a_second_start_repeats_nothing(page):
+    folder = page.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    assert len(before) == 5
+    compare(Comparison.from_toml(TEXT), folder, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
+
+
+def test_a_folder_of_another_comparison_is_refused(page):
+    other = Comparison.from_toml(TEXT)
+    with pytest.raises(RunError, match="holds a run of another configuration"):
+        compare(replace(other, run=replace(other.run, lr=0.05)), page.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "title"),
+        ("title = ", "not a comparison"),
+        (TEXT.replace('method = "vanilla"', 'methd = "vanilla"'), "unknown key 'methd'; did you mean 'method'"),
+        (TEXT.replace("[0, 1]", "[1, 1]"), "different seeds"),
+        (TEXT.replace("epochs = 2", "epochs = -2"), "epochs = -2 is out of range"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_before_anything_trains(text, message):
+    with pytest.raises(RunError, match=message):
+        Comparison.from_toml(text)
+
+
+def test_the_teacher_takes_no_part_where_the_method_has_none():
+    run = Run(task="digits", student="wrn_10_1", teacher="t")
+    grid = Comparison("x", run, {"a": {"method": "vanilla"}, "b": {"method": "rkd"}}).grid(Path("out"))
+    assert grid["a"][0].teacher is None
+    assert grid["b"][0].teacher == "t"
+
+
+class _Row:
+    def __init__(self, gain: Gain, seeds: int = 3) -> None:
+        self.name, self.gain, self.results = "ReFilled", gain, [None] * seeds
+
+    def gain_over(self, other):
+        return self.gain
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "said"),
+    [
+        (Gain(2, 1, 3), 3, "The teacher helped: ReFilled gains 2.00"),
+        (Gain(2, -1, 5), 3, "It is not established that the teacher helped"),
+        (Gain(-2, -3, -1), 3, "The teacher hurt: ReFilled loses 2.00"),
+        (Gain(2, float("-inf"), float("inf")), 1, "a single seed establishes nothing"),
+    ],
+)
+def test_the_verdict_is_honest(gain, seeds, said):
+    assert said in verdict(_Row(gain, seeds), _Row(gain, seeds))
