@@ -13,14 +13,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Scale each row of ``(N, d)`` to length 1, in float32 or better.
+def lengths(x: Tensor) -> Tensor:
+    """Euclidean length of each row of ``(N, d)``, as ``(N, 1)``; infinite for a row of zeros.
 
-    A row of zeros has no direction: it stays zero, with a gradient of zero instead of an infinite one.
+    A row of zeros has no direction. Divided by an infinite length it stays zero, with a gradient of zero.
     """
-    x = at_least_float32(x)
     length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / length.where(length > torch.finfo(x.dtype).tiny ** 0.5, torch.inf)
+    return length.where(length != 0, torch.inf)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Scale each row of ``(N, d)`` to length 1, in float32 or better; a row of zeros stays as it is."""
+    x = at_least_float32(x)
+    return x / lengths(x)
 
 
 def squared_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
@@ -37,12 +42,13 @@ def squared_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
     other = a if b is None else at_least_float32(b)
     # A common shift changes no distance, and taking the mean away leaves fewer digits to cancel.
     shift = other.detach().mean(0)
-    a, other = a - shift, other - shift
+    a = a - shift
+    other = a if b is None else other - shift
     with torch.autocast(a.device.type, enabled=False):
-        squared = a.square().sum(1)[:, None] + other.square().sum(1) - 2 * (a @ other.T)
+        squared = torch.addmm(other.square().sum(1), a, other.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
     if b is None:
-        squared = squared.masked_fill(torch.eye(len(a), dtype=torch.bool, device=a.device), 0)
-    return squared.clamp_min(0)
+        squared.fill_diagonal_(0)
+    return squared.clamp_min_(0)
 
 
 def pairwise_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
@@ -60,28 +66,10 @@ def pairwise_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
     return root(squared_distances(a, b))
 
 
-def pair_distances(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Euclidean distance of chosen pairs of rows of ``x``; 0 with gradient 0 where they coincide.
-
-    Args:
-        x: ``(N, d)``.
-        rows: Index ``(T,)`` of one of each pair.
-        columns: Index ``(T,)`` of the other.
-
-    Returns:
-        ``(T,)``.
-    """
-    x = at_least_float32(x)
-    square = x.square().sum(1)
-    with torch.autocast(x.device.type, enabled=False):
-        products = (x @ x.T).flatten()  # N² numbers cost less to make than 2·T·d cost to gather
-    return root(square[rows] + square[columns] - 2 * products[rows * len(x) + columns])
-
-
 def root(squared: Tensor) -> Tensor:
     """Square root with gradient 0, instead of infinity, at and below 0."""
-    zero = squared <= 0
-    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    smallest = torch.finfo(squared.dtype).tiny  # a power of 4, so that its root is exact and 0 stays 0
+    return squared.clamp_min(smallest).sqrt() - smallest**0.5
 
 
 def class_centers(embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ An image is an **anchor**; another image of its class is a **positive**; an imag
 the positive is (Schroff et al., FaceNet, CVPR 2015). Mining needs no gradients and returns indices, so that any loss
 can use it.
 
-No ``(N, N, N)`` mask is ever made. Anchors are taken a block at a time, with only the positives that they have, so
-the work is N² numbers for each of the ``N / C`` positives of an anchor, in pieces that fit a processor's cache.
+No ``(N, N, N)`` mask is ever made. The T pairs of one class, about N²/C of them, are compared with all images, a few
+pairs at a time, so that the numbers in flight fit a processor's cache.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refilled.distances import root, unit_rows
+from refilled.distances import pairwise_distances, squared_distances, unit_rows
 from refilled.errors import MethodError
 
-CACHE = 2**18  # numbers of a block's temporary, 1 MiB in float32: measured best in benchmarks/mining.py
-STRIPES = 32  # see nearest_farther
-SORT_FROM = 128  # positives of an anchor from which sorting a row costs less than passing over it for each
+CACHE = 2**18  # numbers of a temporary, 1 MiB in float32: the best in benchmarks/mining.py
+STRIPES = 16  # see nearest_impostors; likewise
+
+
+class Pairs(NamedTuple):
+    """T ordered pairs of images of one class, as row numbers of the batch."""
+
+    anchor: Tensor
+    """``(T,)``."""
+
+    positive: Tensor
+    """``(T,)``: another image of the anchor's class."""
 
 
 class Triplets(NamedTuple):
@@ -37,26 +46,6 @@ class Triplets(NamedTuple):
     """``(T,)``: an image of another class, farther from the anchor than the positive."""
 
 
-class Block(NamedTuple):
-    """R anchors with all images of their classes, padded to the largest of these classes."""
-
-    members: Tensor
-    """``(R, P + 1)``: the anchor, then its P positives; padding repeats members."""
-
-    real: Tensor
-    """``(R, P)``: which positives are no padding."""
-
-    @property
-    def anchor(self) -> Tensor:
-        """``(R,)``."""
-        return self.members[:, 0]
-
-    @property
-    def positive(self) -> Tensor:
-        """``(R, P)``."""
-        return self.members[:, 1:]
-
-
 def semi_hard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
     """For each anchor and each other image of its class, the nearest impostor farther away than that image.
 
@@ -70,20 +59,13 @@ def semi_hard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
     Raises:
         MethodError: There is not one label for each embedding.
 
-    >>> at = torch.tensor([0.0, 0.3, 0.5, 1.0])
+    >>> at = torch.tensor([0.0, 0.3, 0.5, 1.1])
     >>> semi_hard_triplets(torch.stack([at.cos(), at.sin()], 1), torch.tensor([7, 7, 2, 2]))._asdict()
-    {'anchor': tensor([0, 1, 3]), 'positive': tensor([1, 0, 2]), 'negative': tensor([2, 3, 1])}
+    {'anchor': tensor([3, 0, 1]), 'positive': tensor([2, 1, 0]), 'negative': tensor([1, 2, 3])}
     """
     check_batch(labels, embeddings)
     with torch.no_grad():
-        x = unit_rows(embeddings)
-        mined = []
-        for block in blocks(labels):
-            squared = squared_from(x, block.anchor)
-            reach = squared.gather(1, block.positive)
-            impostor, found = nearest_farther(squared.scatter_(1, block.members, torch.inf), reach)
-            mined.append(_triplets(block, impostor, found & block.real))
-    return _joined(mined, labels)
+        return nearest_impostors(squared_distances(unit_rows(embeddings)), same_class_pairs(labels))
 
 
 def all_semi_hard_triplets(embeddings: Tensor, labels: Tensor, *, margin: float = 0.2) -> Triplets:
@@ -101,95 +83,86 @@ def all_semi_hard_triplets(embeddings: Tensor, labels: Tensor, *, margin: float 
     """
     check_batch(labels, embeddings)
     with torch.no_grad():
-        x = unit_rows(embeddings)
+        distances = pairwise_distances(unit_rows(embeddings))
         mined = []
-        for block in blocks(labels):
-            distance = root(squared_from(x, block.anchor))
-            inside = within_margin(distance, block, margin)
-            row, slot, impostor = (inside * block.real[:, :, None]).nonzero(as_tuple=True)
-            mined.append(Triplets(block.anchor[row], block.positive[row, slot], impostor))
-    return _joined(mined, labels)
+        for pairs, inside in impostors_within(distances, same_class_pairs(labels), margin):
+            pair, negative = inside.nonzero(as_tuple=True)
+            mined.append(Triplets(pairs.anchor[pair], pairs.positive[pair], negative))
+    return Triplets(*(torch.cat(indices) for indices in zip(*mined, strict=True)))
 
 
-def blocks(labels: Tensor) -> Iterator[Block]:
-    """Deal all images whose class has another image into blocks of anchors, largest classes first.
-
-    Each block is as large as the ``(R, P, N)`` numbers that compare its pairs with all images may be: what fits the
-    cache on a CPU, and N² on an accelerator, where few large steps are better.
-    """
-    total = len(labels)
-    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    size = counts[index]
-    order = (size * len(counts) + index).argsort(descending=True)  # classes lie together, and equal sizes too
-    size = size[order]
-    place = torch.arange(total, device=labels.device)
-    offset = (place - torch.searchsorted(-size, -size)) % size  # place within its class
-    sizes = size.tolist()
-    capacity = CACHE if labels.device.type == "cpu" else total**2
-    begin = 0
-    while begin < total and sizes[begin] > 1:
-        largest = sizes[begin]
-        rows = slice(begin, begin + max(1, capacity // (largest * total)))
-        step = torch.arange(largest, device=labels.device)
-        own = size[rows, None]
-        yield Block(
-            members=order[(place - offset)[rows, None] + (offset[rows, None] + step) % own],
-            real=step[1:] < own,
-        )
-        begin = rows.stop
+def same_class_pairs(labels: Tensor) -> Pairs:
+    """All ordered pairs of different images of one class, anchors together."""
+    order = labels.argsort()
+    ordered = labels[order]
+    first = torch.searchsorted(ordered, ordered)  # where the class of each image begins
+    others = torch.searchsorted(ordered, ordered, right=True) - first - 1
+    anchor = torch.arange(len(labels), device=labels.device).repeat_interleave(others)
+    nth = torch.arange(len(anchor), device=labels.device) - (others.cumsum(0) - others)[anchor]
+    positive = first[anchor] + nth
+    positive += positive >= anchor  # step over the anchor itself
+    return Pairs(order[anchor], order[positive])
 
 
-def squared_from(x: Tensor, anchor: Tensor) -> Tensor:
-    """Squared distances ``(R, N)`` from the anchors to all rows of ``x``, not below 0."""
-    square = x.square().sum(1)
-    with torch.autocast(x.device.type, enabled=False):
-        squared = torch.addmm(square, x[anchor], x.T, alpha=-2)
-    return squared.add_(square[anchor, None]).clamp_min_(0)
+def nearest_impostors(squared: Tensor, pairs: Pairs) -> Triplets:
+    """For each pair, the nearest image strictly farther from the anchor than the positive, outside the class.
 
-
-def nearest_farther(squared: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """For each entry of ``reach``, the column of the smallest number in its row that is strictly greater.
+    Non-negative floats are ordered like the integers of the same bits, and sums of integers wrap around. So one
+    addition puts what is farther first, nearest to farthest, and all the rest behind it, and a minimum finds it.
 
     Args:
-        squared: ``(R, N)``, values up to 4 (unit rows), or infinite for columns not to be taken.
-        reach: ``(R, P)``.
+        squared: Squared distances ``(N, N)``, none below 0.
+        pairs: All pairs of one class.
 
     Returns:
-        Columns ``(R, P)``, and whether there is such a number, ``(R, P)``.
+        The pairs that have an impostor, with it.
     """
-    if reach.shape[1] >= SORT_FROM:
-        ascending, order = squared.sort(1)
-        place = torch.searchsorted(ascending, reach, right=True).clamp_max(squared.shape[1] - 1)
-        return order.gather(1, place), (ascending.gather(1, place) > reach) & (ascending.gather(1, place) < torch.inf)
-    rows, positives = reach.shape
-    squared = F.pad(squared, (0, -squared.shape[1] % STRIPES), value=torch.inf)[:, None]
-    # A comparison written into floats runs an order of magnitude faster than a mask of booleans and where().
-    ranked = torch.empty(rows, positives, squared.shape[2], dtype=squared.dtype, device=squared.device)
-    torch.le(squared, reach[:, :, None], out=ranked)
-    torch.add(squared, ranked, alpha=8, out=ranked)  # what is not farther goes behind everything that is
+    integers = torch.int64 if squared.dtype == torch.float64 else torch.int32
+    bits = F.pad(squared, (0, -squared.shape[1] % STRIPES)).view(integers)
+    reach = bits[pairs]
+    bits[pairs] = 0  # nobody is nearer, so an image of the same class is never farther than the positive
+    bits.fill_diagonal_(0)
+    shift = (torch.iinfo(integers).max - reach)[:, None]  # the first number beyond reach becomes the lowest integer
     # min() with an index is slow and amin() is fast: find the winner's column among stripes, then its stripe.
-    ranked = ranked.view(rows, positives, STRIPES, -1)
-    column = ranked.amin(2).min(2).indices[:, :, None, None]
-    least, stripe = ranked.gather(3, column.expand(-1, -1, STRIPES, -1)).squeeze(3).min(2)
-    return stripe * ranked.shape[3] + column[:, :, 0, 0], least < 8
+    width = bits.shape[1] // STRIPES
+    columns = []
+    for anchor, part in _parts(bits.shape[1], pairs.anchor, shift):
+        ranked = bits.index_select(0, anchor).add_(part).view(len(anchor), STRIPES, width)
+        columns.append(ranked.amin(1).min(1).indices)
+    column = torch.cat(columns)
+    least, stripe = (bits.view(-1, STRIPES, width)[pairs.anchor, :, column] + shift).min(1)
+    found = (least < 0).nonzero()[:, 0]
+    return Triplets(pairs.anchor[found], pairs.positive[found], (stripe * width + column)[found])
 
 
-def within_margin(distance: Tensor, block: Block, margin: float) -> Tensor:
-    """Mark with 1.0 the impostors of each pair that are farther than the positive, by up to ``margin``.
+def impostors_within(distances: Tensor, pairs: Pairs, margin: float) -> Iterator[tuple[Pairs, Tensor]]:
+    """Mark the impostors that are farther from the anchor than the positive, by up to ``margin``.
 
     Args:
-        distance: ``(R, N)`` from the block's anchors.
-        block: The anchors and their positives.
+        distances: ``(N, N)``.
+        pairs: All pairs of one class.
         margin: The greatest difference of distances.
 
-    Returns:
-        ``(R, P, N)`` zeros and ones, in the dtype of ``distance``.
+    Yields:
+        A few of the pairs, and for them ``(t, N)`` zeros and ones in the dtype of ``distances``. Comparing in floats
+        is an order of magnitude faster than with masks of booleans.
     """
-    reach = distance.gather(1, block.positive)[:, :, None]
-    others = distance.scatter(1, block.members, torch.inf)[:, None]
-    inside = distance.new_empty(*block.real.shape, distance.shape[1])
-    torch.le(others, reach + margin, out=inside)
-    return inside.sub_(torch.le(others, reach, out=torch.empty_like(inside)))
+    reach = distances[pairs][:, None]
+    others = distances.clone()
+    others[pairs] = torch.inf
+    others.fill_diagonal_(torch.inf)
+    for anchor, positive, near in _parts(len(distances), pairs.anchor, pairs.positive, reach):
+        row = others.index_select(0, anchor)
+        yield Pairs(anchor, positive), row.clone().le_(near + margin).sub_(row.le_(near))
+
+
+def _parts(width: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut columns ``(T, ...)`` into parts that make ``(t, width)`` numbers fit the cache of a CPU.
+
+    On an accelerator few large parts are better; the limit there is a matrix of width × width.
+    """
+    rows = CACHE // width if columns[0].device.type == "cpu" else width
+    yield from zip(*(column.split(max(1, rows)) for column in columns), strict=True)
 
 
 def check_batch(labels: Tensor, *embeddings: Tensor) -> None:
@@ -205,14 +178,3 @@ def check_batch(labels: Tensor, *embeddings: Tensor) -> None:
         f"a batch of N > 0 images needs rows (N, d) and class ids (N,), but got {shapes} with labels "
         f"{tuple(labels.shape)}; flatten the rows, and give one class id for each image"
     )
-
-
-def _triplets(block: Block, impostor: Tensor, keep: Tensor) -> Triplets:
-    return Triplets(block.anchor[:, None].expand_as(keep)[keep], block.positive[keep], impostor[keep])
-
-
-def _joined(mined: list[Triplets], labels: Tensor) -> Triplets:
-    if not mined:
-        nothing = labels.new_empty(0, dtype=torch.int64)
-        return Triplets(nothing, nothing, nothing)
-    return Triplets(*(torch.cat(indices) for indices in zip(*mined, strict=True)))

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refilled import distances
-from refilled.distances import at_least_float32, pair_distances, root, squared_distances, unit_rows
+from refilled.distances import at_least_float32, lengths, pairwise_distances, root, squared_distances, unit_rows
 from refilled.errors import MethodError, unknown
-from refilled.mining import Triplets, blocks, check_batch, semi_hard_triplets, squared_from, within_margin
+from refilled.mining import Pairs, check_batch, impostors_within, nearest_impostors, same_class_pairs
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant, exponential
 
@@ -30,96 +30,54 @@ Reduction = Literal["sum", "mean"]
 Centers = Literal["batch", "leave-one-out", "global"]
 
 
-def triplet_gap(embedding: Tensor, triplets: Triplets) -> Tensor:
-    """How much farther the impostor is from the anchor than the positive: rows ``(N, d)`` -> ``(T,)``."""
-    anchor, positive, negative = triplets
-    distance = pair_distances(embedding, anchor.repeat(2), torch.cat([positive, negative]))
-    to_positive, to_negative = distance.chunk(2)
-    return to_negative - to_positive
+def triplet_alignment(u_student: Tensor, u_teacher: Tensor) -> Tensor:
+    r"""Divergence of the probabilities that positives are more similar than impostors (Eq. 4 to 6 of the paper).
 
+    For anchor i, positive j and impostor k let :math:`u = (d_{ik} - d_{ij}) / \tau`, :math:`p = \mathrm{sigmoid}(u)`.
+    With :math:`\rho = 1 - p_T`,
 
-def triplet_alignment(
-    student_gap: Tensor, teacher_gap: Tensor, *, temperature: float = 2.0, student_temperature: float = 1.0
-) -> Tensor:
-    r"""Divergence of each triplet's similarity probability (Eq. 4 to 6 of the paper).
-
-    With gaps :math:`u = d_{ik} - d_{ij}` of anchor i, positive j and impostor k, the positive is the more similar with
-    probability :math:`p = \mathrm{sigmoid}(u / \tau)`. With :math:`\rho = 1 - p_T`,
-
-    .. math:: \mathrm{KL}(p_T \,\|\, p_S) = c(u_S / \tau_S) - c(u_T / \tau_T), \qquad c(u) = \rho u + \ln(1 + e^{-u})
+    .. math:: \mathrm{KL}(p_T \,\|\, p_S) = c(u_S) - c(u_T), \qquad c(u) = \rho u + \ln(1 + e^{-u})
 
     Args:
-        student_gap: ``(T,)``, see :func:`triplet_gap`.
-        teacher_gap: ``(T,)`` of the same triplets.
-        temperature: :math:`\tau_T`, of the teacher's probabilities.
-        student_temperature: :math:`\tau_S`.
+        u_student: ``(T,)``, divided by the student's temperature.
+        u_teacher: ``(T,)`` of the same triplets, divided by the teacher's temperature.
 
     Returns:
         ``(T,)``.
     """
-    u_student, u_teacher = student_gap / student_temperature, teacher_gap / temperature
     rho = torch.sigmoid(-u_teacher)
-    return (rho * u_student + F.softplus(-u_student)) - (rho * u_teacher + F.softplus(-u_teacher))
+    return rho * (u_student - u_teacher) - F.logsigmoid(u_student) + F.logsigmoid(u_teacher)
 
 
-class TupleAlignment(torch.autograd.Function):
-    r"""Sum over pairs of one class of the divergence between softmaxes over the positive and all its impostors.
+class FromUnitDistances(torch.autograd.Function):
+    """A value computed from the distances among unit rows, with its known derivative by their squares.
 
-    For a pair (i, j) let K be j and all k of other classes with :math:`d_{ij}^S < d_{ik}^S \leq d_{ij}^S + m`.
-    With :math:`s_k = -d_{ik} / \tau` and :math:`Z = \sum_{k \in K} e^{s_k}`,
-
-    .. math:: \mathrm{KL} = \frac{1}{Z_T} \sum_{k \in K} e^{s_k^T} (s_k^T - s_k^S) - \ln Z_T + \ln Z_S, \qquad
-              \frac{\partial\,\mathrm{KL}}{\partial s_k^S} = \frac{e^{s_k^S}}{Z_S} - \frac{e^{s_k^T}}{Z_T}.
-
-    The exponentials depend on (i, k) alone, so each sum over K is a product with a matrix of zeros and ones. That
-    matrix has N numbers for every pair: it is made block by block, and the gradient is taken while it is there.
+    Triplets touch few of the N² distances. Differentiating operation by operation would pass over all of them many
+    times; this way a single product of matrices is left for the backward pass.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        temperature: float,
-        student_temperature: float,
-        margin: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take unit rows ``(N, d_S)`` and ``(N, d_T)``; return the sum, and the numbers of tuples and impostors."""
-        total, tuples, impostors = student.new_zeros(3)
-        gradient = torch.zeros_like(student)
-        for block in blocks(labels):
-            distance = root(squared_from(student, block.anchor))  # (R, N)
-            inside = within_margin(distance, block, margin).mul_(block.real[:, :, None])  # (R, P, N)
-            s_student = (1 - distance) / student_temperature  # the 1 only keeps the exponentials in range
-            s_teacher = (1 - root(squared_from(teacher, block.anchor))) / temperature
-            e_student, e_teacher = s_student.exp(), s_teacher.exp()
-            terms = torch.stack([e_student, e_teacher, e_teacher * (s_teacher - s_student)], dim=2)  # (R, N, 3)
-            own = block.positive[:, :, None].expand(-1, -1, 3)
-            z_student, z_teacher, product = (terms.gather(1, own) + inside @ terms).unbind(2)  # each (R, P)
-            divergence = product / z_teacher - z_teacher.log() + z_student.log()
-            total += (divergence * block.real).sum()
-            number = inside.sum(2)
-            tuples += (number > 0).sum()
-            impostors += number.sum()
+    def forward(ctx: Any, embedding: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """Return ``value``; its derivative by the squared distances of the rows of ``embedding`` is ``slope``.
 
-            weights = torch.stack([1 / z_student, -1 / z_teacher], dim=2) * block.real[:, :, None]  # (R, P, 2)
-            spread = (inside.transpose(1, 2) @ weights).scatter_add_(1, own[:, :, :2], weights)  # (R, N, 2)
-            slope = (spread * terms[:, :, :2]).sum(2) / -student_temperature  # of the loss by the distances
-            pull = slope * torch.where(distance > 0, 1 / distance, 0)
-            rows = student[block.anchor]
-            gradient += pull.sum(0)[:, None] * student - pull.T @ rows
-            gradient.index_add_(0, block.anchor, pull.sum(1, keepdim=True) * rows - pull @ student)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(tuples, impostors)
-        return total, tuples, impostors
+        Args:
+            ctx: Where autograd keeps what the backward pass needs.
+            embedding: ``(N, d)``, not yet of length 1.
+            value: A scalar.
+            slope: ``(N, N)``, symmetric, each pair counted in both of its places.
+        """
+        ctx.save_for_backward(embedding, slope)
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, total: Tensor, *counts: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradient that the forward pass left."""
-        (gradient,) = ctx.saved_tensors
-        return total * gradient, None, None, None, None, None
+    def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor, None, None]:
+        r"""Return :math:`2 \sum_k s_{ik} (x_i - x_k)`, less its part along :math:`x_i`, over the length of row i."""
+        embedding, slope = ctx.saved_tensors
+        length = lengths(embedding)
+        x = embedding / length
+        pull = slope @ x
+        return 2 * by_value * ((pull * x).sum(1, keepdim=True) * x - pull) / length, None, None
 
 
 class TripletAlignmentLoss(nn.Module):
@@ -134,7 +92,7 @@ class TripletAlignmentLoss(nn.Module):
         student_temperature: Of the student's probabilities; 1 in the paper.
         negatives: ``"nearest"`` compares each pair of one class with the nearest of the impostors that are farther
             away, as the paper does; ``"semihard"`` with all of them up to ``margin``, in one softmax, as the authors
-            did later (:class:`TupleAlignment`).
+            did later.
         margin: How much farther than the positive an impostor may be; only for ``"semihard"``.
         reduction: ``"sum"`` as in the paper, or ``"mean"`` over triplets (over pairs that have an impostor, for
             ``"semihard"``). It is 0 where there are none.
@@ -171,13 +129,13 @@ class TripletAlignmentLoss(nn.Module):
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)`` with class ids ``(N,)``."""
         check_batch(labels, student_embedding, teacher_embedding)
-        student, teacher = unit_rows(student_embedding), unit_rows(teacher_embedding.detach())
-        if self.negatives == "nearest":
-            total, number = self._nearest(student, teacher, labels)
-        else:
-            total, number = self._semihard(student, teacher, labels)
-        # A batch without triplets still has a graph, and an embedding that is not finite is not passed over.
-        total = total + 0 * student.sum()
+        student_embedding = at_least_float32(student_embedding)
+        align = self._nearest if self.negatives == "nearest" else self._semihard
+        with torch.no_grad():
+            student, teacher = unit_rows(student_embedding), unit_rows(teacher_embedding.to(student_embedding.dtype))
+            total, slope, number = align(student, teacher, same_class_pairs(labels))
+            total += 0 * student.sum()  # NaN must show, even where it leaves no triplets
+        total = FromUnitDistances.apply(student_embedding, total, slope)
         return total if self.reduction == "sum" else total / number.clamp(min=1)
 
     def statistics(self) -> Mapping[str, Tensor]:
@@ -193,23 +151,60 @@ class TripletAlignmentLoss(nn.Module):
         """Name the hyper-parameters when printed."""
         return f"negatives={self.negatives}, temperature={self.temperature}, reduction={self.reduction}"
 
-    def _nearest(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        triplets = semi_hard_triplets(student, labels)
-        student_gap, teacher_gap = triplet_gap(student, triplets), triplet_gap(teacher, triplets)
-        number = student_gap.new_tensor(len(student_gap))
-        self._statistics = {"triplets": number, "violated": (teacher_gap < 0).sum() / number.clamp(min=1)}
-        divergence = triplet_alignment(
-            student_gap, teacher_gap, temperature=self.temperature, student_temperature=self.student_temperature
-        )
-        return divergence.sum(), number
+    def _nearest(self, student: Tensor, teacher: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        squared = squared_distances(student)
+        anchor, positive, negative = nearest_impostors(squared, pairs)
+        cells = (anchor.repeat(2), torch.cat([positive, negative]))  # 2T of the N² cells
+        distance = root(torch.stack([squared[cells], squared_distances(teacher)[cells]]))  # (2, 2T)
+        to_positive, to_negative = distance.chunk(2, dim=1)
+        student_gap, teacher_gap = to_negative - to_positive  # (T,) each
+        u_student, u_teacher = student_gap / self.student_temperature, teacher_gap / self.temperature
 
-    def _semihard(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(student.device.type, enabled=False):
-            total, tuples, impostors = TupleAlignment.apply(
-                student, teacher.to(student.dtype), labels, self.temperature, self.student_temperature, self.margin
-            )
+        by_gap = (u_student.sigmoid() - u_teacher.sigmoid()) / self.student_temperature  # of the loss, (T,)
+        by_squared = torch.cat([-by_gap, by_gap]) * _half_inverse(distance[0])
+        slope = torch.zeros_like(squared)
+        slope.index_put_(cells, by_squared, accumulate=True).index_put_(cells[::-1], by_squared, accumulate=True)
+        number = teacher_gap.new_tensor(len(teacher_gap))
+        self._statistics = {"triplets": number, "violated": (teacher_gap < 0).sum() / number.clamp(min=1)}
+        return triplet_alignment(u_student, u_teacher).sum(), slope, number
+
+    def _semihard(self, student: Tensor, teacher: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Sum over pairs of one class of the divergence between softmaxes over the positive and all its impostors.
+
+        For a pair (i, j) let K be j and all k of other classes with :math:`d_{ij}^S < d_{ik}^S \leq d_{ij}^S + m`.
+        With :math:`s_k = -d_{ik} / \tau` and :math:`Z = \sum_{k \in K} e^{s_k}`,
+
+        .. math:: \mathrm{KL} = \frac{1}{Z_T} \sum_{k \in K} e^{s_k^T} (s_k^T - s_k^S) - \ln Z_T + \ln Z_S, \qquad
+                  \frac{\partial\,\mathrm{KL}}{\partial s_k^S} = \frac{e^{s_k^S}}{Z_S} - \frac{e^{s_k^T}}{Z_T}.
+
+        The exponentials depend on (i, k) alone, so that a pair only adds up some of those of its anchor.
+        """
+        distance = pairwise_distances(student)
+        s_student = (1 - distance) / self.student_temperature  # the 1 only keeps the exponentials in range
+        s_teacher = (1 - pairwise_distances(teacher)) / self.temperature
+        e_student, e_teacher = s_student.exp(), s_teacher.exp()
+        weighted = e_teacher * (s_teacher - s_student)
+        slope = torch.zeros_like(distance)
+        total, tuples, impostors = student.new_zeros(3)
+        for part, inside in impostors_within(distance, pairs, self.margin):
+            number = inside.sum(1)
+            inside[torch.arange(len(inside), device=inside.device), part.positive] = 1
+            of_student = e_student.index_select(0, part.anchor).mul_(inside)  # (t, N)
+            of_teacher = e_teacher.index_select(0, part.anchor).mul_(inside)
+            z_student, z_teacher = of_student.sum(1, keepdim=True), of_teacher.sum(1, keepdim=True)  # (t, 1)
+            slope.index_add_(0, part.anchor, (of_student.div_(z_student).sub_(of_teacher.div_(z_teacher))))
+            product = inside.mul_(weighted.index_select(0, part.anchor)).sum(1) / z_teacher[:, 0]
+            total += (product + (z_student / z_teacher).log()[:, 0]).sum()
+            tuples += (number > 0).sum()
+            impostors += number.sum()
         self._statistics = {"tuples": tuples, "impostors": impostors / tuples.clamp(min=1)}
-        return total, tuples
+        slope *= _half_inverse(distance) / -self.student_temperature
+        return total, slope + slope.T, tuples
+
+
+def _half_inverse(distance: Tensor) -> Tensor:
+    # The derivative of a distance by its square; 0 where there is none.
+    return torch.where(distance > 0, 0.5 / distance, 0)
 
 
 def local_kd(
@@ -422,9 +417,9 @@ def refilled(
         classify["local_kd"] = Term(local, exponential(kd_weight, kd_decay), teacher="embedding")
     if gamma is not None:
         aligned = Term(alignment, constant(gamma), student="embedding", teacher="embedding")
-        return [Stage("joint", {"triplets": aligned, **classify})]
+        return [Stage("joint", {"alignment": aligned, **classify})]
     aligned = Term(alignment, constant(triplet_weight), student="embedding", teacher="embedding")
     return [
-        Stage("embedding", {"triplets": aligned}, share=embedding_share),
+        Stage("embedding", {"alignment": aligned}, share=embedding_share),
         Stage("classifier", classify, share=1 - embedding_share, classifier="fresh"),
     ]
