@@ -1,6 +1,9 @@
 """Comparisons: what is run, what is repeated, and what the page says."""
 
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 from refilled.benchmark.comparison import Comparison, compare
 from refilled.benchmark.report import verdict
 from refilled.benchmark.summary import Gain
+from refilled.checkpoints import hold
 from refilled.errors import RunError
 from refilled.run import Run
 
@@ -88,6 +92,26 @@ def test_a_folder_of_another_comparison_is_refused(page):
     other = Comparison.from_toml(TEXT)
     with pytest.raises(RunError, match="holds a run of another configuration"):
         compare(replace(other, run=replace(other.run, lr=0.05)), page.parent)
+
+
+def test_a_killed_comparison_leaves_no_worker_and_goes_on(tmp_path):
+    (tmp_path / "c.toml").write_text(TEXT.replace("epochs = 2", "epochs = 200"))
+    command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli import main; main()"]
+    arguments = ["compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out")]
+    with subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL) as process:
+        log = tmp_path / "out" / "teacher" / "log.jsonl"
+        while not (log.exists() and log.stat().st_size) and process.poll() is None:
+            time.sleep(0.1)
+        process.kill()
+    for _ in range(200):
+        try:
+            with hold(log.parent):
+                break
+        except RunError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the worker still holds its run")
+    assert (log.parent / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -9,6 +12,8 @@ from pathlib import Path
 from refilled.errors import RunError
 from refilled.experiment import Result, distill, resolve, resume
 from refilled.run import Run
+
+_SECONDS_TO_SAVE = 10
 
 
 def run_grid(
@@ -29,7 +34,7 @@ def run_grid(
     results = {}
     # Not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
         futures = {pool.submit(_carry_out, run, folder / name): name for name, run in runs.items()}
         try:
             for future in as_completed(futures):
@@ -43,8 +48,19 @@ def run_grid(
     return {name: results[name] for name in runs}
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which has not happened yet
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Save the run under way and end when the parent is gone; else a killed grid would leave its workers behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SECONDS_TO_SAVE)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _carry_out(run: Run, folder: Path) -> Result:
