@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,16 @@ def real_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real images at {root}; set REFILLED_DATA")
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Let no test reach beyond this machine; what would need to must say so in an error."""
+    connect = socket.socket.connect
+
+    def only_here(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
