@@ -44,8 +44,9 @@ def squared_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
     shift = other.detach().mean(0)
     a = a - shift
     other = a if b is None else other - shift
+    square = a.square().sum(1, keepdim=True)
     with torch.autocast(a.device.type, enabled=False):
-        squared = torch.addmm(other.square().sum(1), a, other.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
+        squared: Tensor = torch.addmm(other.square().sum(1), a, other.T, alpha=-2).add_(square)
     if b is None:
         squared.fill_diagonal_(0)
     return squared.clamp_min_(0)
@@ -66,10 +67,18 @@ def pairwise_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
     return root(squared_distances(a, b))
 
 
+def pair_distances(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Euclidean distances ``(T,)`` of the pairs with row numbers ``rows`` and ``columns`` ``(T,)`` in ``(N, d)``."""
+    square = x.square().sum(1)
+    with torch.autocast(x.device.type, enabled=False):
+        products = (x @ x.T).take(rows * len(x) + columns)  # to make all N² costs less than to gather 2·T·d numbers
+    return root(square[rows] + square[columns] - 2 * products)
+
+
 def root(squared: Tensor) -> Tensor:
     """Square root with gradient 0, instead of infinity, at and below 0."""
     smallest = torch.finfo(squared.dtype).tiny  # a power of 4, so that its root is exact and 0 stays 0
-    return squared.clamp_min(smallest).sqrt() - smallest**0.5
+    return torch.sub(squared.clamp_min(smallest).sqrt(), smallest**0.5)
 
 
 def class_centers(embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

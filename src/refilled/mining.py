@@ -19,7 +19,7 @@ from torch import Tensor
 from refilled.distances import pairwise_distances, squared_distances, unit_rows
 from refilled.errors import MethodError
 
-CACHE = 2**18  # numbers of a temporary, 1 MiB in float32: the best in benchmarks/mining.py
+CACHE = 2**17  # numbers of a temporary, half a MiB in float32: the best in benchmarks/mining.py
 STRIPES = 16  # see nearest_impostors; likewise
 
 

@@ -12,14 +12,22 @@ References:
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refilled import distances
-from refilled.distances import at_least_float32, lengths, pairwise_distances, root, squared_distances, unit_rows
+from refilled.distances import (
+    at_least_float32,
+    lengths,
+    pair_distances,
+    pairwise_distances,
+    root,
+    squared_distances,
+    unit_rows,
+)
 from refilled.errors import MethodError, unknown
 from refilled.mining import Pairs, check_batch, impostors_within, nearest_impostors, same_class_pairs
 from refilled.outputs import ModelShape
@@ -135,7 +143,7 @@ class TripletAlignmentLoss(nn.Module):
             student, teacher = unit_rows(student_embedding), unit_rows(teacher_embedding.to(student_embedding.dtype))
             total, slope, number = align(student, teacher, same_class_pairs(labels))
             total += 0 * student.sum()  # NaN must show, even where it leaves no triplets
-        total = FromUnitDistances.apply(student_embedding, total, slope)
+        total = cast(Tensor, FromUnitDistances.apply(student_embedding, total, slope))
         return total if self.reduction == "sum" else total / number.clamp(min=1)
 
     def statistics(self) -> Mapping[str, Tensor]:
@@ -154,16 +162,16 @@ class TripletAlignmentLoss(nn.Module):
     def _nearest(self, student: Tensor, teacher: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         squared = squared_distances(student)
         anchor, positive, negative = nearest_impostors(squared, pairs)
-        cells = (anchor.repeat(2), torch.cat([positive, negative]))  # 2T of the N² cells
-        distance = root(torch.stack([squared[cells], squared_distances(teacher)[cells]]))  # (2, 2T)
-        to_positive, to_negative = distance.chunk(2, dim=1)
-        student_gap, teacher_gap = to_negative - to_positive  # (T,) each
+        first, second = anchor.repeat(2), torch.cat([positive, negative])  # (2T,)
+        distance = root(squared[first, second])
+        student_gap, teacher_gap = _gap(distance), _gap(pair_distances(teacher, first, second))  # (T,)
         u_student, u_teacher = student_gap / self.student_temperature, teacher_gap / self.temperature
 
-        by_gap = (u_student.sigmoid() - u_teacher.sigmoid()) / self.student_temperature  # of the loss, (T,)
-        by_squared = torch.cat([-by_gap, by_gap]) * _half_inverse(distance[0])
+        by_gap = (u_student.sigmoid() - u_teacher.sigmoid()) / self.student_temperature  # of the loss
+        by_squared = torch.cat([-by_gap, by_gap]) * _half_inverse(distance)
         slope = torch.zeros_like(squared)
-        slope.index_put_(cells, by_squared, accumulate=True).index_put_(cells[::-1], by_squared, accumulate=True)
+        for cells in ((first, second), (second, first)):
+            slope.index_put_(cells, by_squared, accumulate=True)
         number = teacher_gap.new_tensor(len(teacher_gap))
         self._statistics = {"triplets": number, "violated": (teacher_gap < 0).sum() / number.clamp(min=1)}
         return triplet_alignment(u_student, u_teacher).sum(), slope, number
@@ -180,10 +188,11 @@ class TripletAlignmentLoss(nn.Module):
         The exponentials depend on (i, k) alone, so that a pair only adds up some of those of its anchor.
         """
         distance = pairwise_distances(student)
-        s_student = (1 - distance) / self.student_temperature  # the 1 only keeps the exponentials in range
-        s_teacher = (1 - pairwise_distances(teacher)) / self.temperature
-        e_student, e_teacher = s_student.exp(), s_teacher.exp()
-        weighted = e_teacher * (s_teacher - s_student)
+        e_student = (1 - distance).div_(self.student_temperature)  # the 1 only keeps the exponentials in range
+        e_teacher = (1 - pairwise_distances(teacher)).div_(self.temperature)
+        weighted = e_teacher - e_student
+        weighted.mul_(e_teacher.exp_())
+        e_student.exp_()
         slope = torch.zeros_like(distance)
         total, tuples, impostors = student.new_zeros(3)
         for part, inside in impostors_within(distance, pairs, self.margin):
@@ -200,6 +209,11 @@ class TripletAlignmentLoss(nn.Module):
         self._statistics = {"tuples": tuples, "impostors": impostors / tuples.clamp(min=1)}
         slope *= _half_inverse(distance) / -self.student_temperature
         return total, slope + slope.T, tuples
+
+
+def _gap(distance: Tensor) -> Tensor:
+    to_positive, to_negative = distance.chunk(2)
+    return to_negative - to_positive
 
 
 def _half_inverse(distance: Tensor) -> Tensor:
@@ -249,7 +263,7 @@ def local_kd(
     if isinstance(centers, str) and centers == "leave-one-out":
         # The mean without x lies n / (n - 1) times as far from x as the mean with it.
         own = labels[:, None] == classes
-        n = own.sum(0)
+        n = own.sum(0, dtype=squared.dtype)
         squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
     log_q = F.log_softmax(-squared / temperature, dim=1)
     log_p = F.log_softmax(at_least_float32(student_logits)[:, classes] / student_temperature, dim=1)
