@@ -125,11 +125,10 @@ def nearest_impostors(squared: Tensor, pairs: Pairs) -> Triplets:
     shift = (torch.iinfo(integers).max - reach)[:, None]  # the first number beyond reach becomes the lowest integer
     # min() with an index is slow and amin() is fast: find the winner's column among stripes, then its stripe.
     width = bits.shape[1] // STRIPES
-    columns = []
-    for anchor, part in _parts(bits.shape[1], pairs.anchor, shift):
+    column = torch.empty_like(pairs.anchor)
+    for anchor, part, out in _parts(bits.shape[1], pairs.anchor, shift, column):
         ranked = bits.index_select(0, anchor).add_(part).view(len(anchor), STRIPES, width)
-        columns.append(ranked.amin(1).min(1).indices)
-    column = torch.cat(columns)
+        out.copy_(ranked.amin(1).min(1).indices)
     least, stripe = (bits.view(-1, STRIPES, width)[pairs.anchor, :, column] + shift).min(1)
     found = (least < 0).nonzero()[:, 0]
     return Triplets(pairs.anchor[found], pairs.positive[found], (stripe * width + column)[found])
@@ -161,8 +160,9 @@ def _parts(width: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     On an accelerator few large parts are better; the limit there is a matrix of width × width.
     """
-    rows = CACHE // width if columns[0].device.type == "cpu" else width
-    yield from zip(*(column.split(max(1, rows)) for column in columns), strict=True)
+    rows = max(1, CACHE // width if columns[0].device.type == "cpu" else width)
+    for begin in range(0, max(1, len(columns[0])), rows):  # one part even of nothing
+        yield tuple(column[begin : begin + rows] for column in columns)
 
 
 def check_batch(labels: Tensor, *embeddings: Tensor) -> None:
