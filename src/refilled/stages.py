@@ -29,7 +29,11 @@ def exponential(start: float, rate: float) -> Weight:
 
 @runtime_checkable
 class Prepares(Protocol):
-    """A loss that looks at the teacher's embedding of the whole training set before its stage begins."""
+    """A loss that may look at the teacher's embedding of the whole training set before its stage begins."""
+
+    @property
+    def needs_training_set(self) -> bool:
+        """Whether it wants to: embedding the whole training set costs time."""
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
         """Take ``(N, d)`` embeddings of the training images, not augmented, and their ``(N,)`` class ids."""

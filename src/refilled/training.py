@@ -276,11 +276,12 @@ class _Stage:
         if self.stage.classifier == "fresh":
             generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.number)
             self.student.reset_classifier(generator)
-        learners = [term.loss for term in self.stage.terms.values() if isinstance(term.loss, Prepares)]
-        if learners and self.teacher is not None:
+        losses = [term.loss for term in self.stage.terms.values()]
+        curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
+        if curious and self.teacher is not None:
             with self.fabric.autocast():
                 embedding = predict(self.teacher, self.task.train.pixels, self.fabric.device).embedding
-            for loss in learners:
+            for loss in curious:
                 loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
 
     def _state(self) -> State:

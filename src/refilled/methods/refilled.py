@@ -280,6 +280,8 @@ class LocalKDLoss(nn.Module):
             training set. The global ones are a buffer, from ``class_centers``, from :meth:`prepare` or from a loaded
             state dict.
         normalize: Bring the teacher's embedding to length 1 first.
+        centered: Take the training set's mean away from the teacher's embedding before all else; :meth:`prepare` or a
+            loaded state dict gives it.
         class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
 
     Raises:
@@ -288,6 +290,7 @@ class LocalKDLoss(nn.Module):
     """
 
     class_centers: Tensor | None
+    mean: Tensor | None
 
     def __init__(
         self,
@@ -296,6 +299,7 @@ class LocalKDLoss(nn.Module):
         student_temperature: float = 1.0,
         centers: Centers = "batch",
         normalize: bool = False,
+        centered: bool = False,
         class_centers: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -303,17 +307,29 @@ class LocalKDLoss(nn.Module):
         _check_positive(temperature=temperature, student_temperature=student_temperature)
         if class_centers is not None and centers != "global":
             raise MethodError(f"class_centers are for centers='global', but centers is '{centers}'; drop one of them")
+        if class_centers is not None and centered:
+            raise MethodError("class_centers do not say which mean was taken away; drop centered, or use prepare()")
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.centers = centers
         self.normalize = normalize
+        self.centered = centered
         self.register_buffer("class_centers", class_centers)
+        self.register_buffer("mean", None)
+
+    @property
+    def needs_training_set(self) -> bool:
+        """Whether :meth:`prepare` has anything to do."""
+        return self.centered or self.centers == "global"
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take the class means of the whole training set, ``(N, d)`` and ``(N,)``, if ``centers="global"``."""
+        """Take from the whole training set, ``(N, d)`` and ``(N,)``, its mean if ``centered``, global class means too."""
+        check_batch(labels, teacher_embedding)
+        if self.centered:
+            self.mean = at_least_float32(teacher_embedding).mean(0)
+            teacher_embedding = teacher_embedding - self.mean
         if self.centers != "global":
             return
-        check_batch(labels, teacher_embedding)
         means, classes = distances.class_centers(_teacher_rows(teacher_embedding, self.normalize), labels)
         _check_classes(classes)
         centers = means.new_full((int(classes[-1]) + 1, means.shape[1]), torch.nan)  # NaN: no image of that class
@@ -321,34 +337,38 @@ class LocalKDLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of logits ``(N, C)`` and embedding ``(N, d)`` with class ids ``(N,)``."""
+        if self.centered:
+            teacher_embedding = teacher_embedding - self._prepared(self.mean, "mean")
         return local_kd(
             student_logits,
             teacher_embedding,
             labels,
             temperature=self.temperature,
             student_temperature=self.student_temperature,
-            centers=self._global_centers() if self.centers == "global" else self.centers,
+            centers=self._prepared(self.class_centers, "class means") if self.centers == "global" else self.centers,
             normalize=self.normalize,
         )
 
     def extra_repr(self) -> str:
         """Name the hyper-parameters when printed."""
-        return f"centers={self.centers}, temperature={self.temperature}, normalize={self.normalize}"
+        options = f"centers={self.centers}, temperature={self.temperature}, normalize={self.normalize}"
+        return f"{options}, centered={self.centered}"
 
-    def _global_centers(self) -> Tensor:
-        if self.class_centers is None:
+    def _prepared(self, buffer: Tensor | None, what: str) -> Tensor:
+        if buffer is None:
             raise MethodError(
-                "centers='global' has no class means yet; call prepare(teacher_embedding, labels) with the whole "
-                "training set, or give class_centers"
+                f"LocalKDLoss({self.extra_repr()}) has no {what} of the training set yet; call "
+                "prepare(teacher_embedding, labels) with the whole training set, or give class_centers"
             )
-        return self.class_centers
+        return buffer
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The number of classes is only known from what is loaded.
-        saved = state_dict.get(f"{prefix}class_centers")
-        if saved is not None and self.centers == "global":
-            device = None if self.class_centers is None else self.class_centers.device
-            self.class_centers = torch.empty_like(saved, device=device)
+        # How many classes and dimensions there are is only known from what is loaded.
+        for name, wanted in (("class_centers", self.centers == "global"), ("mean", self.centered)):
+            saved = state_dict.get(f"{prefix}{name}")
+            if saved is not None and wanted:
+                old = getattr(self, name)
+                setattr(self, name, torch.empty_like(saved, device=None if old is None else old.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -400,9 +420,11 @@ def refilled(
     embedding_share: float = 0.5,
     centers: Centers = "batch",
     normalize: bool = False,
+    centered: bool = False,
     kd_temperature: float = 2.0,
     kd_weight: float = 10.0,
     kd_decay: float = 0.05,
+    regression_weight: float = 0.0,
     gamma: float | None = None,
 ) -> list[Stage]:
     """Match triplets in the embedding, then distil a local classifier (Ye, Lu and Zhan, CVPR 2020).
@@ -418,17 +440,23 @@ def refilled(
         embedding_share: Part of the epochs that goes to stage 1; the paper gives each stage 200.
         centers: Where the class centres of the teacher's local classifier come from (``batch``: Eq. 7).
         normalize: Whether that classifier L2-normalises the teacher's embedding.
+        centered: Whether it takes the training set's mean away first.
         kd_temperature: tau of the local classifier (Eq. 8).
         kd_weight: Weight of local distillation in the first epoch of its stage: ``1000 * lambda`` with lambda = 0.01
             (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
         kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
+        regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points, through
+            a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
         gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
     classify = {"ce": Term(nn.CrossEntropyLoss())}
     if kd_weight > 0:
-        local = LocalKDLoss(temperature=kd_temperature, centers=centers, normalize=normalize)
+        local = LocalKDLoss(temperature=kd_temperature, centers=centers, normalize=normalize, centered=centered)
         classify["local_kd"] = Term(local, exponential(kd_weight, kd_decay), teacher="embedding")
+    if regression_weight > 0:
+        projected = EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim)
+        classify["regression"] = Term(projected, constant(regression_weight), student="embedding", teacher="embedding")
     if gamma is not None:
         aligned = Term(alignment, constant(gamma), student="embedding", teacher="embedding")
         return [Stage("joint", {"alignment": aligned, **classify})]

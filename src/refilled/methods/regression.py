@@ -37,6 +37,7 @@ class EmbeddingRegressionLoss(nn.Module):
     """
 
     mean: Tensor
+    needs_training_set = True
 
     def __init__(self, student_dim: int, teacher_dim: int) -> None:
         super().__init__()
