@@ -11,6 +11,7 @@ from torch import nn
 from refilled.errors import MethodError
 from refilled.methods import list_methods, load_method
 from refilled.methods.kd import softened_kl
+from refilled.methods.regression import EmbeddingRegressionLoss, misalignment
 from refilled.methods.rkd import angles, relative_distances
 from refilled.outputs import Outputs
 from refilled.stages import Prepares
@@ -205,3 +206,27 @@ def test_rkd_does_not_see_rotation_and_scale():
     turned = 3 * x @ nn.init.orthogonal_(torch.empty(5, 5, dtype=torch.float64))
     torch.testing.assert_close(relative_distances(turned), relative_distances(x))
     torch.testing.assert_close(angles(turned), angles(x))
+
+
+def test_refilled_takes_in_regression_and_can_leave_out_stage_1():
+    settings = {"embedding_share": 0.0, "centers": "global", "centered": True, "regression_weight": 10.0}
+    embedding, classifier = load_method("refilled").stages(shape(16), shape(24), settings)
+    assert (embedding.share, classifier.share) == (0, 1)
+    assert set(classifier.terms) == {"ce", "local_kd", "regression"}
+    assert all(classifier.terms[name].loss.needs_training_set for name in ("local_kd", "regression"))
+
+
+def test_regression_is_least_where_a_linear_map_gives_the_centred_teacher():
+    loss = EmbeddingRegressionLoss(4, 6).double()
+    teacher = 5 + torch.randn(50, 6, dtype=torch.float64)
+    loss.prepare(teacher, torch.zeros(50))
+    student = (teacher - teacher.mean(0))[:, :4]
+    with torch.no_grad():
+        loss.projector.bias.zero_()
+        # The least-squares map; what it cannot reach of the two other dimensions remains.
+        loss.projector.weight.copy_(torch.linalg.lstsq(student, teacher - teacher.mean(0)).solution.T)
+    best = loss(student, teacher, torch.zeros(50))
+    with torch.no_grad():
+        loss.projector.weight.mul_(-1)
+    assert 0 <= best < 1 < loss(student, teacher, torch.zeros(50))
+    assert torch.isclose(misalignment(teacher, 3 * teacher), torch.zeros((), dtype=torch.float64))

@@ -29,6 +29,7 @@ from refilled.distances import (
     unit_rows,
 )
 from refilled.errors import MethodError, unknown
+from refilled.methods.regression import EmbeddingRegressionLoss
 from refilled.mining import Pairs, check_batch, impostors_within, nearest_impostors, same_class_pairs
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant, exponential
@@ -323,7 +324,7 @@ class LocalKDLoss(nn.Module):
         return self.centered or self.centers == "global"
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take from the whole training set, ``(N, d)`` and ``(N,)``, its mean if ``centered``, global class means too."""
+        """Take what is wanted, mean and class means, from the whole training set ``(N, d)`` with class ids ``(N,)``."""
         check_batch(labels, teacher_embedding)
         if self.centered:
             self.mean = at_least_float32(teacher_embedding).mean(0)
@@ -445,8 +446,8 @@ def refilled(
         kd_weight: Weight of local distillation in the first epoch of its stage: ``1000 * lambda`` with lambda = 0.01
             (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
         kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
-        regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points, through
-            a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
+        regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points,
+            through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
         gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
