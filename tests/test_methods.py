@@ -11,6 +11,7 @@ from torch import nn
 from refilled.errors import MethodError
 from refilled.methods import list_methods, load_method
 from refilled.methods.kd import softened_kl
+from refilled.methods.refilled import LocalKDLoss
 from refilled.methods.regression import EmbeddingRegressionLoss, misalignment
 from refilled.methods.rkd import angles, relative_distances
 from refilled.outputs import Outputs
@@ -230,3 +231,24 @@ def test_regression_is_least_where_a_linear_map_gives_the_centred_teacher():
         loss.projector.weight.mul_(-1)
     assert 0 <= best < 1 < loss(student, teacher, torch.zeros(50))
     assert torch.isclose(misalignment(teacher, 3 * teacher), torch.zeros((), dtype=torch.float64))
+
+
+def test_centring_takes_the_training_sets_mean_away_before_all_else():
+    logits, teacher = torch.randn(12, 4, dtype=torch.float64), 3 + torch.randn(12, 5, dtype=torch.float64)
+    labels, everything = torch.arange(12) % 4, 3 + torch.randn(40, 5, dtype=torch.float64)
+    for centers in ("batch", "leave-one-out", "global"):
+        centered = LocalKDLoss(centers=centers, normalize=True, centered=True)
+        plain = LocalKDLoss(centers=centers, normalize=True)
+        centered.prepare(everything, torch.arange(40) % 4)
+        plain.prepare(everything - everything.mean(0), torch.arange(40) % 4)
+        torch.testing.assert_close(
+            centered(logits, teacher, labels), plain(logits, teacher - everything.mean(0), labels)
+        )
+        again = LocalKDLoss(centers=centers, normalize=True, centered=True)
+        again.load_state_dict(centered.state_dict())
+        torch.testing.assert_close(again(logits, teacher, labels), centered(logits, teacher, labels))
+
+
+def test_centring_without_a_mean_says_what_to_do():
+    with pytest.raises(MethodError, match=r"no mean of the training set yet; call prepare"):
+        LocalKDLoss(centered=True)(torch.randn(4, 2), torch.randn(4, 3), torch.arange(4) % 2)

@@ -7,6 +7,7 @@ the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student
 
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -39,6 +40,7 @@ from refilled.training import augmentation_of, fit, resolve_precision
 RUN_FILES = ("run.toml", "log.jsonl", "result.json", "model.safetensors", "model.json", "DONE")
 
 _BATCH = 256
+_FEW_STEPS = 300
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would tell of each precision plugin
 
@@ -348,13 +350,20 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
             "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
             "image_size": task.image_size,
             "skipped": [list(pair) for pair in task.skipped],
-            "notes": list(task.notes),
+            "notes": [*task.notes, *_few_steps(run, len(task.train))],
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
         versions={name: version(name) for name in ("refilled", "torch", "timm")}
         | {"python": platform.python_version()},
         hardware={"device": _device_name(device), "threads": run.threads, "precision": run.precision},
     )
+
+
+def _few_steps(run: Run, images: int) -> list[str]:
+    steps = run.epochs * math.ceil(images / run.batch_size)
+    if steps >= _FEW_STEPS:
+        return []
+    return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
 
 
 def _ncm_of_snapshot(prepared: _Prepared, path: Path) -> float:

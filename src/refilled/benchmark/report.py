@@ -100,7 +100,7 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
             "data": f"{result.data['task']}; {_listed(result.data['images'])} images; {result.data['fingerprint']}",
             "teacher": (result.teacher or {}).get("name", "none"),
             "seeds": len(shown.results),
-            "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with their 95 % interval",
+            "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with 95 % interval",
             "hardware": _listed(result.hardware),
             "versions": _listed(result.versions),
             "runs": str(shown.folders[0].parent),
