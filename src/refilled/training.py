@@ -113,35 +113,15 @@ def fit(
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the step is not taken.
     """
-    student.to(memory_format=torch.channels_last)
-    learner = fabric.setup_module(student)
-    if teacher is not None:
-        teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = journal.restore()
-    start = Position(**state.data["position"]) if state else Position()
-    budget = share_epochs(stages, recipe.epochs)
-    for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
-        if number < start.stage or epochs == 0:
-            continue
-        _Stage(
-            number, stage, epochs, sum(budget[:number]), student, learner, teacher, task, recipe, fabric, journal, cache
-        ).run(state if number == start.stage else None)
-        if number + 1 < len(stages):
-            journal.end_stage(stage, student)
-    fabric.to_device(student)
+    _Training(student, teacher, task, recipe, fabric, journal, cache).run(stages)
 
 
-class _Stage:
-    """One stage under way: the student, its optimiser, the losses, and where it stands."""
+class _Training:
+    """A student under way through its stages: what all stages share, and what belongs to the present one."""
 
     def __init__(
         self,
-        number: int,
-        stage: Stage,
-        epochs: int,
-        epochs_before: int,
         student: Backbone,
-        learner: nn.Module,
         teacher: Backbone | None,
         task: Task,
         recipe: Recipe,
@@ -149,40 +129,56 @@ class _Stage:
         journal: Journal,
         cache: TeacherCache | None,
     ) -> None:
-        self.number, self.stage, self.epochs, self.epochs_before = number, stage, epochs, epochs_before
-        self.student, self.learner, self.teacher = student, learner, teacher
-        self.task, self.recipe, self.fabric, self.journal, self.cache = task, recipe, fabric, journal, cache
+        self.student, self.teacher, self.cache = student, teacher, cache
+        self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
         self.augmentation = augmentation_of(recipe, task)
+        student.to(memory_format=torch.channels_last)
+        self.learner = fabric.setup_module(student)
+        if teacher is not None:
+            teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        state = self.journal.restore()
+        start = Position(**state.data["position"]) if state else Position()
+        budget = share_epochs(stages, self.recipe.epochs)
+        for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
+            if number < start.stage or epochs == 0:
+                continue
+            self._enter(number, stage, epochs, sum(budget[:number]))
+            if state is not None and number == start.stage:
+                self._restore(state)
+            else:
+                self._begin()
+            self._train_stage()
+            if number + 1 < len(stages):
+                self.journal.end_stage(stage, self.student)
+
+    def _enter(self, number: int, stage: Stage, epochs: int, epochs_before: int) -> None:
+        self.stage, self.epochs, self.epochs_before = stage, epochs, epochs_before
         self.position = Position(number)
         self.sums: dict[str, Tensor] = {}  # of each value over the epoch so far, weighted by images
-        self.losses = nn.ModuleDict({name: term.loss for name, term in stage.terms.items()}).to(fabric.device)
+        self.losses = nn.ModuleDict({name: term.loss for name, term in stage.terms.items()}).to(self.fabric.device)
         self.optimizer = torch.optim.SGD(
-            [*student.parameters(), *self.losses.parameters()],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-            fused=fabric.device.type in ("cpu", "cuda"),
+            [*self.student.parameters(), *self.losses.parameters()],
+            lr=self.recipe.lr,
+            momentum=self.recipe.momentum,
+            nesterov=self.recipe.nesterov,
+            weight_decay=self.recipe.weight_decay,
+            fused=self.fabric.device.type in ("cpu", "cuda"),
         )
 
-    def run(self, state: State | None) -> None:
-        if state is None:
-            self._begin()
-        else:
-            self._restore(state)
-        labels = self.task.train.labels
-        steps = len(self._batches(labels, 0))
+    def _train_stage(self) -> None:
+        steps = len(self._batches(0))
         self.journal.begin_stage(self.stage, self.epochs, steps, self.position.epoch * steps + self.position.step)
         for epoch in range(self.position.epoch, self.epochs):
-            batches = self._batches(labels, epoch)
-            self._train_epoch(epoch, batches)
+            self._train_epoch(epoch, self._batches(epoch))
             self.journal.epoch(self._entry(epoch))
             self.sums = {}
-            self.position = Position(self.number, epoch + 1)
+            self.position = Position(self.position.stage, epoch + 1)
 
-    def _batches(self, labels: Tensor, epoch: int) -> list[Tensor]:
+    def _batches(self, epoch: int) -> list[Tensor]:
         return epoch_batches(
-            labels,
+            self.task.train.labels,
             batch_size=self.recipe.batch_size,
             seed=self.recipe.seed,
             epoch=self.epochs_before + epoch,
@@ -205,7 +201,7 @@ class _Stage:
             self._check_finite(losses, epoch, step)
             self._set_learning_rate(epoch + step / len(batches))
             self.optimizer.step()
-            self._record(losses, len(batches[step]), Position(self.number, epoch, step + 1))
+            self._record(losses, len(batches[step]), Position(self.position.stage, epoch, step + 1))
 
     def _load(self, batch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         seed, view = self._view(epoch)
@@ -274,7 +270,7 @@ class _Stage:
 
     def _begin(self) -> None:
         if self.stage.classifier == "fresh":
-            generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.number)
+            generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.position.stage)
             self.student.reset_classifier(generator)
         losses = [term.loss for term in self.stage.terms.values()]
         curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
