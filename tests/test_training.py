@@ -21,7 +21,7 @@ from refilled.errors import NonFiniteError, RunError
 from refilled.experiment import Result, distill, resume
 from refilled.journal import Interrupted, RunJournal
 from refilled.models import load_model
-from refilled.progress import Silent
+from refilled.progress import Display
 from refilled.run import Recipe, Run
 from refilled.stages import Stage, Term
 from refilled.training import learning_rate, share_epochs
@@ -87,7 +87,7 @@ def test_the_same_run_twice_gives_the_same_bits(teacher, tmp_path, monkeypatch, 
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-class _Stopping(Silent):
+class _Stopping(Display):
     """Sends this process a signal at one step, as a scheduler would."""
 
     def __init__(self, at: int) -> None:
@@ -184,7 +184,7 @@ def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path)
     student = {name: value.clone() for name, value in prepared.student.state_dict().items()}
     folder = tmp_path / "b"
     folder.mkdir()
-    experiment._carry_out(prepared, folder, Silent(), 60)
+    experiment._carry_out(prepared, folder, Display(), 60)
     after = prepared.teacher.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not prepared.teacher.training
@@ -211,7 +211,7 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path, gradient_only):
     prepared = experiment._Prepared(experiment.resolve(QUICK))
     prepared.stages = [Stage("classifier", {"ce": Term(_Exploding(3, gradient_only))})]
     with pytest.raises(NonFiniteError, match=r"stage 'classifier', epoch 2, step 1.*The step was not taken"):
-        experiment._carry_out(prepared, tmp_path, Silent(), 60)
+        experiment._carry_out(prepared, tmp_path, Display(), 60)
     assert all(parameter.isfinite().all() for parameter in prepared.student.parameters())
 
 
@@ -246,6 +246,6 @@ def test_the_cosine_schedule_rises_and_falls():
 
 def test_the_journal_counts_time_over_all_starts(tmp_path):
     (tmp_path / "log.jsonl").touch()
-    journal = RunJournal(tmp_path, Silent())
+    journal = RunJournal(tmp_path, Display())
     journal._seconds_before = 100.0
     assert 100 <= journal.seconds < 110

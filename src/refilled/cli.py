@@ -299,9 +299,9 @@ def _resume(folder: Path, quiet: bool, as_json: bool) -> None:
 
 def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:
     from refilled.journal import Interrupted
-    from refilled.progress import Bars, Lines, Silent
+    from refilled.progress import Bars, Display, Lines
 
-    display = Silent() if quiet else Bars(err) if err.is_terminal else Lines(err)
+    display = Display() if quiet else Bars(err) if err.is_terminal else Lines(err)
     try:
         result = call(display)
     except Interrupted as interruption:

@@ -31,7 +31,7 @@ from refilled.files import write_atomic
 from refilled.journal import RunJournal
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model
-from refilled.progress import Display, Silent
+from refilled.progress import Display
 from refilled.run import Run
 from refilled.stages import Stage
 from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
@@ -89,7 +89,7 @@ def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_b
     with hold(folder):
         _refuse_used(folder)  # again, since another process may have been quicker
         write_atomic(folder / "run.toml", prepared.run.to_toml().encode())
-        return _carry_out(prepared, folder, display or Silent(), seconds_between_saves)
+        return _carry_out(prepared, folder, display or Display(), seconds_between_saves)
 
 
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
@@ -105,7 +105,7 @@ def resume(folder: Path, *, display: Display | None = None, seconds_between_save
         return Result.load(folder)
     run = _load_run(folder)
     with hold(folder):
-        return _carry_out(_Prepared(run), folder, display or Silent(), seconds_between_saves)
+        return _carry_out(_Prepared(run), folder, display or Display(), seconds_between_saves)
 
 
 def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,8 +11,8 @@ from torch import Tensor
 _REDRAW = 0.2  # seconds; reading a loss value waits for the device, so it is not done at every step
 
 
-class Display(Protocol):
-    """Where progress is shown."""
+class Display:
+    """Where progress is shown; this one shows nothing."""
 
     def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
         """A stage of ``epochs`` times ``steps`` begins, or goes on after ``done`` steps."""
@@ -30,25 +30,6 @@ class Display(Protocol):
         """Nothing more will come."""
 
 
-class Silent:
-    """Shows nothing."""
-
-    def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
-        """Show nothing."""
-
-    def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
-        """Show nothing."""
-
-    def epoch(self, entry: Mapping[str, Any]) -> None:
-        """Show nothing."""
-
-    def message(self, text: str) -> None:
-        """Show nothing."""
-
-    def close(self) -> None:
-        """Show nothing."""
-
-
 class _Rate:
     """Images a second since the last look."""
 
@@ -61,7 +42,7 @@ class _Rate:
         return rate
 
 
-class Bars(Silent):
+class Bars(Display):
     """A bar for each stage, with the time left, images a second and the values of the last step."""
 
     def __init__(self, console: Console) -> None:
@@ -108,7 +89,7 @@ class Bars(Silent):
         self._progress.stop()
 
 
-class Lines(Silent):
+class Lines(Display):
     """One plain line an epoch, at most one in five seconds, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
