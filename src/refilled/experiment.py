@@ -155,6 +155,22 @@ def _refuse_used(folder: Path) -> None:
         raise RunError(f"{folder} is not empty and holds no run; choose another --out")
 
 
+def teacher_accuracy(folder: Path) -> float | None:
+    """Score the teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
+
+    It says how much the teacher has to teach: its embedding knows the student's classes from the training images alone.
+    None for a run without a teacher.
+    """
+    run = _load_run(folder)
+    teacher = _load_teacher(run)
+    if teacher is None:
+        return None
+    task = _load_task(run)
+    train, test = (predict(teacher, split.pixels).embedding for split in (task.train, task.test))
+    mean = train.mean(0)  # what all images share says nothing about them
+    return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
+
+
 def test_part(folder: Path) -> Split:
     """Load the test images of a run's task."""
     return _load_task(_load_run(folder)).test
@@ -229,6 +245,13 @@ def _load_run(folder: Path) -> Run:
     return Run.from_toml(path.read_text(encoding="utf-8"))
 
 
+def _load_teacher(run: Run) -> Backbone | None:
+    if run.teacher is None:
+        return None
+    name = os.path.expandvars(run.teacher)
+    return load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+
+
 def _load_task(run: Run) -> Task:
     return load_task(
         run.task,
@@ -250,19 +273,11 @@ class _Prepared:
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
         self.task = _load_task(run)
-        self.teacher = self._teacher()
+        self.teacher = _load_teacher(run)
         self.student = self._student()
         self.stages: list[Stage] = method.stages(self.student, self.teacher, run.settings)
         if not any(stage.needs_teacher for stage in self.stages):
             self.teacher = None
-
-    def _teacher(self) -> Backbone | None:
-        run = self.run
-        if run.teacher is None:
-            return None
-        return load_teacher(
-            os.path.expandvars(run.teacher), mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size
-        )
 
     def _student(self) -> Backbone:
         torch.manual_seed(self.run.seed)

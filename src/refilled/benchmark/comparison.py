@@ -30,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from refilled.benchmark.report import Row, table, verdict, write_report
+from refilled.benchmark.report import Row, on_the_teacher, table, verdict, write_report
 from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
 from refilled.experiment import Result, resolve
@@ -109,10 +109,12 @@ def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Consol
     baseline, shown = rows[0], rows[-1]
     lines = table(rows, baseline)
     console.print(_terminal_table(lines, f"{comparison.title}: {len(comparison.seeds)} seeds, last epoch, percent"))
-    console.print(verdict(shown, baseline), highlight=False, soft_wrap=True)
+    sentences = [verdict(shown, baseline), on_the_teacher(shown, baseline)]
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     write_atomic(folder / "results.csv", _csv(rows, comparison.seeds).encode())
     write_atomic(folder / "results.md", _markdown(lines).encode())
-    write_report(folder / "report.html", comparison.title, rows, baseline, shown)
+    write_report(folder / "report.html", comparison.title, rows, baseline, shown, sentences)
     return folder / "report.html"
 
 

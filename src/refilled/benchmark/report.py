@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -19,7 +20,7 @@ from torch import Tensor
 from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
 from refilled.data import Split
 from refilled.evaluation import predict
-from refilled.experiment import Result, test_part
+from refilled.experiment import Result, teacher_accuracy, test_part
 from refilled.files import write_atomic
 from refilled.models import Backbone, load_model
 
@@ -71,7 +72,21 @@ def verdict(row: Row, baseline: Row) -> str:
     return f"The teacher hurt: {row.name} loses {-gain.mean:.2f} points against {baseline.name} ({interval})."
 
 
-def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row) -> None:
+def on_the_teacher(row: Row, baseline: Row) -> str:
+    """Say how much the teacher had to teach: what its embedding alone makes of the same images."""
+    accuracy = teacher_accuracy(row.folders[0])
+    if accuracy is None:
+        return f"{row.name} has no teacher."
+    compared = "less" if accuracy < mean(baseline.accuracies) else "more"
+    return (
+        f"By the nearest class mean in the teacher's own embedding, {accuracy:.1f} % of the test images are right: "
+        f"{compared} than {baseline.name} reaches."
+    )
+
+
+def write_report(
+    path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, sentences: Sequence[str]
+) -> None:
     """Write the page: verdict, table, curves, and t-SNE of the test images in the embeddings of the first seed.
 
     Args:
@@ -79,7 +94,8 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
         title: What was done, as a heading.
         rows: All methods, the baseline among them.
         baseline: The student without a teacher.
-        shown: The method that the verdict and the pictures are about.
+        shown: The method that the pictures are about.
+        sentences: What there is to say above the table.
     """
     test = test_part(shown.folders[0])
     pictures = {
@@ -92,7 +108,7 @@ def write_report(path: Path, title: str, rows: Sequence[Row], baseline: Row, sho
     page = Environment(loader=PackageLoader("refilled.benchmark"), autoescape=True).get_template("report.html")
     text = page.render(
         title=title,
-        verdict=verdict(shown, baseline),
+        sentences=sentences,
         rows=table(rows, baseline),
         shown=shown.name,
         pictures=pictures,
