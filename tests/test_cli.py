@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from refilled.cli import app, main
 from refilled.errors import RefilledError
+from refilled.run import Run
 
 TRAIN = ["--epochs", "2", "--threads", "1", "--quiet"]
 
@@ -160,6 +161,18 @@ def test_a_known_error_is_one_red_line_and_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["refilled", "--debug", "distill", "digits:5-9", "--method", "rdk"])
     with pytest.raises(RefilledError):
         main()
+
+
+def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
+    common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
+    teacher = student.parent / "teacher"
+    refilled("distill", *common, "--teacher", teacher, "--set", "kd_weight=2", "--out", tmp_path / "a")
+    settings = Run.from_toml((tmp_path / "a" / "run.toml").read_text()).settings
+    assert settings["regression_weight"] == 10
+    assert settings["centers"] == "global"
+    assert settings["kd_weight"] == 2
+    refilled("distill", *common, "--method", "vanilla", "--out", tmp_path / "b")
+    assert Run.from_toml((tmp_path / "b" / "run.toml").read_text()).settings == {}
 
 
 def test_every_field_of_a_run_is_a_flag_with_help():

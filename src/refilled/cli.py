@@ -38,6 +38,7 @@ err = Console(stderr=True)
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
 ]
@@ -80,7 +81,7 @@ def train(
     task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
     model: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help="paper", show_default=False)] = None,
+    preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -107,7 +108,7 @@ def distill(
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help="paper", show_default=False)] = None,
+    preset: Preset = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder; nothing else is needed.", show_default=False)
     ] = None,
@@ -209,7 +210,7 @@ def compare(
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
-    preset: Annotated[str | None, typer.Option(help="paper", show_default=False)] = None,
+    preset: Preset = None,
     **flags: Any,
 ) -> None:
     """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
@@ -221,7 +222,7 @@ def compare(
         out = out or Path("runs") / Path(task).stem
     else:
         run = _configure(preset, {"task": task, "student": student, **flags})
-        rows = {name: {"method": name} for name in methods.split(",")}
+        rows = {name: _row(name) for name in methods.split(",")}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / _run_name(run)
     page = carry_out(comparison, out, jobs, console)
@@ -264,8 +265,21 @@ def main() -> None:
 def _configure(preset: str | None, values: dict[str, Any]) -> Run:
     if preset is not None and preset not in PRESETS:
         raise RunError(unknown("preset", preset, PRESETS))
+    chosen = dict(PRESETS.get(preset or "", {}))
     given = {name: value for name, value in values.items() if value is not None}
-    return Run(**{**PRESETS.get(preset or "", {}), **given})
+    settings = chosen.pop("settings", {})
+    if chosen.get("method") == given.get("method"):  # another method has other parameters
+        given["settings"] = {**settings, **given.get("settings", {})}
+    return Run(**{**chosen, **given})
+
+
+def _row(name: str) -> dict[str, Any]:
+    method, _, preset = name.partition(":")
+    if not preset:
+        return {"method": method}
+    if preset not in PRESETS:
+        raise RunError(unknown("preset", preset, PRESETS))
+    return {**PRESETS[preset], "method": method}
 
 
 def _read(path: Path) -> str:
