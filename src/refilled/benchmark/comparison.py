@@ -124,7 +124,9 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
             raise RunError(unknown("key", name, vars(run)))
     changed = replace(run, **changes)
     # A method without a teacher is the same run whatever the teacher, and need not be repeated for another one.
-    return replace(changed, teacher=None) if changed.method == "vanilla" else changed
+    if changed.method != "vanilla":
+        return changed
+    return replace(changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None)
 
 
 def _place(row: str, seed: int) -> str:
