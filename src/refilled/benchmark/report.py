@@ -98,8 +98,11 @@ def write_report(
         sentences: What there is to say above the table.
     """
     test = test_part(shown.folders[0])
+    held_out = any("val_accuracy" in entry for entry in _log(baseline.folders[0]))
+    measure = "val_accuracy" if held_out else "ce"
+    curves = "Accuracy on held-out images in percent" if held_out else "Cross-entropy on training images"
     pictures = {
-        "Validation accuracy, mean over seeds": _curves(rows),
+        f"{curves}, mean over seeds": _curves(rows, measure),
         "Test images in the embedding, coloured by class (t-SNE, first seed)": _tsne(
             embeddings(baseline, shown, test), test.labels, list(shown.results[0].class_accuracies)
         ),
@@ -145,28 +148,29 @@ def _embed(model: Backbone, test: Split) -> Tensor:
     return predict(model, test.pixels).embedding
 
 
-def _curves(rows: Sequence[Row]) -> str:
-    """Draw the validation accuracy against the epoch of the whole run; embedding stages have none."""
+def _curves(rows: Sequence[Row], measure: str) -> str:
+    """Draw a measure of the log against the epoch of the whole run; stages without it leave a gap."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for row, color in zip(rows, COLORS, strict=False):
-        curves = [_validation_curve(folder) for folder in row.folders]
-        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
-        if epochs:
-            means = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in epochs]
-            axes.plot(epochs, means, color=color, label=row.name, linewidth=1.6)
+        logs = [_log(folder) for folder in row.folders]
+        points = [
+            (n, [e[measure] for e in entries])
+            for n, entries in enumerate(zip(*logs, strict=True), 1)
+            if measure in entries[0]
+        ]
+        axes.plot(
+            [n for n, _ in points], [mean(values) for _, values in points], color=color, label=row.name, linewidth=1.6
+        )
     axes.set_xlabel("epoch, all stages together")
-    axes.set_ylabel("accuracy in percent")
     axes.grid(alpha=0.25)
-    if axes.lines:
-        axes.legend(frameon=False)
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)
     return _svg(figure)
 
 
-def _validation_curve(folder: Path) -> dict[int, float]:
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    return {n: entry["val_accuracy"] for n, entry in enumerate(entries, 1) if "val_accuracy" in entry}
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _tsne(found: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], images: int = 1000) -> str:
