@@ -234,7 +234,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
 ) -> None:
-    """Show the whole on digits: a teacher of 0-4 helps students of 5-9. Takes about a minute."""
+    """Show the whole on digits: a teacher of 0-4 for students of 5-9. Takes about a minute."""
     from importlib.resources import files
 
     from refilled.benchmark.comparison import Comparison
