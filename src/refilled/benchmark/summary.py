@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isinf, sqrt
 from statistics import mean, stdev
 
 from scipy.stats import t as student_t
@@ -22,6 +22,8 @@ class Gain:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
+        if isinf(self.low):
+            return f"{self.mean:+.2f}, one seed, not established"
         interval = f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
         return interval if self.established else f"{interval}, not established"
 
