@@ -23,6 +23,7 @@ from refilled.errors import RefilledError, RunError, unknown
 from refilled.run import PRESETS, Recipe, Run
 
 if TYPE_CHECKING:
+    from refilled.benchmark.comparison import Comparison
     from refilled.experiment import Result
     from refilled.progress import Display
 
@@ -204,7 +205,7 @@ def compare(
         ),
     ],
     methods: Annotated[
-        str, typer.Option(help="Names with commas; the first is the baseline.")
+        str, typer.Option(help="Names with commas, the first the baseline; METHOD:PRESET takes its settings.")
     ] = "vanilla,rkd,refilled",
     seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
@@ -215,7 +216,6 @@ def compare(
 ) -> None:
     """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
     from refilled.benchmark.comparison import Comparison
-    from refilled.benchmark.comparison import compare as carry_out
 
     if task.endswith(".toml"):
         comparison = Comparison.from_toml(_read(Path(task)))
@@ -225,8 +225,7 @@ def compare(
         rows = {name: _row(name) for name in methods.split(",")}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / _run_name(run)
-    page = carry_out(comparison, out, jobs, console)
-    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+    _compare(comparison, out, jobs)
 
 
 @app.command()
@@ -238,12 +237,10 @@ def demo(
     from importlib.resources import files
 
     from refilled.benchmark.comparison import Comparison
-    from refilled.benchmark.comparison import compare as carry_out
 
     console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
     comparison = Comparison.from_toml((files("refilled.benchmark") / "demo.toml").read_text(encoding="utf-8"))
-    page = carry_out(comparison, out, jobs, console)
-    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+    _compare(comparison, out, jobs)
 
 
 def main() -> None:
@@ -271,6 +268,13 @@ def _configure(preset: str | None, values: dict[str, Any]) -> Run:
     if chosen.get("method") == given.get("method"):  # another method has other parameters
         given["settings"] = {**settings, **given.get("settings", {})}
     return Run(**{**chosen, **given})
+
+
+def _compare(comparison: "Comparison", folder: Path, jobs: int) -> None:
+    from refilled.benchmark.comparison import compare as carry_out
+
+    page = carry_out(comparison, folder, jobs, console)
+    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _row(name: str) -> dict[str, Any]:
