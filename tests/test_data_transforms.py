@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refilled.data import augment
+from refilled.data import augment, mixing
 from refilled.data.keyed import keyed_bits, keyed_integers, keyed_permutation, keyed_uniform
 from refilled.errors import TaskError
 
@@ -112,3 +112,54 @@ def test_purposes_are_independent_and_uniform():
 
 def test_a_permutation_holds_every_number_once():
     assert sorted(keyed_permutation(1000, 3, "any").tolist()) == list(range(1000))
+
+
+def test_mixup_blends_each_image_with_its_partner():
+    pixels = images(5, 8)
+    mix = mixing(5, 8, mixup=0.4, seed=1, epoch=2, step=3)
+    assert sorted(mix.partner.tolist()) == list(range(5))
+    assert 0 <= mix.share <= 1
+    blend = mix(pixels)
+    for image, partner, mixed in zip(pixels, mix.partner, blend, strict=True):
+        expected = (mix.share * image.double() + (1 - mix.share) * pixels[partner].double()) / 255
+        torch.testing.assert_close(mixed, expected.float())
+    torch.testing.assert_close(mix(pixels / 255), blend)
+
+
+def test_cutmix_puts_a_square_of_the_partner_into_each_image():
+    pixels = images(5, 12).contiguous(memory_format=torch.channels_last)
+    before = pixels.clone()
+    for step in range(20):
+        mix = mixing(5, 12, cutmix=1.0, seed=1, epoch=0, step=step)
+        mixed = mix(pixels)
+        assert mixed.dtype == torch.uint8
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
+        rows, columns = (torch.isin(torch.arange(12), torch.arange(12)[part]) for part in mix.patch)
+        inside = rows[:, None] & columns
+        assert rows.sum() == columns.sum()
+        assert mix.share == pytest.approx(1 - inside.sum() / 144)
+        for image, partner, result in zip(pixels, mix.partner, mixed, strict=True):
+            assert torch.equal(result, torch.where(inside, pixels[partner], image))
+    assert torch.equal(pixels, before)
+
+
+def test_mixing_is_a_pure_function_and_shares_follow_the_beta_distribution():
+    def draw(**alpha: float) -> list[float]:
+        return [mixing(4, 1000, **alpha, seed=0, epoch=e, step=s).share for e in range(40) for s in range(25)]
+
+    assert draw(mixup=0.4) == draw(mixup=0.4)
+    for kind in ("mixup", "cutmix"):
+        for alpha in (0.2, 1.0, 8.0):
+            shares = np.array(draw(**{kind: alpha}))
+            assert shares.mean() == pytest.approx(0.5, abs=0.05)
+            assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)  # of Beta(alpha, alpha)
+
+
+def test_with_both_kinds_of_mixing_half_of_the_batches_get_each():
+    kinds = [mixing(4, 8, mixup=1.0, cutmix=1.0, seed=0, epoch=0, step=s).patch is None for s in range(400)]
+    assert 160 < sum(kinds) < 240
+
+
+def test_mixing_neither_way_is_refused():
+    with pytest.raises(TaskError, match="mixup or cutmix"):
+        mixing(4, 8, seed=0, epoch=0, step=0)

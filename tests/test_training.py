@@ -14,17 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from refilled import experiment
+from refilled.data import mixing
 from refilled.errors import NonFiniteError, RunError
 from refilled.experiment import Result, distill, resume
 from refilled.journal import Interrupted, RunJournal
+from refilled.methods.kd import KDLoss
 from refilled.models import load_model
+from refilled.outputs import Outputs
 from refilled.progress import Display
 from refilled.run import Recipe, Run
 from refilled.stages import Stage, Term
-from refilled.training import learning_rate, share_epochs
+from refilled.training import _blend, learning_rate, share_epochs
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
 
@@ -79,7 +83,9 @@ def test_evaluating_a_student_gives_the_accuracy_of_its_run(teacher, tmp_path):
     assert again["class_accuracies"] == result.class_accuracies
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16-mixed"}, {"views": 2}, {"sampler": "balanced"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16-mixed"}, {"views": 2}, {"sampler": "balanced"}, {"mixup": 0.4}], ids=str
+)
 def test_the_same_run_twice_gives_the_same_bits(teacher, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     for name in "ab":
@@ -99,7 +105,7 @@ class _Stopping(Display):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("changes", [{}, {"views": 2, "settings": {"centers": "global"}}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"views": 2, "cutmix": 1.0, "settings": {"centers": "global"}}], ids=str)
 def test_a_run_stopped_at_any_step_goes_on_exactly(teacher, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = refilled(teacher, **changes)
@@ -191,6 +197,26 @@ def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path)
     assert not any(p.requires_grad for p in prepared.teacher.parameters())
     unchanged = [n for n, v in prepared.student.named_parameters() if torch.equal(v, student[n])]
     assert unchanged == []
+
+
+def test_mixed_images_have_mixed_targets():
+    generator = torch.Generator().manual_seed(0)
+    seen = Outputs(torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator))
+    taught = Outputs(torch.randn(6, 4, generator=generator), torch.randn(6, 5, generator=generator))
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    terms = {"ce": Term(nn.CrossEntropyLoss()), "kd": Term(KDLoss(2.0), teacher="logits")}
+    mix = mixing(6, 8, mixup=1.0, seed=3, epoch=0, step=1)
+    losses = {name: term(seen, taught, labels) for name, term in terms.items()}
+    blended = _blend(mix, losses, terms, seen, taught, labels)
+    one_hot = F.one_hot(labels, 4).float()
+    soft = mix.share * one_hot + (1 - mix.share) * one_hot[mix.partner]
+    torch.testing.assert_close(blended["ce"], F.cross_entropy(seen.logits, soft))
+    # Of a divergence from mixed targets, the part that the student can change.
+    targets = F.softmax(taught.logits / 2, 1)
+    mixed = mix.share * targets + (1 - mix.share) * targets[mix.partner]
+    expected = -4 * (mixed * F.log_softmax(seen.logits / 2, 1)).sum(1).mean()
+    entropy = -4 * (targets * targets.log()).sum(1).mean()
+    torch.testing.assert_close(blended["kd"], expected - entropy)
 
 
 class _Exploding(nn.Module):

@@ -36,6 +36,10 @@ class Recipe:
         augmentation: ``auto`` takes what suits the data.
         views: Replay so many augmented views of each image in turn, and keep the teacher's embeddings of them on disk,
             computed once; None for a new view in every epoch, which the teacher sees live.
+        mixup: Blend each image with another of its batch, by a share drawn from Beta(mixup, mixup), and its targets
+            likewise; 0 for not at all (Zhang et al., ICLR 2018).
+        cutmix: Put a square patch of another image in its place instead, the share of the area being drawn likewise
+            (Yun et al., ICCV 2019). With ``mixup`` too, each is done in half of the steps.
         precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights, the order, the augmentation and the choice of shots.
     """
@@ -52,6 +56,8 @@ class Recipe:
     images_per_class: int = 4
     augmentation: Literal["auto", "none", "crop", "crop-flip"] = "auto"
     views: int | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
     precision: Precision = "auto"
     seed: int = 0
 
@@ -64,6 +70,8 @@ class Recipe:
             "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             "warmup": math.isfinite(self.warmup) and self.warmup >= 0,
             "views": self.views is None or self.views >= 1,
+            "mixup": math.isfinite(self.mixup) and self.mixup >= 0,
+            "cutmix": math.isfinite(self.cutmix) and self.cutmix >= 0,
             "images_per_class": self.images_per_class >= 1,
             "seed": 0 <= self.seed < 2**31,
         }

@@ -15,13 +15,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.checkpoints import State
-from refilled.data import Augmentation, Task, augment, epoch_batches
+from refilled.data import Augmentation, Mixing, Task, augment, epoch_batches, mixing
 from refilled.errors import NonFiniteError, RunError
 from refilled.evaluation import accuracy, predict
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 from refilled.run import Precision, Recipe
-from refilled.stages import Prepares, Reports, Stage
+from refilled.stages import Prepares, Reports, Stage, Term
 from refilled.teacher_cache import VIEW_SEED, TeacherCache
 
 
@@ -194,8 +194,11 @@ class _Training:
         for step in range(self.position.step, len(batches)):
             images, labels = self._load(batches[step], epoch)
             taught = self._teach(images, batches[step], epoch)
-            seen = self.learner(images, features=features)
+            mix = self._mixing(images, epoch, step)
+            seen = self.learner(mix(images) if mix else images, features=features)
             losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
+            if mix:
+                losses = _blend(mix, losses, terms, seen, taught, labels)
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
             self._check_finite(losses, epoch, step)
@@ -225,6 +228,20 @@ class _Training:
         with torch.no_grad(), self.fabric.autocast():
             taught = self.teacher(images, features=self.stage.reads("features"))
         return cast(Outputs, taught)
+
+    def _mixing(self, images: Tensor, epoch: int, step: int) -> Mixing | None:
+        recipe = self.recipe
+        if recipe.mixup == recipe.cutmix == 0:
+            return None
+        return mixing(
+            len(images),
+            images.shape[-1],
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+            seed=recipe.seed,
+            epoch=self.epochs_before + epoch,
+            step=step,
+        )
 
     def _set_learning_rate(self, time: float) -> None:
         for group in self.optimizer.param_groups:
@@ -309,6 +326,27 @@ class _Training:
         torch.set_rng_state(state.tensors["random"])
         if "random_cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
+
+
+def _blend(
+    mix: Mixing,
+    losses: Mapping[str, Tensor],
+    terms: Mapping[str, Term],
+    seen: Outputs,
+    taught: Outputs | None,
+    labels: Tensor,
+) -> dict[str, Tensor]:
+    """Blend the losses of mixed images towards both images that they are made of, by their shares.
+
+    So the targets are mixed, whatever they are, and the teacher need not see the mixture: what it says about the
+    batch (perhaps long ago, into the cache) is enough.
+    """
+    partner = mix.partner.to(labels.device)
+    if taught is not None:
+        taught = Outputs(taught.logits[partner], taught.embedding[partner], tuple(f[partner] for f in taught.features))
+    return {
+        name: torch.lerp(term(seen, taught, labels[partner]), losses[name], mix.share) for name, term in terms.items()
+    }
 
 
 def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
