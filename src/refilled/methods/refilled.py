@@ -33,10 +33,12 @@ from refilled.methods.regression import EmbeddingRegressionLoss
 from refilled.mining import Pairs, check_batch, impostors_within, nearest_impostors, same_class_pairs
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant, exponential
+from refilled.trust import Trusted
 
 Negatives = Literal["nearest", "semihard"]
 Reduction = Literal["sum", "mean"]
 Centers = Literal["batch", "leave-one-out", "global"]
+Targets = Literal["embedding", "logits"]
 
 
 def triplet_alignment(u_student: Tensor, u_teacher: Tensor) -> Tensor:
@@ -373,6 +375,29 @@ class LocalKDLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class LogitKDLoss(nn.Module):
+    r"""Distillation of the teacher's own classifier, in the place of local distillation (Table 5 of the paper).
+
+    .. math:: \mathrm{KL}\big(\mathrm{softmax}(z_T / \tau) \,\|\, \mathrm{softmax}(z_S)\big)
+
+    As in Eq. 8, only the teacher is softened. It needs a teacher of the same classes.
+
+    Args:
+        temperature: tau.
+    """
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
+        _check_positive(temperature=temperature)
+        self.temperature = temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of ``(N, C)`` logits; the labels are not used."""
+        log_p = F.log_softmax(at_least_float32(student_logits), dim=1)
+        log_q = F.log_softmax(at_least_float32(teacher_logits.detach()) / self.temperature, dim=1)
+        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
+
+
 def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
     embedding = embedding.detach()
     return unit_rows(embedding) if normalize else at_least_float32(embedding)
@@ -425,7 +450,9 @@ def refilled(
     kd_temperature: float = 2.0,
     kd_weight: float = 10.0,
     kd_decay: float = 0.05,
+    kd_targets: Targets = "embedding",
     regression_weight: float = 0.0,
+    trust: float = 0.0,
     gamma: float | None = None,
 ) -> list[Stage]:
     """Match triplets in the embedding, then distil a local classifier (Ye, Lu and Zhan, CVPR 2020).
@@ -446,17 +473,24 @@ def refilled(
         kd_weight: Weight of local distillation in the first epoch of its stage: ``1000 * lambda`` with lambda = 0.01
             (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
         kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
+        kd_targets: ``embedding``: local distillation; ``logits``: of the teacher's own classifier (Table 5), for a
+            teacher of the same classes.
         regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points,
             through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
+        trust: Weigh stage 2's terms of the teacher by what its embedding says about the training labels, to this
+            power (see :mod:`refilled.trust`); 0 trusts every teacher alike, as the paper does.
         gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
+    _check_choice("kd_targets", kd_targets, get_args(Targets))
     classify = {"ce": Term(nn.CrossEntropyLoss())}
-    if kd_weight > 0:
+    if kd_weight > 0 and kd_targets == "embedding":
         local = LocalKDLoss(temperature=kd_temperature, centers=centers, normalize=normalize, centered=centered)
-        classify["local_kd"] = Term(local, exponential(kd_weight, kd_decay), teacher="embedding")
+        classify["local_kd"] = Term(_trusted(local, trust), exponential(kd_weight, kd_decay), teacher="embedding")
+    elif kd_weight > 0:
+        classify["kd"] = Term(LogitKDLoss(kd_temperature), exponential(kd_weight, kd_decay), teacher="logits")
     if regression_weight > 0:
-        projected = EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim)
+        projected = _trusted(EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim), trust)
         classify["regression"] = Term(projected, constant(regression_weight), student="embedding", teacher="embedding")
     if gamma is not None:
         aligned = Term(alignment, constant(gamma), student="embedding", teacher="embedding")
@@ -466,3 +500,7 @@ def refilled(
         Stage("embedding", {"alignment": aligned}, share=embedding_share),
         Stage("classifier", classify, share=1 - embedding_share, classifier="fresh"),
     ]
+
+
+def _trusted(loss: nn.Module, power: float) -> nn.Module:
+    return loss if power == 0 else Trusted(loss, power)
