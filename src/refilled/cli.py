@@ -335,12 +335,13 @@ def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, a
 def _print_result(result: "Result", folder: Path) -> None:
     images = result.data["images"]
     table = Table(show_header=False)
-    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images['test']} test images, after the last epoch")
+    part = result.data.get("scored", "test")
+    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images, after the last epoch")
     table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
     table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
-    table.add_row("student", f"{result.parameters:,} parameters")
+    table.add_row("network", f"{result.parameters:,} parameters")
     table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
     if result.data["skipped"]:
         table.add_row("left out", f"{len(result.data['skipped'])} unreadable images; see result.json")
@@ -351,7 +352,8 @@ def _print_result(result: "Result", folder: Path) -> None:
 
 
 def _run_name(run: Run) -> str:
-    parts = [Path(run.task).name if "/" in run.task else run.task, run.student, Path(run.method).stem, f"s{run.seed}"]
+    task = Path(run.task).name if "/" in run.task else run.task
+    parts = [task, run.student or "teacher", Path(run.method).stem, f"s{run.seed}"]
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
 from refilled.data import Split
 from refilled.evaluation import predict
-from refilled.experiment import Result, teacher_accuracy, test_part
+from refilled.experiment import Result, load_scored, teacher_accuracy, test_part
 from refilled.files import write_atomic
 from refilled.models import Backbone, load_model
 
@@ -134,13 +134,12 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
     """Embed the test images by the first seed's students: alone, after the first stage, at the end."""
-    student = load_model(shown.folders[0])
-    found = {baseline.name: _embed(load_model(baseline.folders[0]), test)}
+    found = {baseline.name: _embed(load_scored(baseline.folders[0]), test)}
     for snapshot in sorted((shown.folders[0] / "stages").glob("*.safetensors")):
         staged = load_model(shown.folders[0])
         staged.load_state_dict(load_file(snapshot))
         found[f"{shown.name}, after stage “{snapshot.stem}”"] = _embed(staged, test)
-    found[f"{shown.name}, at the end"] = _embed(student, test)
+    found[f"{shown.name}, at the end"] = _embed(load_scored(shown.folders[0]), test)
     return found
 
 
