@@ -1,5 +1,8 @@
 """The losses of the baselines equal their formulas written out, and serve every pair of networks."""
 
+import os
+import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from refilled import experiment
 from refilled.errors import MethodError
+from refilled.experiment import distill, resume
 from refilled.feature_maps import paired_channels, paired_maps, same_size
+from refilled.journal import Interrupted
 from refilled.methods import load_method
 from refilled.methods.at import AttentionLoss
 from refilled.methods.dkd import DKDLoss, decoupled_kl
@@ -21,11 +27,14 @@ from refilled.methods.sp import SimilarityPreservingLoss
 from refilled.methods.vid import VariationalLoss, gaussian_nll
 from refilled.models import create_model
 from refilled.outputs import Outputs
+from refilled.progress import Display
+from refilled.run import Run
 from refilled.stages import warm_up
 
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32)
 sides = st.integers(1, 5)
+QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=2, batch_size=20, shots=8, threads=1, precision="32-true")
 FEATURE_METHODS = ("fitnet", "at", "nst", "vid", "kd_vid", "sp")
 LABELS = torch.arange(4) % 3
 
@@ -264,6 +273,41 @@ def test_every_pair_of_families_serves_every_feature_method(said, student, teach
         for gradient in torch.autograd.grad(loss, learnt):
             assert gradient.isfinite().all()
             assert gradient.any(), f"{method}: a part learns nothing"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    distill(replace(QUICK, student="wrn_10_2"), folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", FEATURE_METHODS)
+def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp_path, name):
+    run = experiment.resolve(replace(QUICK, teacher=teacher, method=name))
+    prepared = experiment._Prepared(run)
+    losses = [term.loss for term in prepared.stages[0].terms.values()]
+    before = [parameter.detach().clone() for loss in losses for parameter in loss.parameters()]
+    distil_prepared(prepared, tmp_path / "whole")
+    after = [parameter for loss in losses for parameter in loss.parameters()]
+    assert not any(torch.equal(was, now) for was, now in zip(before, after, strict=True))
+    with pytest.raises(Interrupted):
+        distill(run, tmp_path / "stopped", display=StopsAfterAStep())
+    resume(tmp_path / "stopped")
+    for file in ("model.safetensors", "log.jsonl"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def distil_prepared(prepared, folder):
+    folder.mkdir()
+    experiment._carry_out(prepared, folder, Display(), 60)
+
+
+class StopsAfterAStep(Display):
+    """Sends this process a signal at the first step, as a scheduler would."""
+
+    def step(self, epoch, images, values):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture

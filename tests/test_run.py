@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refilled.errors import RefilledError, RunError
@@ -38,6 +38,7 @@ def test_any_text_survives_toml(task, settings):
 
 @given(st.text() | st.from_regex(r"(student|epochs|lr|seed|settings) = (1|-1|'a'|true|\[\]|nan)", fullmatch=True))
 def test_any_other_text_is_refused_with_an_error_for_people(text):
+    assume("task" not in text)  # the one key that a run must have
     with pytest.raises(RefilledError):
         Run.from_toml(text)
 

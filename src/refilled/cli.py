@@ -336,7 +336,8 @@ def _print_result(result: "Result", folder: Path) -> None:
     images = result.data["images"]
     table = Table(show_header=False)
     part = result.data.get("scored", "test")
-    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images, after the last epoch")
+    when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods train nothing
+    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images{when}")
     table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")

@@ -98,7 +98,7 @@ def write_report(
         sentences: What there is to say above the table.
     """
     test = test_part(shown.folders[0])
-    held_out = any("val_accuracy" in entry for entry in _log(baseline.folders[0]))
+    held_out = any("val_accuracy" in entry for row in rows for entry in _log(row.folders[0]))
     measure = "val_accuracy" if held_out else "ce"
     curves = "Accuracy on held-out images in percent" if held_out else "Cross-entropy on training images"
     pictures = {
@@ -148,7 +148,7 @@ def _embed(model: Backbone, test: Split) -> Tensor:
 
 
 def _curves(rows: Sequence[Row], measure: str) -> str:
-    """Draw a measure of the log against the epoch of the whole run; stages without it leave a gap."""
+    """Draw a measure of the log against the epoch of the whole run; stages and methods without it leave a gap."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for row, color in zip(rows, COLORS, strict=False):
@@ -158,6 +158,8 @@ def _curves(rows: Sequence[Row], measure: str) -> str:
             for n, entries in enumerate(zip(*logs, strict=True), 1)
             if measure in entries[0]
         ]
+        if not points:
+            continue
         axes.plot(
             [n for n, _ in points], [mean(values) for _, values in points], color=color, label=row.name, linewidth=1.6
         )
