@@ -150,7 +150,7 @@ def test_decoupled_distillation_stays_finite_when_both_models_are_sure():
 
 
 def test_the_weight_of_decoupled_distillation_warms_up():
-    (stage,) = load_method("dkd").build(*pair_of_shapes(), {"warmup": 4})
+    (stage,) = load_method("dkd").build(*pair_of_shapes(), {"warmup_epochs": 4})
     assert [stage.terms["dkd"].weight(epoch) for epoch in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert [warm_up(3.0, 0)(epoch) for epoch in range(2)] == [3, 3]
 

@@ -95,6 +95,15 @@ def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_b
         return _carry_out(prepared, folder, display or Display(), seconds_between_saves)
 
 
+def check(run: Run) -> None:
+    """Look up all that a run names, and train nothing.
+
+    Raises:
+        RefilledError: anything in the run that cannot work, as far as it can be found before training.
+    """
+    _Prepared(resolve(run))
+
+
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
 

@@ -41,17 +41,23 @@ class Method:
         parameters = inspect.signature(self.recipe).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def types(self) -> dict[str, Any]:
+        """What the annotations say of the method's own parameters."""
+        hints = get_type_hints(self.recipe)
+        return {name: hints[name] for name in self.parameters}
+
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the settings with the defaults; values that are text are read as what the signature asks for.
 
         Raises:
             MethodError: an unknown parameter, or a value that its annotation does not allow.
         """
-        hints = get_type_hints(self.recipe)
+        types = self.types
         for name in settings:
             if name not in self.parameters:
                 raise MethodError(f"method '{self.name}': {unknown('parameter', name, self.parameters)}")
-        given = {name: _read(value, hints[name], f"{self.name}.{name}") for name, value in settings.items()}
+        given = {name: _read(value, types[name], f"{self.name}.{name}") for name, value in settings.items()}
         return {**self.parameters, **given}
 
     @property

@@ -68,7 +68,7 @@ def dkd(
     temperature: float = 4.0,
     alpha: float = 1.0,
     beta: float = 8.0,
-    warmup: int = 20,
+    warmup_epochs: int = 20,
 ) -> list[Stage]:
     """Match the target's and the other classes' probabilities apart; same classes (Zhao et al., CVPR 2022).
 
@@ -78,10 +78,10 @@ def dkd(
         temperature: T.
         alpha: Weight of the target class against the rest.
         beta: Weight of the other classes among themselves; the authors vary it with the teacher, from 1 to 10.
-        warmup: Epochs in which the weight of distillation rises to 1; the authors' 20 are meant for 240.
+        warmup_epochs: Epochs in which the weight of distillation rises to 1; the authors' 20 are meant for 240.
     """
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),
-        "dkd": Term(DKDLoss(temperature, alpha, beta), warm_up(1.0, warmup), teacher="logits"),
+        "dkd": Term(DKDLoss(temperature, alpha, beta), warm_up(1.0, warmup_epochs), teacher="logits"),
     }
     return [Stage("classifier", terms)]
