@@ -276,9 +276,9 @@ def tune(
         err.print("other processes are still at some trials; the last of them trains on all images", markup=False)
     elif as_json:
         found = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
-        print(json.dumps({**found, "run": str(folder / "best")}))
+        print(json.dumps({**found, "run": str(tuned.folder)}))
     else:
-        _print_tuned(tuned, folder)
+        _print_tuned(tuned)
 
 
 @app.command()
@@ -411,7 +411,7 @@ def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) 
     err.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_tuned(tuned: "Tuned", folder: Path) -> None:
+def _print_tuned(tuned: "Tuned") -> None:
     images = tuned.result.data["images"]
     table = Table(show_header=False)
     table.add_row("best values", escape(_printable(_listed(tuned.values))))
@@ -419,7 +419,7 @@ def _print_tuned(tuned: "Tuned", folder: Path) -> None:
     table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {images['test']} images")
     table.add_row("trained on", f"{images['train']} images, the held-out ones among them")
     console.print(table)
-    console.print(f"run: {folder / 'best'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"run: {tuned.folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ looked at once, by the final run, as the ReFilled paper does it. The trials stan
 may share: each takes up trials that were left behind, then begins new ones, and the last to end makes the final run.
 
 A folder of tuning holds ``tuning.toml`` (the run and what is searched), ``journal.log`` (Optuna's), ``trials/<number>``
-and ``best``.
+and ``best/<number>``, the final run with the values of that trial.
 """
 
 import re
@@ -48,13 +48,17 @@ class Tuned:
     result: Result
     """Of the run with these values on all training images, scored on the test images."""
 
+    folder: Path
+    """Of that run."""
+
 
 def tune(
     run: Run, search: Mapping[str, str], trials: int, folder: Path, on_trial: OnTrial = lambda *trial: None
 ) -> Tuned | None:
     """Find good values for a run's parameters, and carry the run out with them.
 
-    Called again with the same arguments, it goes on where it stood; ``trials`` may have grown.
+    Called again with the same arguments, it goes on where it stood. If ``trials`` has grown, there is another final run
+    where they found better values; which values are best is never decided by the test images.
 
     Args:
         run: What all trials share; its ``val`` is the part of the training images that is held out.
@@ -235,7 +239,8 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         best = study.best_trial
         final = replace(_with(run, best.params), val=0.0, score="test")
         assert best.value is not None  # it is complete
-        return Tuned(best.params, best.value, _carry_out(final, folder / "best"))
+        final_folder = folder / "best" / str(best.number)
+        return Tuned(best.params, best.value, _carry_out(final, final_folder), final_folder)
 
 
 def _optuna() -> Any:
