@@ -106,6 +106,11 @@ def test_the_mean_kernel_and_its_gradient_are_those_of_all_pairs(channels, place
     torch.testing.assert_close(found, torch.autograd.grad(all_pairs.sum(), (a, b)))
 
 
+def test_no_part_of_selectivity_is_left_out_of_the_gradient():
+    student, teacher = normal(2, 3, 2, 2).requires_grad_(), normal(2, 4, 2, 2, seed=1)
+    assert torch.autograd.gradcheck(lambda maps: squared_discrepancy(maps, teacher), student)
+
+
 def test_selectivity_never_holds_channels_by_channels_by_places():
     held = []
 

@@ -96,6 +96,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(probe, tmp_path):
         tune(probe, SEARCH, 4, tmp_path / "parts", first := Stopping())
     tune(probe, SEARCH, 4, tmp_path / "parts", second := Trials())
     assert [*first, *second] == whole
+    assert len({values["C"] for _, values, _ in whole}) == 4
     assert len(first) == 2
 
 
