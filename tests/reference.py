@@ -101,3 +101,51 @@ def local_kd(
         q = softmax([-squared_distance(row, center(c, n)) / tau_t for c in classes])
         total += kl(q, softmax([logits[n][c] / tau_s for c in classes]))
     return total / len(labels)
+
+
+Maps = list[list[list[float]]]
+"""Feature maps of images, as image, channel, place."""
+
+
+def attention_distance(student: Maps, teacher: Maps) -> float:
+    """Mean over images and places of the squared difference of unit-length channel energies."""
+
+    def attend(channels: Rows) -> list[float]:
+        return unit([sum(x * x for x in place) / len(channels) for place in zip(*channels, strict=True)])
+
+    differences = [
+        (a - b) ** 2 for s, t in zip(student, teacher, strict=True) for a, b in zip(attend(s), attend(t), strict=True)
+    ]
+    return sum(differences) / len(differences)
+
+
+def mean_discrepancy(student: Maps, teacher: Maps) -> float:
+    """Squared MMD with the kernel (xᵀy)² between the unit-length channels of each image, averaged over images."""
+
+    def kernel(a: Rows, b: Rows) -> float:
+        values = [sum(x * y for x, y in zip(unit(p), unit(q), strict=True)) ** 2 for p in a for q in b]
+        return sum(values) / len(values)
+
+    images = [kernel(t, t) + kernel(s, s) - 2 * kernel(s, t) for s, t in zip(student, teacher, strict=True)]
+    return sum(images) / len(images)
+
+
+def similarity_distance(student: Rows, teacher: Rows) -> float:
+    """Mean squared difference between the row-normalised Gram matrices of two sets of rows."""
+
+    def similar(rows: Rows) -> Rows:
+        return [unit([sum(x * y for x, y in zip(a, b, strict=True)) for b in rows]) for a in rows]
+
+    pairs = zip(similar(student), similar(teacher), strict=True)
+    return sum(squared_distance(a, b) for a, b in pairs) / len(student) ** 2
+
+
+def decoupled(logits: Rows, teacher: Rows, labels: list[int], temperature: float) -> tuple[float, float]:
+    """Mean KL over target against rest, and over the other classes renormalised, times the squared temperature."""
+    target = others = 0.0
+    for z_s, z_t, label in zip(logits, teacher, labels, strict=True):
+        p, q = (softmax([z / temperature for z in row]) for row in (z_t, z_s))
+        others_p, others_q = ([x for c, x in enumerate(row) if c != label] for row in (p, q))
+        target += kl([p[label], sum(others_p)], [q[label], sum(others_q)])
+        others += kl([x / sum(others_p) for x in others_p], [x / sum(others_q) for x in others_q])
+    return temperature**2 * target / len(labels), temperature**2 * others / len(labels)

@@ -100,7 +100,7 @@ MISTAKES = [
     (["distill", "digits:5-9"], "'refilled' learns from a teacher; name one with --teacher"),
     (["distill", "digits:5-9", "--teacher", "no/such/folder"], "no/such/folder"),
     (["distill", "digits:5-9", "--teacher", "timm/resnet5O"], "resnet5"),
-    (["distill", "digits:5-9", "--set", "temperature"], "must be KEY=VALUE"),
+    (["distill", "digits:5-9", "--set", "temperature"], "'temperature' must be KEY=VALUE"),
     (["distill", "digits:5-9", "--set", "temprature=2"], "did you mean 'temperature'"),
     (
         ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],

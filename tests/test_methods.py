@@ -15,13 +15,14 @@ from refilled.methods.refilled import LocalKDLoss
 from refilled.methods.regression import EmbeddingRegressionLoss, misalignment
 from refilled.methods.rkd import angles, relative_distances
 from refilled.outputs import Outputs
-from refilled.stages import Prepares
+from refilled.stages import FineTuning, Prepares, Readout
 
 CLASSES = 7
 
 
 def shape(dim, classes=("a", "b", "c", "d", "e", "f", "g")):
-    return SimpleNamespace(embedding_dim=dim, feature_channels=(4, 8), num_classes=len(classes), class_names=classes)
+    channels = (dim // 4, dim // 2)
+    return SimpleNamespace(embedding_dim=dim, feature_channels=channels, num_classes=len(classes), class_names=classes)
 
 
 def outputs(batch, dim, grad, dtype=torch.float32, seed=0):
@@ -30,19 +31,41 @@ def outputs(batch, dim, grad, dtype=torch.float32, seed=0):
     def draw(*size):
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
-    return Outputs(draw(batch, CLASSES), draw(batch, dim), (draw(batch, 4, 8, 8), draw(batch, 8, 4, 4)))
+    maps = [draw(batch, channels, side, side) for channels, side in ((dim // 4, dim // 2), (dim // 2, dim // 4))]
+    return Outputs(draw(batch, CLASSES), draw(batch, dim), tuple(maps))
+
+
+def leaves(part):
+    """The tensors of a part of the outputs: the part itself, or each of the feature maps."""
+    return part if isinstance(part, tuple) else (part,)
+
+
+def gradients(seen, term):
+    """Gradients of what a term reads; a loss may leave out some of the feature maps."""
+    found = [leaf.grad for leaf in leaves(getattr(seen, term.student)) if leaf.grad is not None]
+    assert found
+    return found
+
+
+def stages(name):
+    """What a method trains; nothing for a readout."""
+    plan = load_method(name).build(shape(16), shape(24), {})
+    return [] if isinstance(plan, Readout) else plan.stages if isinstance(plan, FineTuning) else plan
+
+
+TRAINING = [name for name in list_methods() if stages(name)]
 
 
 def terms(name):
-    for stage in load_method(name).stages(shape(16), shape(24), {}):
+    for stage in stages(name):
         for term in stage.terms.values():
             if isinstance(term.loss, Prepares) and term.teacher is not None:
                 term.loss.prepare(torch.randn(70, 24), torch.arange(70) % CLASSES)
             yield term
 
 
-@pytest.mark.parametrize("name", list_methods())
-class TestEveryMethod:
+@pytest.mark.parametrize("name", TRAINING)
+class TestEveryMethodThatTrains:
     def test_gives_finite_losses_whose_gradient_reaches_what_it_reads(self, name):
         labels = torch.arange(30) % CLASSES
         for term in terms(name):
@@ -51,10 +74,10 @@ class TestEveryMethod:
             assert loss.shape == ()
             assert loss.isfinite()
             loss.backward()
-            read = getattr(seen, term.student)
-            assert read.grad.isfinite().all()
-            assert read.grad.any()
-            assert all(getattr(taught, part).grad is None for part in ("logits", "embedding"))
+            for gradient in [*gradients(seen, term), *(p.grad for p in term.loss.parameters())]:
+                assert gradient.isfinite().all()
+                assert gradient.any()
+            assert all(leaf.grad is None for part in taught for leaf in leaves(part))
 
     def test_does_not_depend_on_the_order_of_the_batch(self, name):
         labels = torch.arange(30) % CLASSES
@@ -75,7 +98,7 @@ class TestEveryMethod:
             loss = term(seen, taught, labels)
             loss.backward()
             assert loss.isfinite()
-            assert getattr(seen, term.student).grad.isfinite().all()
+            assert all(gradient.isfinite().all() for gradient in gradients(seen, term))
 
     @pytest.mark.parametrize(
         "labels", [[0], [3, 3, 3, 3], [0, 1, 2, 3, 4, 5, 6]], ids=["one image", "one class", "all distinct"]
@@ -84,30 +107,33 @@ class TestEveryMethod:
         labels = torch.tensor(labels)
         for embedding in (torch.zeros, torch.ones, torch.randn):
             for term in terms(name):
+                n = len(labels)
                 seen = Outputs(
-                    torch.randn(len(labels), CLASSES).requires_grad_(), embedding(len(labels), 16).requires_grad_()
+                    torch.randn(n, CLASSES).requires_grad_(),
+                    embedding(n, 16).requires_grad_(),
+                    (embedding(n, 4, 8, 8).requires_grad_(), embedding(n, 8, 4, 4).requires_grad_()),
                 )
-                taught = Outputs(torch.randn(len(labels), CLASSES), embedding(len(labels), 24))
+                taught = Outputs(
+                    torch.randn(n, CLASSES), embedding(n, 24), (embedding(n, 6, 12, 12), embedding(n, 12, 6, 6))
+                )
                 loss = term(seen, taught, labels)
                 loss.backward()
                 assert loss.isfinite()
-                assert getattr(seen, term.student).grad.isfinite().all()
+                assert all(gradient.isfinite().all() for gradient in gradients(seen, term))
 
     def test_has_a_summary_and_shares_that_can_be_divided(self, name):
-        method = load_method(name)
-        assert method.summary
-        assert sum(stage.share for stage in method.stages(shape(16), shape(16), {})) > 0
+        assert load_method(name).summary
+        assert sum(stage.share for stage in stages(name)) > 0
 
     def test_refuses_other_classes_exactly_if_it_reads_the_logits(self, name):
         method, other = load_method(name), shape(24, ("u", "v", "w", "x", "y", "z", "g"))
-        reads_logits = any(stage.reads("logits") for stage in method.stages(shape(16), shape(24), {}))
-        if not reads_logits:
-            assert method.stages(shape(16), other, {})
+        if not any(stage.reads("logits") for stage in stages(name)):
+            assert method.build(shape(16), other, {})
             return
         with pytest.raises(
             MethodError, match=f"'{name}' compares logits class by class, but .* share 1 of 7 classes; use refilled"
         ):
-            method.stages(shape(16), other, {})
+            method.build(shape(16), other, {})
 
 
 def test_settings_are_read_by_the_signature():
@@ -140,9 +166,32 @@ def test_an_unknown_method_names_the_nearest():
         load_method("rdk")
 
 
-def test_a_method_needs_the_teacher_that_it_reads():
+@pytest.mark.parametrize("name", sorted(set(list_methods()) - {"vanilla"}))
+def test_a_method_needs_the_teacher_that_it_reads(name):
+    with pytest.raises(MethodError, match=f"'{name}' learns from a teacher"):
+        load_method(name).build(shape(16), None, {})
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_a_method_needs_a_student_exactly_if_it_trains_one_of_its_own(name):
+    method = load_method(name)
+    if not method.takes_student:
+        assert isinstance(method.build(None, shape(24), {}), Readout | FineTuning)
+        return
+    with pytest.raises(MethodError, match=f"'{name}' trains a student; name one with --student"):
+        method.build(None, shape(24), {})
+
+
+def test_a_method_of_ones_own_without_annotations_is_believed(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from refilled.stages import Readout, Stage, Term\nfrom torch import nn\n"
+        "def mine(student, teacher, *, reads: bool = False):\n"
+        "    return Readout(None) if reads else [Stage('a', {'ce': Term(nn.CrossEntropyLoss())})]"
+    )
+    mine = load_method(str(tmp_path / "mine.py"))
+    assert mine.build(shape(16), None, {})[0].name == "a"
     with pytest.raises(MethodError, match="learns from a teacher"):
-        load_method("rkd").stages(shape(16), None, {})
+        mine.build(shape(16), None, {"reads": True})
 
 
 def test_a_file_of_ones_own_is_a_method(tmp_path: Path):
@@ -151,7 +200,7 @@ def test_a_file_of_ones_own_is_a_method(tmp_path: Path):
     file.write_text(text.split("```python\n")[1].split("```")[0])
     method = load_method(str(file))
     assert method.settle({"weight": "3"}) == {"weight": 3.0}
-    (stage,) = method.stages(shape(16), shape(24), {})
+    (stage,) = method.build(shape(16), shape(24), {})
     assert stage.terms["similarity"](outputs(9, 16, True), outputs(9, 24, False), torch.arange(9) % 7) > 0
 
 
@@ -165,18 +214,18 @@ def test_a_broken_file_is_explained(tmp_path, content, message):
 
 
 def test_one_stage_refilled_sums_the_terms_of_both():
-    (stage,) = load_method("refilled").stages(shape(16), shape(24), {"gamma": 0.1})
+    (stage,) = load_method("refilled").build(shape(16), shape(24), {"gamma": 0.1})
     assert set(stage.terms) == {"alignment", "ce", "local_kd"}
     assert stage.terms["alignment"].weight(7) == 0.1
 
 
 def test_the_weight_of_local_distillation_decays_as_in_the_paper():
-    _, stage = load_method("refilled").stages(shape(16), shape(24), {})
+    _, stage = load_method("refilled").build(shape(16), shape(24), {})
     weights = [stage.terms["local_kd"].weight(epoch) for epoch in range(3)]
     assert weights == pytest.approx([10, 10 * 2.718281828**-0.05, 10 * 2.718281828**-0.1])
-    _, fixed = load_method("refilled").stages(shape(16), shape(24), {"kd_decay": 0.0})
+    _, fixed = load_method("refilled").build(shape(16), shape(24), {"kd_decay": 0.0})
     assert {fixed.terms["local_kd"].weight(epoch) for epoch in range(3)} == {10.0}
-    _, alone = load_method("refilled").stages(shape(16), shape(24), {"kd_weight": 0.0})
+    _, alone = load_method("refilled").build(shape(16), shape(24), {"kd_weight": 0.0})
     assert set(alone.terms) == {"ce"}
 
 
@@ -211,7 +260,7 @@ def test_rkd_does_not_see_rotation_and_scale():
 
 def test_refilled_takes_in_regression_and_can_leave_out_stage_1():
     settings = {"embedding_share": 0.0, "centers": "global", "centered": True, "regression_weight": 10.0}
-    embedding, classifier = load_method("refilled").stages(shape(16), shape(24), settings)
+    embedding, classifier = load_method("refilled").build(shape(16), shape(24), settings)
     assert (embedding.share, classifier.share) == (0, 1)
     assert set(classifier.terms) == {"ce", "local_kd", "regression"}
     assert all(classifier.terms[name].loss.needs_training_set for name in ("local_kd", "regression"))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refilled.errors import RefilledError, RunError
@@ -36,8 +36,9 @@ def test_any_text_survives_toml(task, settings):
     assert Run.from_toml(run.to_toml()) == run
 
 
-@given(st.text() | st.from_regex(r"(task|student|epochs|lr|seed|settings) = (1|-1|'a'|true|\[\]|nan)", fullmatch=True))
+@given(st.text() | st.from_regex(r"(student|epochs|lr|seed|settings) = (1|-1|'a'|true|\[\]|nan)", fullmatch=True))
 def test_any_other_text_is_refused_with_an_error_for_people(text):
+    assume("task" not in text)  # the one key that a run must have
     with pytest.raises(RefilledError):
         Run.from_toml(text)
 
@@ -47,7 +48,7 @@ def test_any_other_text_is_refused_with_an_error_for_people(text):
     [
         ('task = "a"\nstudent = "b"\nepoch = 3', "unknown key 'epoch'; did you mean 'epochs'"),
         ('task = "a"\nstudent = "b"\nepochs = "three"', "epochs: "),
-        ('task = "a"', "student: "),
+        ('student = "b"', "task: "),
         ('task = "a"\nstudent = "b"\nepochs = 0', "epochs = 0 is out of range"),
         ('task = "a"\nstudent = "b"\nlr = nan', "lr = nan is out of range"),
     ],

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from refilled.benchmark.comparison import Comparison
     from refilled.experiment import Result
     from refilled.progress import Display
+    from refilled.tuning import Tuned
 
 app = typer.Typer(
     help="Distil a strong vision model trained on other classes into a small model for your own.",
@@ -229,6 +230,58 @@ def compare(
 
 
 @app.command()
+@_run_flags("task", "settings", "score")
+def tune(
+    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    search: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=LOW..HIGH[:log]|A,B,C",
+            help="What to try for a parameter of the method, or for a flag of training as lr; may be repeated.",
+            show_default=False,
+        ),
+    ],
+    teacher: Annotated[str | None, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)] = None,
+    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    method: Annotated[
+        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+    ] = "refilled",
+    trials: Annotated[int, typer.Option(help="Trials in all; more of them go on from a folder.", min=1)] = 20,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter that stays as it is; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the trials.", show_default=False)] = None,
+    preset: Preset = None,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Choose parameters on held-out training images, then train on all of them and look at the test images once.
+
+    The same command goes on where it was interrupted; several of them, with the same --out, share the work.
+    """
+    from refilled.journal import Interrupted
+    from refilled.tuning import tune as search_and_train
+
+    settings = dict(_key_value(text) for text in set_ or ())
+    named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
+    run = _configure(preset, {**named, **flags})
+    folder = out or Path("runs") / f"tune-{_run_name(run)}"
+    try:
+        tuned = search_and_train(run, dict(_key_value(text) for text in search), trials, folder, _tell_trial)
+    except Interrupted as interruption:
+        err.print("interrupted; the state is saved, and the same command goes on", markup=False)
+        sys.exit(128 + interruption.number)
+    if tuned is None:
+        err.print("other processes are still at some trials; the last of them trains on all images", markup=False)
+    elif as_json:
+        found = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
+        print(json.dumps({**found, "run": str(tuned.folder)}))
+    else:
+        _print_tuned(tuned)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
@@ -296,7 +349,7 @@ def _read(path: Path) -> str:
 def _key_value(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise RunError(f"--set {text}: must be KEY=VALUE")
+        raise RunError(f"'{text}' must be KEY=VALUE")
     return name.strip().replace("-", "_"), value.strip()
 
 
@@ -335,12 +388,14 @@ def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, a
 def _print_result(result: "Result", folder: Path) -> None:
     images = result.data["images"]
     table = Table(show_header=False)
-    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images['test']} test images, after the last epoch")
+    part = result.data.get("scored", "test")
+    when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods train nothing
+    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images{when}")
     table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
     table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
-    table.add_row("student", f"{result.parameters:,} parameters")
+    table.add_row("network", f"{result.parameters:,} parameters")
     table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
     if result.data["skipped"]:
         table.add_row("left out", f"{len(result.data['skipped'])} unreadable images; see result.json")
@@ -350,8 +405,32 @@ def _print_result(result: "Result", folder: Path) -> None:
     console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) -> None:
+    reached = "the loss exploded" if accuracy is None else f"{accuracy:.2f} % of held-out images"
+    line = f"trial {number}: {_listed(values)}: {reached}"
+    err.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_tuned(tuned: "Tuned") -> None:
+    images = tuned.result.data["images"]
+    table = Table(show_header=False)
+    table.add_row("best values", escape(_printable(_listed(tuned.values))))
+    table.add_row("held-out accuracy", f"{tuned.val_accuracy:.2f} %, the best of the trials")
+    table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {images['test']} images")
+    table.add_row("trained on", f"{images['train']} images, the held-out ones among them")
+    console.print(table)
+    console.print(f"run: {tuned.folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
 def _run_name(run: Run) -> str:
-    parts = [Path(run.task).name if "/" in run.task else run.task, run.student, Path(run.method).stem, f"s{run.seed}"]
+    task = Path(run.task).name if "/" in run.task else run.task
+    parts = [task, run.student or "teacher", Path(run.method).stem, f"s{run.seed}"]
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 

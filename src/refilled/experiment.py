@@ -2,7 +2,7 @@
 
 A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``log.jsonl``, ``result.json``,
 the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student after each stage but the last),
-``last.ckpt`` while unfinished, and ``DONE`` when whole.
+``last.ckpt`` while unfinished, and ``DONE`` when whole. A method that trains nothing leaves no student.
 """
 
 import json
@@ -15,12 +15,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from refilled.checkpoints import discard_states, hold
 from refilled.data import Split, Task, load_task
@@ -30,10 +31,11 @@ from refilled.evaluation import accuracy, class_accuracies, nearest_center_accur
 from refilled.files import write_atomic
 from refilled.journal import RunJournal
 from refilled.methods import load_method
-from refilled.models import Backbone, create_model, load_model, load_teacher, save_model
+from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
+from refilled.outputs import Outputs
 from refilled.progress import Display
 from refilled.run import Run
-from refilled.stages import Stage
+from refilled.stages import FineTuning, Readout, Stage
 from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
 from refilled.training import augmentation_of, fit, resolve_precision
 
@@ -50,15 +52,16 @@ class Result:
     """What a finished run found: the content of ``result.json``."""
 
     accuracy: float
-    """Percent of the test images, after the last epoch."""
+    """Percent of the test images, or of the held-out ones where the run scores those, after the last epoch."""
     ncm_accuracy: float
-    """Percent by the nearest class mean of the training images in the student's embedding."""
+    """Percent by the nearest class mean of the training images, in the embedding of the network that is scored."""
     class_accuracies: dict[str, float | None]
     stages: dict[str, dict[str, float]]
     """Nearest-class-mean accuracy after each stage but the last."""
     seconds: float
     """Of training and of loading, over all starts of the run."""
     parameters: int
+    """Of the network that is scored: the student, or the teacher where its embedding is all there is."""
     data: dict[str, Any]
     teacher: dict[str, Any] | None
     versions: dict[str, str]
@@ -92,6 +95,15 @@ def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_b
         return _carry_out(prepared, folder, display or Display(), seconds_between_saves)
 
 
+def check(run: Run) -> None:
+    """Look up all that a run names, and train nothing.
+
+    Raises:
+        RefilledError: anything in the run that cannot work, as far as it can be found before training.
+    """
+    _Prepared(resolve(run))
+
+
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
 
@@ -114,7 +126,7 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
     Raises:
         RunError: the folder holds no student, or the task has other classes.
     """
-    model = load_model(folder)
+    model = _load_student(folder)
     run = _load_run(folder)
     data = _load_task(replace(run, task=task or run.task, data_root=data_root or run.data_root))
     if data.classes != model.class_names:
@@ -166,9 +178,16 @@ def teacher_accuracy(folder: Path) -> float | None:
     if teacher is None:
         return None
     task = _load_task(run)
-    train, test = (predict(teacher, split.pixels).embedding for split in (task.train, task.test))
-    mean = train.mean(0)  # what all images share says nothing about them
-    return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
+    return _look(teacher, task, task.test, centered=True).ncm_accuracy  # what all images share says nothing about them
+
+
+def load_scored(folder: Path) -> Backbone:
+    """Load the network that a run's result is about: its student, or the teacher where it trained none."""
+    if not _trained_nothing(folder):
+        return load_model(folder)
+    teacher = _load_teacher(_load_run(folder))
+    assert teacher is not None  # or there would be no result
+    return teacher
 
 
 def test_part(folder: Path) -> Split:
@@ -188,7 +207,7 @@ def classify(
     Raises:
         RefilledError: the folder holds no student, or there is no image.
     """
-    model = load_model(folder)
+    model = _load_student(folder)
     paths = [path for image in images for path in _images_in(image)]
     if not paths:
         raise TaskError("no images were found; name image files, or folders that hold some")
@@ -222,9 +241,11 @@ def resolve(run: Run) -> Run:
     """
     device = _device(run.device)
     precision = resolve_precision(run.precision, device)
-    settings = load_method(run.method).settle(run.settings)
+    method = load_method(run.method)
+    student = run.student if method.takes_student else None
+    settings = method.settle(run.settings)
     threads = run.threads or torch.get_num_threads()
-    return replace(run, device=device.type, precision=precision, settings=settings, threads=threads)
+    return replace(run, student=student, device=device.type, precision=precision, settings=settings, threads=threads)
 
 
 def _device(name: str) -> torch.device:
@@ -243,6 +264,20 @@ def _load_run(folder: Path) -> Run:
     if not path.exists():
         raise RunError(f"{folder} holds no run: there is no {path.name}")
     return Run.from_toml(path.read_text(encoding="utf-8"))
+
+
+def _trained_nothing(folder: Path) -> bool:
+    done, saved = ((folder / name).exists() for name in ("DONE", "model.json"))
+    return done and not saved and _load_run(folder).student is None
+
+
+def _load_student(folder: Path) -> Backbone:
+    if _trained_nothing(folder):
+        raise RunError(
+            f"{folder} holds no student: '{_load_run(folder).method}' reads the embedding of its teacher and trains "
+            "nothing; what it reached is in result.json"
+        )
+    return load_model(folder)
 
 
 def _load_teacher(run: Run) -> Backbone | None:
@@ -266,6 +301,9 @@ def _load_task(run: Run) -> Task:
 class _Prepared:
     """A run with everything that it names looked up and checked."""
 
+    student: Backbone
+    """The network that is scored: what the stages train, or the frozen teacher itself for a readout."""
+
     def __init__(self, run: Run) -> None:
         self.run = run
         torch.set_num_threads(run.threads or torch.get_num_threads())
@@ -273,18 +311,36 @@ class _Prepared:
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
         self.task = _load_task(run)
+        if run.score == "val" and len(self.task.val) == 0:
+            raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = _load_teacher(run)
-        self.student = self._student()
-        self.stages: list[Stage] = method.stages(self.student, self.teacher, run.settings)
-        if not any(stage.needs_teacher for stage in self.stages):
-            self.teacher = None
+        torch.manual_seed(run.seed)
+        student = None if run.student is None else self._fresh(run.student)
+        plan = method.build(student, self.teacher, run.settings)
+        self.stages: list[Stage] = []
+        self.readout: Readout | None = None
+        if isinstance(plan, Readout):
+            assert self.teacher is not None  # the method has checked it, as what the assertions below say
+            self.readout, self.student = plan, self.teacher
+        elif isinstance(plan, FineTuning):
+            assert self.teacher is not None
+            self.stages, self.student = list(plan.stages), self._copy(self.teacher)
+        else:
+            assert student is not None
+            self.stages, self.student = list(plan), student
+            if not any(stage.needs_teacher for stage in plan):
+                self.teacher = None
 
-    def _student(self) -> Backbone:
-        torch.manual_seed(self.run.seed)
+    @property
+    def scored(self) -> Split:
+        """The images that the result is about."""
+        return self.task.test if self.run.score == "test" else self.task.val
+
+    def _fresh(self, architecture: str) -> Backbone:
         # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
         mean, std = (None, None) if self.run.pretrained else _channel_statistics(self.task.train.pixels)
         student = create_model(
-            self.run.student,
+            architecture,
             len(self.task.classes),
             image_size=self.task.image_size,
             mean=mean,
@@ -294,19 +350,29 @@ class _Prepared:
         student.class_names = self.task.classes
         return student
 
+    def _copy(self, teacher: Backbone) -> Backbone:
+        student = trainable_copy(teacher, self.task.classes, torch.Generator().manual_seed(self.run.seed))
+        student.image_size = self.task.image_size
+        return student
+
 
 def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float) -> Result:
-    run, task, student = prepared.run, prepared.task, prepared.student
+    run = prepared.run
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
     journal = RunJournal(folder, display, seconds_between_saves)
     try:
-        cache = _cache(prepared, fabric, display)
-        with journal.catching_signals():
-            fit(student, prepared.teacher, task, prepared.stages, run, fabric, journal, cache)
+        if prepared.readout is None:
+            cache = _cache(prepared, fabric, display)
+            with journal.catching_signals():
+                fit(prepared.student, prepared.teacher, prepared.task, prepared.stages, run, fabric, journal, cache)
+            result = _measure(prepared, folder, journal.seconds)
+            save_model(prepared.student, folder)
+        else:
+            journal.restore()  # nothing; but there is a log, if an empty one
+            prepared.student.to(fabric.device)
+            result = replace(_measure(prepared, folder, 0.0), seconds=journal.seconds)
     finally:
         display.close()
-    result = _measure(prepared, folder, journal.seconds)
-    save_model(student, folder)
     write_atomic(folder / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
     write_atomic(folder / "DONE", b"")
     discard_states(folder)
@@ -315,7 +381,7 @@ def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_betw
 
 def _cache(prepared: _Prepared, fabric: Fabric, display: Display) -> TeacherCache | None:
     run, teacher = prepared.run, prepared.teacher
-    if run.views is None or teacher is None:
+    if run.views is None or teacher is None or not any(stage.needs_only_embedding for stage in prepared.stages):
         return None
     teacher.to(fabric.device)
 
@@ -341,31 +407,58 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REFILLED_CACHE") or "~/.cache/refilled").expanduser()
 
 
+class _Look(NamedTuple):
+    """What a network says about a task's training images and about those that are scored."""
+
+    train: Outputs
+    scored: Outputs
+    ncm_accuracy: float
+
+
+def _look(
+    network: Backbone, task: Task, scored: Split, device: torch.device | str = "cpu", centered: bool = False
+) -> _Look:
+    """Run a network over both parts, and score its embedding by the nearest class mean, in percent.
+
+    Args:
+        network: Any model, on ``device``.
+        task: The task; its training images give the class means.
+        scored: The images that are scored.
+        device: Where to compute.
+        centered: Whether the mean of the training embeddings is taken away first.
+    """
+    train, others = (predict(network, split.pixels, device) for split in (task.train, scored))
+    mean = train.embedding.mean(0) if centered else 0
+    accuracy = nearest_center_accuracy(
+        train.embedding - mean, task.train.labels, others.embedding - mean, scored.labels
+    )
+    return _Look(train, others, accuracy)
+
+
 def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
-    """Look at the test images, for the only time."""
+    """Look at the images that are to be scored, for the only time."""
     run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
-    device = torch.device(run.device)
-    train, test = (predict(student, split.pixels, device) for split in (task.train, task.test))
-    stages = {}
-    for stage in prepared.stages[:-1]:
-        path = folder / "stages" / f"{stage.name}.safetensors"
-        if path.exists():
-            stages[stage.name] = {"ncm_accuracy": _ncm_of_snapshot(prepared, path)}
-    per_class = class_accuracies(test.logits, task.test.labels, len(task.classes))
+    device, labels = torch.device(run.device), prepared.scored.labels
+    seen = _look(student, task, prepared.scored, device)
+    logits = seen.scored.logits
+    if prepared.readout is not None:
+        classes = prepared.readout.classify(seen.train.embedding, task.train.labels, seen.scored.embedding)
+        logits = one_hot(classes, len(task.classes))
     return Result(
-        accuracy=accuracy(test.logits, task.test.labels),
-        ncm_accuracy=nearest_center_accuracy(train.embedding, task.train.labels, test.embedding, task.test.labels),
-        class_accuracies=_by_class(task, per_class),
-        stages=stages,
+        accuracy=accuracy(logits, labels),
+        ncm_accuracy=seen.ncm_accuracy,
+        class_accuracies=_by_class(task, class_accuracies(logits, labels, len(task.classes))),
+        stages=_measure_stages(prepared, folder),
         seconds=seconds,
         parameters=sum(p.numel() for p in student.parameters()),
         data={
             "task": task.name,
             "fingerprint": task.fingerprint,
             "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
+            "scored": run.score,
             "image_size": task.image_size,
             "skipped": [list(pair) for pair in task.skipped],
-            "notes": [*task.notes, *_few_steps(run, len(task.train))],
+            "notes": [*task.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
         versions={name: version(name) for name in ("refilled", "torch", "timm")}
@@ -374,20 +467,25 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
     )
 
 
+def _measure_stages(prepared: _Prepared, folder: Path) -> dict[str, dict[str, float]]:
+    """Score the student as each stage but the last left it."""
+    student, found = prepared.student, {}
+    final = {name: value.clone() for name, value in student.state_dict().items()}
+    for stage in prepared.stages[:-1]:
+        path = folder / "stages" / f"{stage.name}.safetensors"
+        if path.exists():
+            student.load_state_dict(load_file(path))
+            seen = _look(student, prepared.task, prepared.scored, prepared.run.device)
+            found[stage.name] = {"ncm_accuracy": seen.ncm_accuracy}
+    student.load_state_dict(final)
+    return found
+
+
 def _few_steps(run: Run, images: int) -> list[str]:
     steps = run.epochs * math.ceil(images / run.batch_size)
     if steps >= _FEW_STEPS:
         return []
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
-
-
-def _ncm_of_snapshot(prepared: _Prepared, path: Path) -> float:
-    task, student = prepared.task, prepared.student
-    final = {name: value.clone() for name, value in student.state_dict().items()}
-    student.load_state_dict(load_file(path))
-    train, test = (predict(student, split.pixels, prepared.run.device).embedding for split in (task.train, task.test))
-    student.load_state_dict(final)
-    return nearest_center_accuracy(train, task.train.labels, test, task.test.labels)
 
 
 def _channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:

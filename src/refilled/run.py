@@ -88,13 +88,15 @@ class Run(Recipe):
 
     Attributes:
         task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
-        student: Architecture of the student.
+        student: Architecture of the student; None where the method trains none of its own.
         teacher: A student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``; variables of the
             environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
         shots: Training images a class; None for all.
         val: Part of the training images that is held out by class to watch the progress; never trained on.
+        score: Which images the result is about; with ``val`` the test images are not looked at, so that one may choose
+            between runs by it.
         image_size: Side length that images are brought to; None for what suits them.
         pretrained: Whether a ``timm/`` student starts from published weights.
         teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
@@ -106,12 +108,13 @@ class Run(Recipe):
     """
 
     task: str
-    student: str
+    student: str | None = None
     teacher: str | None = None
     method: str = "vanilla"
     settings: Mapping[str, Any] = field(default_factory=dict)
     shots: int | None = None
     val: float = 0.1
+    score: Literal["test", "val"] = "test"
     image_size: int | None = None
     pretrained: bool = False
     teacher_mean: tuple[float, float, float] | None = None
@@ -168,5 +171,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "trust": 1.0,
         },
     },
+    # Supplement 2.1: the teacher's own network, slowly.
+    "fine_tune": {"method": "fine_tune", "epochs": 50, "lr": 1e-4},
 }
 """What ``--preset`` sets; flags that are given besides it win."""

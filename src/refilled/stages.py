@@ -1,10 +1,11 @@
 """A method as data: stages of training, each a sum of weighted loss terms.
 
 The training loop never asks which method it runs. It reads the stages: which losses, with what weight in
-which epoch, and which parts of the :class:`~refilled.outputs.Outputs` each loss looks at.
+which epoch, and which parts of the :class:`~refilled.outputs.Outputs` each loss looks at. Two kinds of method have no
+student of their own: a :class:`Readout` trains none, and :class:`FineTuning` trains the teacher's network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp
 from typing import Literal, Protocol, runtime_checkable
@@ -25,6 +26,11 @@ def constant(weight: float) -> Weight:
 def exponential(start: float, rate: float) -> Weight:
     r"""A weight that decays: :math:`\mathrm{start}\cdot e^{-\mathrm{rate}\cdot\mathrm{epoch}}`, epochs from 0."""
     return lambda epoch: start * exp(-rate * epoch)
+
+
+def warm_up(weight: float, epochs: int) -> Weight:
+    """A weight that rises in equal steps over the first ``epochs`` and then stays; with 0 epochs it is constant."""
+    return lambda epoch: weight * min(1.0, (epoch + 1) / max(epochs, 1))
 
 
 @runtime_checkable
@@ -90,3 +96,29 @@ class Stage:
     def needs_teacher(self) -> bool:
         """Whether some term reads anything of the teacher's."""
         return any(term.teacher is not None for term in self.terms.values())
+
+    @property
+    def needs_only_embedding(self) -> bool:
+        """Whether the teacher's embedding, which can be kept on disk, is all that some terms read of it."""
+        return self.needs_teacher and not self.reads("logits") and not self.reads("features")
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Classification in the frozen teacher's embedding, in place of training.
+
+    ``classify(train_embedding (N, d), train_labels (N,), embedding (M, d))`` returns the class ids ``(M,)``.
+    """
+
+    classify: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Stages that train a copy of the teacher's own network, with a fresh classifier, in the student's place."""
+
+    stages: Sequence[Stage]
+
+
+Plan = Sequence[Stage] | Readout | FineTuning
+"""What a method's function returns."""

@@ -5,10 +5,8 @@ the very images that the student sees. Runs with other seeds, methods or student
 of what it holds.
 """
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refilled.data import Task, augment
-from refilled.files import write_atomic
+from refilled.files import alone, write_atomic
 from refilled.models import Backbone
 
 VIEW_SEED = 0  # of the augmentation of cached views: not the run's, so that runs can share them
@@ -104,7 +102,7 @@ def teacher_cache(
     )
     folder = root / contents.key
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
         if not _whole(folder, contents):
             say(f"embedding {views} views of {len(task.train)} images by the teacher, once for all runs: {folder}")
             _make(folder, contents, task, embed)
@@ -142,10 +140,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -222,7 +222,7 @@ class _Training:
     def _teach(self, images: Tensor, batch: Tensor, epoch: int) -> Outputs | None:
         if self.teacher is None or not self.stage.needs_teacher:
             return None
-        if self.cache is not None and not self.stage.reads("logits") and not self.stage.reads("features"):
+        if self.cache is not None and self.stage.needs_only_embedding:
             embedding = self.cache(self._view(epoch)[1], batch).to(self.fabric.device)
             return Outputs(embedding.new_empty(len(batch), 0), embedding)
         with torch.no_grad(), self.fabric.autocast():

@@ -20,7 +20,7 @@ from torch import Tensor
 from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
 from refilled.data import Split
 from refilled.evaluation import predict
-from refilled.experiment import Result, teacher_accuracy, test_part
+from refilled.experiment import Result, load_scored, teacher_accuracy, test_part
 from refilled.files import write_atomic
 from refilled.models import Backbone, load_model
 
@@ -98,7 +98,7 @@ def write_report(
         sentences: What there is to say above the table.
     """
     test = test_part(shown.folders[0])
-    held_out = any("val_accuracy" in entry for entry in _log(baseline.folders[0]))
+    held_out = any("val_accuracy" in entry for row in rows for entry in _log(row.folders[0]))
     measure = "val_accuracy" if held_out else "ce"
     curves = "Accuracy on held-out images in percent" if held_out else "Cross-entropy on training images"
     pictures = {
@@ -134,13 +134,12 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
     """Embed the test images by the first seed's students: alone, after the first stage, at the end."""
-    student = load_model(shown.folders[0])
-    found = {baseline.name: _embed(load_model(baseline.folders[0]), test)}
+    found = {baseline.name: _embed(load_scored(baseline.folders[0]), test)}
     for snapshot in sorted((shown.folders[0] / "stages").glob("*.safetensors")):
         staged = load_model(shown.folders[0])
         staged.load_state_dict(load_file(snapshot))
         found[f"{shown.name}, after stage “{snapshot.stem}”"] = _embed(staged, test)
-    found[f"{shown.name}, at the end"] = _embed(student, test)
+    found[f"{shown.name}, at the end"] = _embed(load_scored(shown.folders[0]), test)
     return found
 
 
@@ -149,7 +148,7 @@ def _embed(model: Backbone, test: Split) -> Tensor:
 
 
 def _curves(rows: Sequence[Row], measure: str) -> str:
-    """Draw a measure of the log against the epoch of the whole run; stages without it leave a gap."""
+    """Draw a measure of the log against the epoch of the whole run; stages and methods without it leave a gap."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for row, color in zip(rows, COLORS, strict=False):
@@ -159,6 +158,8 @@ def _curves(rows: Sequence[Row], measure: str) -> str:
             for n, entries in enumerate(zip(*logs, strict=True), 1)
             if measure in entries[0]
         ]
+        if not points:
+            continue
         axes.plot(
             [n for n, _ in points], [mean(values) for _, values in points], color=color, label=row.name, linewidth=1.6
         )

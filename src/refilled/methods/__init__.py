@@ -1,24 +1,26 @@
 """The methods, one file each: formula, loss, and the recipe that names their stages.
 
-A method is a function from the student, the teacher and keyword-only parameters to a list of stages. Its file
-name is its name, its signature its configuration, its docstring its citation: adding one is adding a file.
+A method is a function from the student, the teacher and keyword-only parameters to a list of stages, or to another
+:data:`~refilled.stages.Plan`. Its file name is its name, its signature its configuration, its docstring its citation:
+adding one is adding a file.
 """
 
 import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from refilled.errors import MethodError, unknown
+from refilled.feature_maps import check_feature_maps
 from refilled.outputs import ModelShape
-from refilled.stages import Stage
+from refilled.stages import FineTuning, Plan, Readout
 
-Recipe = Callable[..., Sequence[Stage]]
+Recipe = Callable[..., Plan]
 
 
 @dataclass(frozen=True)
@@ -39,32 +41,70 @@ class Method:
         parameters = inspect.signature(self.recipe).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def types(self) -> dict[str, Any]:
+        """What the annotations say of the method's own parameters."""
+        hints = get_type_hints(self.recipe)
+        return {name: hints[name] for name in self.parameters}
+
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the settings with the defaults; values that are text are read as what the signature asks for.
 
         Raises:
             MethodError: an unknown parameter, or a value that its annotation does not allow.
         """
-        hints = get_type_hints(self.recipe)
+        types = self.types
         for name in settings:
             if name not in self.parameters:
                 raise MethodError(f"method '{self.name}': {unknown('parameter', name, self.parameters)}")
-        given = {name: _read(value, hints[name], f"{self.name}.{name}") for name, value in settings.items()}
+        given = {name: _read(value, types[name], f"{self.name}.{name}") for name, value in settings.items()}
         return {**self.parameters, **given}
 
-    def stages(self, student: ModelShape, teacher: ModelShape | None, settings: Mapping[str, Any]) -> list[Stage]:
-        """Build the stages, having checked everything that can be checked before any training.
+    @property
+    def takes_student(self) -> bool:
+        """Whether it trains the student that a run names; one that does not annotates its parameter as None."""
+        return get_type_hints(self.recipe).get("student") is not NoneType
+
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether it cannot do without a teacher, as far as its annotation says."""
+        hint = get_type_hints(self.recipe).get("teacher")
+        return hint is not None and NoneType not in get_args(hint)
+
+    def build(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
+        """Build the stages, or another plan, having checked everything that can be checked before any training.
 
         Raises:
-            MethodError: unknown or unsuitable settings, no teacher where one is needed, or a loss that compares
-                logits while teacher and student do not have the same classes.
+            MethodError: unknown or unsuitable settings, no student or teacher where one is needed, a loss that
+                compares logits while teacher and student do not have the same classes, or one that compares feature
+                maps while one of the two gives none.
         """
-        stages = list(self.recipe(student, teacher, **self.settle(settings)))
+        settings = self.settle(settings)
+        if student is None and self.takes_student:
+            raise self._no_student()
+        if teacher is None and self.takes_teacher:
+            raise self._no_teacher()
+        plan = self.recipe(student, teacher, **settings)
+        if isinstance(plan, Readout | FineTuning):
+            if teacher is None:
+                raise self._no_teacher()
+            return plan
+        stages = list(plan)
+        if student is None:
+            raise self._no_student()
         if teacher is None and any(stage.needs_teacher for stage in stages):
-            raise MethodError(f"'{self.name}' learns from a teacher; name one with --teacher, or use vanilla")
+            raise self._no_teacher()
         if teacher is not None and any(stage.reads("logits") for stage in stages):
             self._check_label_spaces(student, teacher)
+        if teacher is not None and any(stage.reads("features") for stage in stages):
+            check_feature_maps(student, teacher)
         return stages
+
+    def _no_teacher(self) -> MethodError:
+        return MethodError(f"'{self.name}' learns from a teacher; name one with --teacher, or use vanilla")
+
+    def _no_student(self) -> MethodError:
+        return MethodError(f"'{self.name}' trains a student; name one with --student")
 
     def _check_label_spaces(self, student: ModelShape, teacher: ModelShape) -> None:
         if teacher.class_names is None:

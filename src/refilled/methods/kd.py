@@ -1,12 +1,14 @@
 """Knowledge distillation: the student matches the teacher's softened class probabilities.
 
 References:
-    Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015.
+    Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015;
+    Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (``standardize``).
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refilled.distances import unit_rows
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 
@@ -26,15 +28,29 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-class KDLoss(nn.Module):
-    """:func:`softened_kl` with its temperature."""
+def standardized(logits: Tensor) -> Tensor:
+    r"""Bring the logits ``(N, C)`` of each image to mean 0 and standard deviation 1 (Sun et al.).
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    .. math:: z \mapsto (z - \bar z) / \sigma(z)
+
+    Logits that are all alike have no deviation and become 0.
+    """
+    deviations = logits - logits.mean(1, keepdim=True)
+    unbiased: float = (logits.shape[1] - 1) ** 0.5
+    return unbiased * unit_rows(deviations)
+
+
+class KDLoss(nn.Module):
+    """:func:`softened_kl` with its temperature, of logits that are :func:`standardized` or as they are."""
+
+    def __init__(self, temperature: float = 4.0, standardize: bool = False) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.standardize = temperature, standardize
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of ``(N, C)`` logits; the labels are not used."""
+        if self.standardize:
+            student_logits, teacher_logits = standardized(student_logits), standardized(teacher_logits)
         return softened_kl(student_logits, teacher_logits, self.temperature)
 
 
@@ -45,10 +61,21 @@ def kd(
     temperature: float = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
+    standardize: bool = False,
 ) -> list[Stage]:
-    """Match the teacher's softened logits; needs a teacher of the same classes (Hinton et al., 2015)."""
+    """Match the teacher's softened logits; needs a teacher of the same classes (Hinton et al., 2015).
+
+    Args:
+        student: The student.
+        teacher: The teacher, of the same classes.
+        temperature: T.
+        ce_weight: Weight of cross-entropy.
+        kd_weight: Weight of distillation.
+        standardize: Whether the student need only match the teacher's logits up to their mean and spread
+            (Sun et al., CVPR 2024, who set ``temperature`` 2 and ``kd_weight`` 9).
+    """
     terms = {
         "ce": Term(nn.CrossEntropyLoss(), constant(ce_weight)),
-        "kd": Term(KDLoss(temperature), constant(kd_weight), teacher="logits"),
+        "kd": Term(KDLoss(temperature, standardize), constant(kd_weight), teacher="logits"),
     }
     return [Stage("classifier", terms)]

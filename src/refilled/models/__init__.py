@@ -1,7 +1,7 @@
 """Teachers and students: architectures by name, models in folders, teachers from anywhere."""
 
 from refilled.models.architectures import create_model, describe, from_description, list_models
-from refilled.models.backbone import Backbone, freeze
+from refilled.models.backbone import Backbone, freeze, trainable_copy
 from refilled.models.folder import load_model, save_model
 from refilled.models.teacher import load_teacher
 
@@ -15,4 +15,5 @@ __all__ = [
     "load_model",
     "load_teacher",
     "save_model",
+    "trainable_copy",
 ]

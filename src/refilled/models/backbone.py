@@ -1,6 +1,7 @@
 """The contract of every model, teacher or student."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TypeVar
 
 import torch
@@ -120,6 +121,24 @@ class NoClassifier(nn.Module):
 def freeze(model: M) -> M:
     """Make a teacher of a model: evaluation mode, no gradients. Returns the same model."""
     return model.eval().requires_grad_(False)
+
+
+def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: torch.Generator) -> Backbone:
+    """Copy a teacher to be trained on other classes: gradients on again, and a classifier drawn anew.
+
+    Raises:
+        ModelError: the teacher comes from a Python file, so that its copy could not be rebuilt from a folder.
+    """
+    if teacher.architecture is None:
+        raise ModelError(
+            "a network from a Python file cannot be fine-tuned: there is no name to rebuild its architecture by. Give "
+            "the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
+        )
+    model = deepcopy(teacher).requires_grad_(True)
+    model.num_classes, model.class_names = len(class_names), class_names
+    model.classifier = nn.Linear(model.embedding_dim, model.num_classes)
+    model.reset_classifier(generator)
+    return model
 
 
 def global_average_pool(maps: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ def _load(text: str, known_normalization: bool) -> Backbone:
     architecture, colon, file = text.partition(":")
     if architecture.startswith("timm/"):
         name = architecture.removeprefix("timm/")
-        return _timm_with_weights(name, Path(file)) if colon else TimmBackbone(timm_model(name, pretrained=True))
+        teacher = _timm_with_weights(name, Path(file)) if colon else TimmBackbone(timm_model(name, pretrained=True))
+        teacher.architecture = architecture
+        return teacher
     if not colon:
         raise ModelError(f"'{text}' is no teacher: {_why_not(text)}")
     if not known_normalization:

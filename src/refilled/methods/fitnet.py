@@ -1,0 +1,64 @@
+r"""FitNet: a map in the middle of the student, seen through a learned regressor, equals the teacher's.
+
+References:
+    Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015 (Eq. 3).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.errors import MethodError
+from refilled.feature_maps import paired_channels, same_size
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term, constant
+
+
+class HintLoss(nn.Module):
+    r"""Mean squared error between the regressed map of the student and the map of the teacher.
+
+    .. math:: \operatorname{mean}\,\big(R(F_S) - F_T\big)^2
+
+    R is a 1×1 convolution with batch norm and ReLU. Maps of different size are first averaged down to the smaller one;
+    the code that others compare with gives R a stride or a larger kernel instead.
+
+    Args:
+        student_channels: C_S of the hinted map.
+        teacher_channels: C_T.
+        hint: Which map, counted from the deep end: 1 is the last.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, hint: int = 2) -> None:
+        super().__init__()
+        self.hint = hint
+        self.convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(teacher_channels)
+
+    def forward(
+        self, student_features: tuple[Tensor, ...], teacher_features: tuple[Tensor, ...], labels: Tensor
+    ) -> Tensor:
+        """Return the scalar loss of maps ``(N, C_l, H_l, W_l)``, shallow to deep; the labels are not used."""
+        seen, taught = same_size(student_features[-self.hint], teacher_features[-self.hint].detach())
+        regressed = F.relu(self.norm(self.convolution(seen.to(self.convolution.weight.dtype))))
+        return F.mse_loss(regressed, taught.to(regressed.dtype))
+
+
+def fitnet(student: ModelShape, teacher: ModelShape, *, weight: float = 100.0, hint: int = 2) -> list[Stage]:
+    """Match a feature map through a learned regressor, beside cross-entropy (Romero et al., ICLR 2015).
+
+    In one stage, as those who compare methods run it; the original trains up to the hint first.
+
+    Args:
+        student: The student.
+        teacher: The teacher; its classes may be any.
+        weight: Factor of the hint's loss.
+        hint: Which pair of maps, counted from the deep end; of three stages, 2 is the middle.
+    """
+    channels = paired_channels(student, teacher)
+    if not 1 <= hint <= len(channels):
+        raise MethodError(f"fitnet.hint={hint}: there are {len(channels)} pairs of feature maps, 1 the deepest")
+    loss = HintLoss(*channels[-hint], hint)
+    terms = {
+        "ce": Term(nn.CrossEntropyLoss()),
+        "hint": Term(loss, constant(weight), student="features", teacher="features"),
+    }
+    return [Stage("classifier", terms)]

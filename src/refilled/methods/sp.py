@@ -1,0 +1,62 @@
+r"""Similarity preservation: images that excite the teacher alike excite the student alike.
+
+References:
+    Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.distances import at_least_float32, unit_rows
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term, constant
+
+
+def similarities(activations: Tensor) -> Tensor:
+    r"""Inner products between the images of a batch, each row at length 1: ``(N, ...) -> (N, N)``.
+
+    .. math:: G_{i:} = \tilde G_{i:} / \|\tilde G_{i:}\|_2, \qquad \tilde G = Q Q^\top
+    """
+    flat = at_least_float32(activations).flatten(1)
+    with torch.autocast(flat.device.type, enabled=False):
+        return unit_rows(flat @ flat.T)
+
+
+class SimilarityPreservingLoss(nn.Module):
+    r"""Squared differences of :func:`similarities`, a mean over all pairs of images.
+
+    .. math:: \frac{1}{N^2} \|G_T - G_S\|_F^2
+    """
+
+    def forward(
+        self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...], labels: Tensor
+    ) -> Tensor:
+        """Return the scalar loss of activations ``(N, ...)``, or of the last of several; the labels are not used."""
+        seen, taught = (last if isinstance(last, Tensor) else last[-1] for last in (student, teacher))
+        target = similarities(taught.detach())
+        return F.mse_loss(similarities(seen), target)
+
+
+def sp(
+    student: ModelShape,
+    teacher: ModelShape,
+    *,
+    weight: float = 3000.0,
+    of: Literal["features", "embedding"] = "features",
+) -> list[Stage]:
+    """Match which images of a batch are similar, beside cross-entropy (Tung and Mori, ICCV 2019).
+
+    Args:
+        student: The student.
+        teacher: The teacher; its classes may be any.
+        weight: Factor of the loss.
+        of: Whose similarities: ``features``, the last feature map (the paper); ``embedding``, which every teacher has.
+    """
+    terms = {
+        "ce": Term(nn.CrossEntropyLoss()),
+        "similarity": Term(SimilarityPreservingLoss(), constant(weight), student=of, teacher=of),
+    }
+    return [Stage("classifier", terms)]
