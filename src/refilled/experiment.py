@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.checkpoints import discard_states, hold
-from refilled.data import Split, Task, load_task
+from refilled.data import Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.errors import RunError, TaskError
 from refilled.evaluation import accuracy, class_accuracies, nearest_center_accuracy, predict
@@ -201,9 +201,25 @@ def teacher_accuracy(folder: Path) -> float | None:
     return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
 
 
-def test_part(folder: Path) -> Split:
-    """Load the test images of a run's task."""
-    return _load_task(_load_run(folder)).test
+def task_of(folder: Path) -> Task:
+    """Load the images of a run's task."""
+    return _load_task(_load_run(folder))
+
+
+def student_after(folder: Path, stage: str | None = None) -> Backbone:
+    """Load the student of a finished run, as it was at the end or after a stage that was not the last.
+
+    Raises:
+        RunError: the run has no such stage.
+        ModelError: the folder holds no student.
+    """
+    student = load_model(folder)
+    if stage is not None:
+        path = folder / "stages" / f"{stage}.safetensors"
+        if not path.exists():
+            raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
+        student.load_state_dict(load_file(path))
+    return student
 
 
 def classify(
