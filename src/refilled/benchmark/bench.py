@@ -79,7 +79,7 @@ def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Co
     )
     page = report.write(folder / f"{table.name}-{choice.scale}-{choice.recipe}")
     console.print(report.terminal())
-    for text in (*report.sentences(), *(f"failed: {name}: {reason}" for name, reason in failures.items())):
+    for text in (*report.sentences(), *(f"failed: {names}: {reason}" for reason, names in report.failed())):
         _say(console, text)
     return Outcome(page, failures)
 
@@ -110,8 +110,9 @@ def estimate(plan: Plan, missing: Mapping[str, Run], jobs: int) -> list[str]:
     device = next(iter(missing.values())).device
     rates = {work: images_per_second(work, device) for work in images}
     seconds = {work: images[work] / rates[work] for work in images}
+    total = _duration(sum(seconds.values()) / jobs)
     return [
-        f"{count_of(len(missing), 'run')} to do, about {_duration(sum(seconds.values()) / jobs)} in {count_of(jobs, 'process')}:",
+        f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
         *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {_duration(seconds[w] / runs[w])} each" for w in images),
     ]
 

@@ -19,6 +19,7 @@ from refilled.models import Backbone, create_model
 
 _BATCH = 128  # supplement 2.1
 _BATCHES = 8
+_PER_MILLE = 1000  # the norms are small
 
 
 def measure(cell: Cell, run: Path, kept: Path) -> float | None:
@@ -71,7 +72,7 @@ def _gradient(cell: Cell, run: Path) -> float | None:
         added_gradients(student, teacher, pixels[batch], labels[batch], classes, temperature)[cell.row.measure]
         for batch in batches
     ]
-    return mean(norms)
+    return _PER_MILLE * mean(norms)
 
 
 def added_gradients(

@@ -111,7 +111,7 @@ RECIPES: Mapping[str, Optimisation] = {
 }
 
 _SAME_DIGITS = Data("digits@shots=6,shots_seed=0", "digits@shots=6,shots_seed=0", epochs=2)
-_OTHER_DIGITS = Data("digits:0-4@shots=6,shots_seed=0", "digits:5-9", epochs=2)
+_OTHER_DIGITS = Data("digits:0-2@test=0.8", "digits:5-7@test=0.8", epochs=2)
 # The draw is the same for teacher, student and all seeds, as a data set of this size would be.
 _FEW_CIFAR = "cifar100:0-49@shots=100,shots_seed=0"
 _CIFAR = {

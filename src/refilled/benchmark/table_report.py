@@ -114,8 +114,9 @@ class TableReport:
     def sentences(self) -> list[str]:
         """Say what a reader must know in order to read the table."""
         scale, recipe = SCALES[self.choice.scale], RECIPES[self.choice.recipe]
+        seeds = count_of(len(self.choice.seeds), "seed")
         said = [
-            f"Each cell: ours, mean ± standard deviation over {count_of(len(self.choice.seeds), 'seed')}; then the paper's number "
+            f"Each cell: ours, mean ± standard deviation over {seeds}; then the paper's number "
             f"and the difference. {self.table.unit[0].upper()}{self.table.unit[1:]}.",
             f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
             *self._on_teachers(),
@@ -125,6 +126,12 @@ class TableReport:
         if changed:
             said.append(f"Students in place of the paper's: {changed}.")
         return [*said, self.table.note] if self.table.note else said
+
+    def failed(self) -> list[tuple[str, str]]:
+        """Give each reason for which cells failed, with the cells that it concerns."""
+        reasons = dict.fromkeys(self.failures.values())
+        cells = {reason: [name for name, why in self.failures.items() if why == reason] for reason in reasons}
+        return [(r, f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]) for r, names in cells.items()]
 
     def shown(self, row: Row, column: Column) -> Shown | None:
         """Put a cell into words; None where the row has no cell in the column."""
@@ -197,7 +204,7 @@ class TableReport:
         for entry in self.entries:
             cell = entry.cell
             data = "" if entry.run is None else Result.load(entry.run).data["fingerprint"][:16]
-            value = "" if entry.value is None else f"{entry.value:.4g}" if cell.column.classes else f"{entry.value:.2f}"
+            value = "" if entry.value is None else f"{entry.value:.2f}"
             paper = "" if cell.paper is None else f"{cell.paper:.2f}"
             found = [value, paper, entry.run.name if entry.run else "", data, self.choice.scale, self.choice.recipe]
             lines.append([self.table.name, cell.row.name, cell.column.name, cell.seed, cell.row.measure, *found])
@@ -211,7 +218,7 @@ class TableReport:
         if any(self.ranks()):
             lines.append([_RANKS, *self.ranks()])
         table = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-        failed = "".join(f"* {name}: {reason}\n" for name, reason in self.failures.items())
+        failed = "".join(f"* {names}: {reason}\n" for reason, names in self.failed())
         sources = "".join(f"* {name}: {value}\n" for name, value in self._provenance().items())
         parts = [f"# {self.title}\n", "\n\n".join(self.sentences()) + "\n", table]
         parts += [f"Failed:\n\n{failed}"] if failed else []
@@ -226,7 +233,7 @@ class TableReport:
             lines=[(row.name, [self.shown(row, column) for column in self.table.columns]) for row in self.table.rows],
             rank_of=_RANKS,
             ranks=self.ranks(),
-            failures=self.failures,
+            failed=self.failed(),
             pictures={caption: address(picture) for caption, picture in pictures.items()},
             provenance=self._provenance(),
         )

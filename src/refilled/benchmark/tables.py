@@ -301,7 +301,7 @@ TABLES: Mapping[str, Table] = {
                 Row("KD", None, (None,) * 8, measure="gradient of kd"),
                 Row("local KD", None, (None,) * 8, measure="gradient of local kd"),
             ),
-            unit="mean norm, over the classes, of the gradient that distillation adds to the classifier's weights",
+            unit="mean norm, over the classes, of what distillation adds to the classifier's gradient, times 1000",
             picture="lines",
             columns_are="classes",
             note="At initialisation, in batches of 128 images of classes drawn at random. The paper prints no numbers "
