@@ -231,4 +231,4 @@ def name_of(run: Run) -> str:
     settings = load_method(run.method).settle(run.settings)
     decisive = {key: value for key, value in asdict(run).items() if key not in _WHERE} | {"settings": settings}
     digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{run.student.replace('/', '_')}-{run.method}-s{run.seed}-{digest}"
+    return f"{run.student.replace('/', '_')}-{Path(run.method).stem}-s{run.seed}-{digest}"
