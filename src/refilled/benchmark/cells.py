@@ -173,21 +173,20 @@ class Plan:
         """The name of the run whose student is the teacher, for those runs that have one."""
         self.problems: dict[Cell, RefilledError] = {}
         """Cells whose runs cannot even be described."""
-        self._names: dict[Cell, str] = {}
-        self._teachers: dict[Cell, str] = {}
+        self._names: dict[Cell, tuple[str, str | None]] = {}  # of a cell's run and of its teacher's
         for cell in cells:
             try:
-                self._add(cell)
+                self._names[cell] = self._add(cell)
             except RefilledError as error:
                 self.problems[cell] = error
 
     def run_of(self, cell: Cell) -> str | None:
         """Name the run that a cell is about: the student's, or the teacher's where there is no student."""
-        return self._names.get(cell)
+        return None if cell in self.problems else self._names[cell][0]
 
     def teacher_of(self, cell: Cell) -> str | None:
         """Name the run of a cell's teacher."""
-        return self._teachers.get(cell)
+        return None if cell in self.problems else self._names[cell][1]
 
     def result(self, name: str | None) -> Result | None:
         """Load the result of a run, if it is finished."""
@@ -200,21 +199,17 @@ class Plan:
         names = dict.fromkeys(name for cell in cells for name in (self.teacher_of(cell), self.run_of(cell)) if name)
         return {name: self.runs[name] for name in names if self.result(name) is None}
 
-    def _add(self, cell: Cell) -> None:
+    def _add(self, cell: Cell) -> tuple[str, str | None]:
         teacher = None if cell.teacher is None else self._add_run(cell.teacher)
         if cell.run is None:
             assert teacher is not None  # or the cell would be about nothing
-            name = teacher
-        elif teacher is None:
-            name = self._add_run(cell.run)
-        else:
-            name = name_of(replace(cell.run, teacher=teacher))
-            self.runs[name] = replace(cell.run, teacher=str(self.folder / teacher))
-            self.needs[name] = teacher
-        # Only now: a cell whose run cannot be described must not be taken for one about its teacher.
-        self._names[cell] = name
-        if teacher is not None:
-            self._teachers[cell] = teacher
+            return teacher, teacher
+        if teacher is None:
+            return self._add_run(cell.run), None
+        name = name_of(replace(cell.run, teacher=teacher))
+        self.runs[name] = replace(cell.run, teacher=str(self.folder / teacher))
+        self.needs[name] = teacher
+        return name, teacher
 
     def _add_run(self, run: Run) -> str:
         name = name_of(run)
