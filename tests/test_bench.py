@@ -311,13 +311,15 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_pa
         "    print(*(f'{name}={result.accuracy}' for name, result in found.items()))\n"
     )
     command = [sys.executable, "-W", "ignore", "schedule.py", "counted.py", "runs"]
-    schedulers = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"
-    ]
-    answers = [scheduler.communicate(timeout=600) for scheduler in schedulers]
-    assert [scheduler.returncode for scheduler in schedulers] == [0, 0], answers
-    assert answers[0][0] == answers[1][0]
-    assert answers[0][0].count("=") == 6
+    schedulers = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    try:
+        answers = [scheduler.communicate(timeout=600)[0] for scheduler in schedulers]
+    finally:
+        for scheduler in schedulers:
+            scheduler.kill()
+    assert [scheduler.returncode for scheduler in schedulers] == [0, 0]
+    assert answers[0] == answers[1]
+    assert answers[0].count("=") == 6
     assert len((tmp_path / "begun").read_text().split()) == 6
 
 

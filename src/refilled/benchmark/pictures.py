@@ -76,7 +76,7 @@ def draw_lines(lines: Sequence[Line], places: Sequence[str], xlabel: str, ylabel
     axes.set_xlabel(xlabel, parse_math=False)
     axes.set_ylabel(ylabel, parse_math=False)
     axes.grid(alpha=0.25)
-    plain_text(axes.legend(frameon=False, fontsize=8))
+    plain_text(figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8))
     return figure
 
 
