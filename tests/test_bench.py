@@ -28,7 +28,7 @@ from refilled.cli import app
 from refilled.data import TaskSize
 from refilled.errors import RunError
 from refilled.evaluation import nmi
-from refilled.experiment import Result
+from refilled.experiment import Result, resolve
 from refilled.models import create_model
 from refilled.run import Run
 
@@ -164,6 +164,20 @@ def test_a_run_is_named_after_what_it_is_and_not_after_where_it_is():
     others = [replace(run, seed=1), replace(run, lr=0.2), replace(run, settings={"gamma": 0.1}), replace(run, shots=5)]
     assert len({name_of(run), *map(name_of, others)}) == 5
     assert "/" not in name_of(run)
+
+
+def test_a_run_from_before_a_default_changed_is_refused_and_one_from_before_a_parameter_came_is_not(tmp_path):
+    table = small_table(Row("taught", "rkd", (None,)))
+    plan = Plan(cells(table, ONE), tmp_path)
+    (name,) = plan.needs
+    (tmp_path / name).mkdir()
+    written = tmp_path / name / "run.toml"
+    settled = resolve(plan.runs[name])
+    written.write_text(settled.to_toml().replace("angle_weight = 50.0\n", ""))
+    assert not Plan(cells(table, ONE), tmp_path).problems
+    written.write_text(settled.to_toml().replace("angle_weight = 50.0", "angle_weight = 10.0"))
+    (problem,) = Plan(cells(table, ONE), tmp_path).problems.values()
+    assert f"{name} was run when other defaults held" in str(problem)
 
 
 def test_teachers_and_equal_cells_are_one_run(tmp_path):

@@ -6,7 +6,7 @@ equal cells of several tables are one run, and a changed setting is another run 
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from refilled.benchmark.tables import Column, Row, Table
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.experiment import Result
 from refilled.methods import load_method
-from refilled.run import Run
+from refilled.run import Recipe, Run
 
 _EPOCHS_OF_THE_PAPER = 400  # two stages of 200
 _DECAY_OF_THE_PAPER = 0.05  # of the weight of local distillation, each epoch
@@ -204,26 +204,42 @@ class Plan:
         if cell.run is None:
             assert teacher is not None  # or the cell would be about nothing
             return teacher, teacher
-        if teacher is None:
-            return self._add_run(cell.run), None
-        name = name_of(replace(cell.run, teacher=teacher))
-        self.runs[name] = replace(cell.run, teacher=str(self.folder / teacher))
-        self.needs[name] = teacher
-        return name, teacher
+        return self._add_run(cell.run, teacher), teacher
 
-    def _add_run(self, run: Run) -> str:
-        name = name_of(run)
-        self.runs[name] = run
+    def _add_run(self, run: Run, teacher: str | None = None) -> str:
+        name = name_of(replace(run, teacher=teacher))
+        if name not in self.runs:
+            self._refuse_outdated(name, run)
+            self.runs[name] = run if teacher is None else replace(run, teacher=str(self.folder / teacher))
+            if teacher is not None:
+                self.needs[name] = teacher
         return name
+
+    def _refuse_outdated(self, name: str, run: Run) -> None:
+        """Refuse a folder whose run had other defaults than a run has now: a name tells only what is no default."""
+        path = self.folder / name / "run.toml"
+        if path.exists() and _in_full(Run.from_toml(path.read_text(encoding="utf-8"))) != _in_full(run):
+            raise RunError(f"{path.parent} was run when other defaults held; remove it, or choose another --out")
 
 
 def name_of(run: Run) -> str:
     """Name a run after what it is, with a digest of all that decides its outcome; not of where it takes place.
 
+    Defaults are left out of the digest, so that a parameter that is added later does not rename the runs before it.
+
     Raises:
         MethodError: The method or one of its parameters is unknown.
     """
-    settings = load_method(run.method).settle(run.settings)
-    decisive = {key: value for key, value in asdict(run).items() if key not in _WHERE} | {"settings": settings}
+    method = load_method(run.method)
+    settings = method.settle(run.settings)
+    unusual = {key: value for key, value in settings.items() if value != method.parameters[key]}
+    named = [f for f in fields(run) if f.name not in (*_WHERE, "settings") and getattr(run, f.name) != f.default]
+    decisive = {f.name: getattr(run, f.name) for f in named} | {"settings": unusual}
     digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     return f"{run.student.replace('/', '_')}-{Path(run.method).stem}-s{run.seed}-{digest}"
+
+
+def _in_full(run: Run) -> dict[str, Any]:
+    """Return how a run optimises and what its method is set to, defaults included; not what a machine settles."""
+    recipe = {f.name: getattr(run, f.name) for f in fields(Recipe) if f.name != "precision"}
+    return {**recipe, **load_method(run.method).settle(run.settings)}
