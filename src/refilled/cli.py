@@ -229,6 +229,21 @@ def compare(
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+) -> None:
+    """Show the whole on digits: a teacher of 0-4 for students of 5-9. Takes about a minute."""
+    from importlib.resources import files
+
+    from refilled.benchmark.comparison import Comparison
+
+    console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
+    comparison = Comparison.from_toml((files("refilled.benchmark") / "demo.toml").read_text(encoding="utf-8"))
+    _compare(comparison, out, jobs)
+
+
+@app.command()
 def bench(
     table: Annotated[str, typer.Argument(help="'list', or a table or figure of the paper: table1, s1, figure3 ...")],
     scale: Annotated[str, typer.Option(help="smoke (minutes), mini (hours) or paper.")] = "smoke",
@@ -261,21 +276,6 @@ def bench(
     console.print(f"page: {outcome.page}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         raise typer.Exit(1)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
-    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
-) -> None:
-    """Show the whole on digits: a teacher of 0-4 for students of 5-9. Takes about a minute."""
-    from importlib.resources import files
-
-    from refilled.benchmark.comparison import Comparison
-
-    console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
-    comparison = Comparison.from_toml((files("refilled.benchmark") / "demo.toml").read_text(encoding="utf-8"))
-    _compare(comparison, out, jobs)
 
 
 def main() -> None:
