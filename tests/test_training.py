@@ -259,6 +259,12 @@ def test_the_papers_schedule_falls_to_a_fifth_after_each_quarter():
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008])
 
 
+def test_the_late_schedule_falls_to_a_tenth_at_epochs_150_180_and_210_of_240():
+    recipe = Recipe(epochs=240, lr=0.05, schedule="late-step", warmup=0)
+    rates = [learning_rate(recipe, 240, epoch) for epoch in (0, 149.9, 150, 180, 209, 210, 239)]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.0005, 0.00005, 0.00005])
+
+
 def test_the_cosine_schedule_rises_and_falls():
     recipe = Recipe(warmup=2)
     rates = [learning_rate(recipe, 20, time / 10) for time in range(200)]

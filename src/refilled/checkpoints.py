@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from refilled.errors import CheckpointError, RunError
+from refilled.errors import CheckpointError, InUseError
 from refilled.files import sync_folder, write_atomic
 
 SCHEMA = 1
@@ -96,7 +96,7 @@ def hold(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process alone; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        RunError: another process holds it; the message names its process id.
+        InUseError: another process holds it; the message names its process id.
     """
     with (folder / ".lock").open("a+") as file:
         try:
@@ -104,7 +104,7 @@ def hold(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise RunError(f"{folder} is in use by process {holder}; wait for it, or choose another --out") from None
+            raise InUseError(f"{folder} is in use by process {holder}; wait for it, or choose another --out") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -296,6 +296,41 @@ def demo(
     _compare(comparison, out, jobs)
 
 
+@app.command()
+def bench(
+    table: Annotated[str, typer.Argument(help="'list', or a table or figure of the paper: table1, s1, figure3 ...")],
+    scale: Annotated[str, typer.Option(help="smoke (minutes), mini (hours) or paper.")] = "smoke",
+    recipe: Annotated[str, typer.Option(help="How networks are optimised: paper2020 or crd240.")] = "paper2020",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW/COLUMN", help="A cell, ROW alone or /COLUMN alone; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each cell.", min=1)] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 1,
+    out: Annotated[Path, typer.Option(help="Folder that all tables share.")] = Path("runs/bench"),
+    data_root: DataRoot = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and stop.")] = False,
+) -> None:
+    """Fill a table of the paper with numbers of one's own, beside the paper's; a second start does what is missing."""
+    from refilled.benchmark.bench import bench as carry_out
+    from refilled.benchmark.bench import estimate_table, find_table
+    from refilled.benchmark.cells import Choice
+
+    if table == "list":
+        console.print(_tables())
+        return
+    choice = Choice(scale, recipe, tuple(range(seeds)), tuple(only or ()), data_root, device)
+    if dry_run:
+        for line in estimate_table(find_table(table), choice, out, jobs):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    outcome = carry_out(find_table(table), choice, out, jobs, console)
+    console.print(f"page: {outcome.page}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; a known error becomes one red line, and ``--debug`` shows where it came from."""
     debug = "--debug" in sys.argv
@@ -471,6 +506,15 @@ def _models() -> Table:
     table = Table("model", "what it is")
     for name, description in list_models():
         table.add_row(escape(name), escape(description))
+    return table
+
+
+def _tables() -> Table:
+    from refilled.benchmark.tables import TABLES
+
+    table = Table("name", "what it is", "rows x columns")
+    for found in TABLES.values():
+        table.add_row(found.name, escape(found.title), f"{len(found.rows)} x {len(found.columns)}")
     return table
 
 

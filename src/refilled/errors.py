@@ -7,6 +7,7 @@
     ├── ModelError       an architecture, a weight file, a teacher
     ├── MethodError      a method, its parameters, or label spaces that it cannot work with
     ├── RunError         a run's configuration or folder
+    │   ├── InUseError        another process is at the run
     │   └── CheckpointError   a saved training state that cannot be used
     └── NonFiniteError   a loss or gradient became NaN or infinite
 """
@@ -33,6 +34,10 @@ class MethodError(RefilledError):
 
 class RunError(RefilledError):
     """A run's configuration or folder."""
+
+
+class InUseError(RunError):
+    """Another process is at the run."""
 
 
 class CheckpointError(RunError):

@@ -51,3 +51,18 @@ def nearest_center_accuracy(
     centers, classes = class_centers(normalize(train_embedding), train_labels)
     nearest = pairwise_distances(normalize(test_embedding), centers).argmin(1)
     return 100 * (classes[nearest] == test_labels).double().mean().item()
+
+
+def nmi(embedding: Tensor, labels: Tensor, seed: int = 0) -> float:
+    """Normalised mutual information, in percent, of classes and k-means clusters, as many as there are classes.
+
+    The embedding ``(N, d)`` is L2-normalised first. The information is normalised by the mean of the two entropies.
+
+    References: Strehl and Ghosh, Cluster Ensembles, JMLR 2002.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import normalized_mutual_info_score
+
+    rows = torch.nn.functional.normalize(embedding).numpy()
+    clusters = KMeans(len(labels.unique()), n_init=10, random_state=seed).fit_predict(rows)
+    return 100 * float(normalized_mutual_info_score(labels.numpy(), clusters))

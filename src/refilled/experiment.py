@@ -91,8 +91,7 @@ def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_b
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
         _refuse_used(folder)  # again, since another process may have been quicker
-        write_atomic(folder / "run.toml", prepared.run.to_toml().encode())
-        return _carry_out(prepared, folder, display or Display(), seconds_between_saves)
+        return _begin(prepared, folder, display or Display(), seconds_between_saves)
 
 
 def check(run: Run) -> None:
@@ -115,9 +114,40 @@ def resume(folder: Path, *, display: Display | None = None, seconds_between_save
         raise RunError(f"{folder} holds no run to go on with")
     if (folder / "DONE").exists():
         return Result.load(folder)
-    run = _load_run(folder)
     with hold(folder):
-        return _carry_out(_Prepared(run), folder, display or Display(), seconds_between_saves)
+        return _go_on(folder, display or Display(), seconds_between_saves)
+
+
+def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
+    """Begin a run, or go on with it where it stands; a finished one gives its result.
+
+    Several processes may ask for the same run in the same folder: one carries it out.
+
+    Raises:
+        InUseError: another process is at it.
+        RunError: the folder holds another run, or something that is none.
+        RefilledError: anything in the run that cannot work.
+    """
+    display = display or Display()
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder):
+        if not (folder / "run.toml").exists():
+            _refuse_used(folder)
+            return _begin(_Prepared(resolve(run)), folder, display, seconds_between_saves)
+        if resolve(_load_run(folder)) != resolve(run):
+            raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
+        return _go_on(folder, display, seconds_between_saves)
+
+
+def _begin(prepared: "_Prepared", folder: Path, display: Display, seconds_between_saves: float) -> Result:
+    write_atomic(folder / "run.toml", prepared.run.to_toml().encode())
+    return _carry_out(prepared, folder, display, seconds_between_saves)
+
+
+def _go_on(folder: Path, display: Display, seconds_between_saves: float) -> Result:
+    if (folder / "DONE").exists():
+        return Result.load(folder)
+    return _carry_out(_Prepared(_load_run(folder)), folder, display, seconds_between_saves)
 
 
 def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:
@@ -181,18 +211,31 @@ def teacher_accuracy(folder: Path) -> float | None:
     return _look(teacher, task, task.test, centered=True).ncm_accuracy  # what all images share says nothing about them
 
 
-def load_scored(folder: Path) -> Backbone:
-    """Load the network that a run's result is about: its student, or the teacher where it trained none."""
-    if not _trained_nothing(folder):
-        return load_model(folder)
-    teacher = _load_teacher(_load_run(folder))
-    assert teacher is not None  # or there would be no result
-    return teacher
+def task_of(folder: Path) -> Task:
+    """Load the images of a run's task."""
+    return _load_task(_load_run(folder))
 
 
-def test_part(folder: Path) -> Split:
-    """Load the test images of a run's task."""
-    return _load_task(_load_run(folder)).test
+def network_of(folder: Path, stage: str | None = None) -> Backbone:
+    """Load the network that a finished run's result is about, as it was at the end or after an earlier stage.
+
+    It is the run's student, or the teacher where the method trained none.
+
+    Raises:
+        RunError: the run has no such stage.
+        ModelError: the folder holds no student.
+    """
+    if _trained_nothing(folder):
+        teacher = _load_teacher(_load_run(folder))
+        assert teacher is not None  # or there would be no result
+        return teacher
+    student = load_model(folder)
+    if stage is not None:
+        path = folder / "stages" / f"{stage}.safetensors"
+        if not path.exists():
+            raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
+        student.load_state_dict(load_file(path))
+    return student
 
 
 def classify(

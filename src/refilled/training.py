@@ -24,6 +24,9 @@ from refilled.run import Precision, Recipe
 from refilled.stages import Prepares, Reports, Stage, Term
 from refilled.teacher_cache import VIEW_SEED, TeacherCache
 
+_FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
+"""By what factor the learning rate falls, and after what shares of a stage."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -77,8 +80,9 @@ def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
     warmup = min(recipe.warmup, epochs / 2)
     if time < warmup:
         return recipe.lr * (time + 1e-2) / (warmup + 1e-2)  # not quite 0, or the first step would be lost
-    if recipe.schedule == "step":
-        return recipe.lr * 0.2 ** math.floor(4 * time / epochs)
+    if recipe.schedule in _FALLS:
+        factor, milestones = _FALLS[recipe.schedule]
+        return recipe.lr * factor ** sum(time >= milestone * epochs for milestone in milestones)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (time - warmup) / (epochs - warmup)))
 
 

@@ -1,7 +1,5 @@
 """A page that says whether the teacher helped: one HTML file, without scripts and without anything from elsewhere."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +7,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib as mpl
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from safetensors.torch import load_file
-from sklearn.manifold import TSNE
 from torch import Tensor
 
+from refilled.benchmark.pictures import COLORS, address, draw_scatter, plain_text, svg, tsne
 from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
 from refilled.data import Split
 from refilled.evaluation import predict
-from refilled.experiment import Result, load_scored, teacher_accuracy, test_part
+from refilled.experiment import Result, network_of, task_of, teacher_accuracy
 from refilled.files import write_atomic
-from refilled.models import Backbone, load_model
-
-COLORS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3", "#937860", "#DA8BC3", "#8C8C8C", "#CCB974", "#64B5CD")
+from refilled.models import Backbone
 
 
 @dataclass(frozen=True)
@@ -97,14 +90,14 @@ def write_report(
         shown: The method that the pictures are about.
         sentences: What there is to say above the table.
     """
-    test = test_part(shown.folders[0])
+    test = task_of(shown.folders[0]).test
     held_out = any("val_accuracy" in entry for row in rows for entry in _log(row.folders[0]))
     measure = "val_accuracy" if held_out else "ce"
     curves = "Accuracy on held-out images in percent" if held_out else "Cross-entropy on training images"
     pictures = {
         f"{curves}, mean over seeds": _curves(rows, measure),
-        "Test images in the embedding, coloured by class (t-SNE, first seed)": _tsne(
-            embeddings(baseline, shown, test), test.labels, list(shown.results[0].class_accuracies)
+        "Test images in the embedding, coloured by class (t-SNE, first seed)": draw_scatter(
+            tsne(embeddings(baseline, shown, test), test.labels), list(shown.results[0].class_accuracies)
         ),
     }
     result = shown.results[0]
@@ -114,7 +107,7 @@ def write_report(
         sentences=sentences,
         rows=table(rows, baseline),
         shown=shown.name,
-        pictures=pictures,
+        pictures={caption: address(svg(figure)) for caption, figure in pictures.items()},
         provenance={
             "data": f"{result.data['task']}; {_listed(result.data['images'])} images; {result.data['fingerprint']}",
             "teacher": (result.teacher or {}).get("name", "none"),
@@ -134,12 +127,11 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
     """Embed the test images by the first seed's students: alone, after the first stage, at the end."""
-    found = {baseline.name: _embed(load_scored(baseline.folders[0]), test)}
-    for snapshot in sorted((shown.folders[0] / "stages").glob("*.safetensors")):
-        staged = load_model(shown.folders[0])
-        staged.load_state_dict(load_file(snapshot))
-        found[f"{shown.name}, after stage “{snapshot.stem}”"] = _embed(staged, test)
-    found[f"{shown.name}, at the end"] = _embed(load_scored(shown.folders[0]), test)
+    folder = shown.folders[0]
+    found = {baseline.name: _embed(network_of(baseline.folders[0]), test)}
+    for stage in sorted(path.stem for path in (folder / "stages").glob("*.safetensors")):
+        found[f"{shown.name}, after stage “{stage}”"] = _embed(network_of(folder, stage), test)
+    found[f"{shown.name}, at the end"] = _embed(network_of(folder), test)
     return found
 
 
@@ -147,7 +139,7 @@ def _embed(model: Backbone, test: Split) -> Tensor:
     return predict(model, test.pixels).embedding
 
 
-def _curves(rows: Sequence[Row], measure: str) -> str:
+def _curves(rows: Sequence[Row], measure: str) -> Figure:
     """Draw a measure of the log against the epoch of the whole run; stages and methods without it leave a gap."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -165,46 +157,9 @@ def _curves(rows: Sequence[Row], measure: str) -> str:
         )
     axes.set_xlabel("epoch, all stages together")
     axes.grid(alpha=0.25)
-    for text in axes.legend(frameon=False, fontsize=8).get_texts():
-        text.set_parse_math(False)
-    return _svg(figure)
+    plain_text(axes.legend(frameon=False, fontsize=8))
+    return figure
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _tsne(found: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], images: int = 1000) -> str:
-    """Draw the embeddings side by side; of many classes the first ten, of many images the first thousand."""
-    kept = (labels < len(COLORS)).nonzero().squeeze(1)[:images]
-    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
-    for axes, (name, embedding) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        points = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform(
-            embedding[kept]
-        )
-        colors = [COLORS[label] for label in labels[kept].tolist()]
-        axes.scatter(points[:, 0], points[:, 1], c=colors, s=6, linewidths=0)
-        axes.set_title(name, fontsize=9, parse_math=False)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    dots = [Line2D([], [], color=color, marker="o", linestyle="", markersize=4) for color in COLORS]
-    shown = figure.legend(
-        dots[: len(classes)],
-        [name[:24] for name in classes[: len(COLORS)]],
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        fontsize=8,
-    )
-    for text in shown.get_texts():
-        text.set_parse_math(False)  # a class may be called $x$
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    """Turn a figure into the address of an image that carries itself; as an image it can run nothing."""
-    buffer = io.BytesIO()
-    metadata: dict[str, Any] = {"Date": None}  # the same runs give the same page
-    with mpl.rc_context({"svg.hashsalt": "refilled"}):
-        figure.savefig(buffer, format="svg", metadata=metadata)
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"

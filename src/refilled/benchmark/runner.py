@@ -6,14 +6,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from refilled.errors import RunError
-from refilled.experiment import Result, distill, resolve, resume
+from refilled.errors import InUseError, RunError
+from refilled.experiment import Result, complete
 from refilled.run import Run
 
 _SECONDS_TO_SAVE = 10
+_SECONDS_BETWEEN_TRIES = 2.0  # at a run that another process is at
 
 
 def run_grid(
@@ -21,31 +23,105 @@ def run_grid(
     folder: Path,
     jobs: int = 1,
     on_result: Callable[[str, Result], None] | None = None,
+    on_failure: Callable[[str, Exception], None] | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> dict[str, Result]:
     """Carry out the runs, each in ``folder/<its name>``, in ``jobs`` processes.
 
-    Finished runs are not repeated, interrupted ones go on where they stood. Small models are trained fastest by
-    processes of one thread each; set ``threads=1`` in the runs.
+    Finished runs are not repeated, interrupted ones go on where they stood. Runs that another process is at are left
+    to it: those that nobody is at are done first, then the others' results are waited for. Small models are trained
+    fastest by processes of one thread each; set ``threads=1`` in the runs.
+
+    Args:
+        runs: The runs by name.
+        folder: Where their folders lie, or will.
+        jobs: Processes at a time.
+        on_result: Told of each result as it comes.
+        on_failure: Told of each run that fails, and of those that need it; the others go on. Without it, the first
+            failure ends all.
+        needs: For a run that reads another one's student, the name of that one, which is carried out first.
+
+    Returns:
+        The results of the runs that did not fail, in the order of ``runs``.
 
     Raises:
-        RunError: a folder holds a run of another configuration.
-        RefilledError: what a run raised; the others are ended first.
+        RefilledError: what a run raised, where there is no ``on_failure``; the others are ended first.
+        RunError: the system ended a process, most often for want of memory.
     """
-    results = {}
+    grid = _Grid(runs, folder, needs or {}, on_result, on_failure)
     # Not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
-        futures = {pool.submit(_carry_out, run, folder / name): name for name, run in runs.items()}
         try:
-            for future in as_completed(futures):
-                name = futures[future]
-                results[name] = future.result()
-                if on_result is not None:
-                    on_result(name, results[name])
+            grid.carry_out(pool)
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process was ended by the system, most often for want of memory; the same command goes on where it "
+                "stood, with fewer --jobs if need be"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: results[name] for name in runs}
+    return {name: grid.results[name] for name in runs if name in grid.results}
+
+
+class _Grid:
+    """Runs under way: which wait, which are being carried out, and what came of the others."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        folder: Path,
+        needs: Mapping[str, str],
+        on_result: Callable[[str, Result], None] | None,
+        on_failure: Callable[[str, Exception], None] | None,
+    ) -> None:
+        self.runs, self.folder, self.needs = runs, folder, needs
+        self.on_result, self.on_failure = on_result, on_failure
+        self.results: dict[str, Result] = {}
+        self.failed: set[str] = set()
+        self._waiting = dict.fromkeys(runs, 0.0)  # not before this time
+        self._under_way: dict[Future[Result], str] = {}
+
+    def carry_out(self, pool: ProcessPoolExecutor) -> None:
+        while self._waiting or self._under_way:
+            self._start(pool)
+            if not self._under_way:
+                time.sleep(_SECONDS_BETWEEN_TRIES / 4)
+                continue
+            done, _ = wait(self._under_way, _SECONDS_BETWEEN_TRIES, FIRST_COMPLETED)
+            for future in done:
+                self._take(self._under_way.pop(future), future)
+
+    def _start(self, pool: ProcessPoolExecutor) -> None:
+        for name, earliest in list(self._waiting.items()):
+            needed = self.needs.get(name)
+            if needed in self.failed:
+                del self._waiting[name]
+                self._fail(name, RunError(f"it needs {needed}, which failed"))
+            elif time.monotonic() >= earliest and (needed is None or needed in self.results):
+                del self._waiting[name]
+                self._under_way[pool.submit(complete, self.runs[name], self.folder / name)] = name
+
+    def _take(self, name: str, future: Future[Result]) -> None:
+        try:
+            result = future.result()
+        except InUseError:
+            self._waiting[name] = time.monotonic() + _SECONDS_BETWEEN_TRIES
+        except BrokenProcessPool:
+            raise
+        except Exception as error:  # of any kind: one run must not take the others with it
+            self._fail(name, error)
+        else:
+            self.results[name] = result
+            if self.on_result is not None:
+                self.on_result(name, result)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if self.on_failure is None:
+            raise error
+        self.failed.add(name)
+        self.on_failure(name, error)
 
 
 def _begin_worker() -> None:
@@ -61,12 +137,3 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_SECONDS_TO_SAVE)
     os._exit(128 + signal.SIGTERM)
-
-
-def _carry_out(run: Run, folder: Path) -> Result:
-    if not (folder / "run.toml").exists():
-        return distill(run, folder)
-    found = Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
-    if resolve(found) != resolve(run):
-        raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
-    return resume(folder)

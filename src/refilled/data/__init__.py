@@ -1,6 +1,6 @@
 """Data: tasks from text, decoded images in memory, augmentation and batches as pure functions of the seed."""
 
-from refilled.data.loading import list_datasets, load_task
+from refilled.data.loading import TaskSize, list_datasets, load_task, task_size
 from refilled.data.samplers import Sampler, epoch_batches
 from refilled.data.task import Split, Task
 from refilled.data.transforms import Augmentation, Mixing, augment, mixing
@@ -11,9 +11,11 @@ __all__ = [
     "Sampler",
     "Split",
     "Task",
+    "TaskSize",
     "augment",
     "epoch_batches",
     "list_datasets",
     "load_task",
     "mixing",
+    "task_size",
 ]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from refilled.data.source import Picture
+from refilled.data.source import Crop, Picture
 from refilled.errors import TaskError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -48,6 +48,8 @@ class _Unreadable(Exception):
 def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
     """Decode one picture to RGB ``(S, S, 3)``: upright, short side scaled to ``size``, centre square kept.
 
+    A :class:`Crop` is scaled as a whole instead: its box was put around what counts.
+
     The first frame of an animation is taken, transparency laid on white, 16-bit grey scaled to 8 bits.
 
     Raises:
@@ -55,9 +57,12 @@ def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
     """
     if isinstance(picture, np.ndarray):
         return _square(Image.fromarray(picture), size)
+    cut_out, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
     with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _Unreadable(f"too large: {image.width}x{image.height}, over {MAX_PIXELS // 10**6} million pixels")
+        if cut_out is not None:
+            return _cut_out(image, cut_out, size)
         image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
         if image.width * image.height <= _LARGE:
             return _upright_square(image, size)
@@ -69,6 +74,9 @@ def short_side(picture: Picture) -> int | None:
     """Return the length of the short side in pixels, from the header alone; None if it cannot be read."""
     if isinstance(picture, np.ndarray):
         return int(min(picture.shape[:2]))
+    if isinstance(picture, Crop):
+        left, top, right, bottom = picture.box
+        return max(1, int(min(right - left, bottom - top)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,6 +183,15 @@ def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
         left, top = (image.width - side) / 2, (image.height - side) / 2
         image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
     return np.asarray(image)
+
+
+def _cut_out(image: Image.Image, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
+    left, top, right, bottom = map(round, box)
+    inside = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise _Unreadable(f"its box ({left}, {top}, {right}, {bottom}) holds nothing of the picture")
+    # Cut before scaling: resize() with a box would mix in what lies around it.
+    return np.asarray(_rgb(image).crop(inside).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refilled.data import cifar100, digits
+from refilled.data import cifar100, cub, digits
 from refilled.data.cifar100 import open_cifar100
+from refilled.data.cub import open_cub
 from refilled.data.decode import MEMORY_LIMIT, keep, read_pixels, short_side
 from refilled.data.digits import open_digits
 from refilled.data.hub import open_hub
@@ -18,7 +19,7 @@ from refilled.data.image_folder import open_image_folder
 from refilled.data.parquet import is_parquet, open_parquet
 from refilled.data.partition import draw_shots, first_copies, hold_out, pixel_digests
 from refilled.data.selection import select_classes
-from refilled.data.source import Part, Rows, Source
+from refilled.data.source import Part, Rows, Source, pool
 from refilled.data.task import Split, Task, fingerprint
 from refilled.data.task_text import TaskOptions, TaskText, expand_home, parse_task_text
 from refilled.errors import TaskError
@@ -34,6 +35,7 @@ def list_datasets() -> list[tuple[str, str]]:
     return [
         ("digits", digits.SUMMARY),
         ("cifar100", cifar100.SUMMARY),
+        ("cub", cub.SUMMARY),
         ("folder:PATH", "class folders of images, with or without train, val and test above them; PATH alone will do"),
         ("NAME", "a folder of this name below the data root: class folders, or train.parquet and test.parquet"),
         ("FILE.parquet", "a table with a column of encoded images and one of labels"),
@@ -66,8 +68,9 @@ def load_task(
 
     Args:
         text: The task. Its options ``shots``, ``shots_seed``, ``val`` and ``size`` go before the arguments below;
-            besides there are ``seed`` (of halves, cuts and shots), ``augment``, and ``image`` and ``label``, the
-            columns of a table.
+            besides there are ``seed`` (of halves, cuts and shots), ``test`` (the fraction of each class to test on, cut
+            from all images in place of the source's own parts), ``augment``, and ``image`` and ``label``, the columns
+            of a table.
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         shots: Training images of each class; all if None.
         shots_seed: Which ones.
@@ -80,14 +83,12 @@ def load_task(
         TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
             train on, or more than 1 % of the images cannot be read.
     """
-    root = expand_home(data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data"))
+    root = _root(data_root)
     wanted = parse_task_text(
         text, root, TaskOptions(shots=shots, shots_seed=shots_seed, val=float(val), size=image_size)
     )
-    source = _open(wanted, root)
-    classes = select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
-    plan = _divide(source, classes, wanted.options)
-    size = wanted.options.size or source.image_size or _automatic_size(source.train)
+    source, plan = _plan(wanted, root)
+    size = _size(wanted, source)
     decoded = _decode(plan, wanted.options, size, memory_limit)
     skipped = tuple(bad for part in decoded.values() for bad in part.skipped)
     if not allow_bad:
@@ -109,6 +110,39 @@ def load_task(
         licence=source.licence,
         citation=source.citation,
     )
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """How large a task is."""
+
+    classes: int
+    train: int
+    """Training images, those that may turn out unreadable or copies included."""
+    image_size: int
+    """Side length S in pixels."""
+
+
+def task_size(
+    text: str,
+    *,
+    data_root: Path | None = None,
+    shots: int | None = None,
+    val: float = 0.1,
+    image_size: int | None = None,
+) -> TaskSize:
+    """Find out how large a task is without decoding it; the arguments are those of :func:`load_task`.
+
+    Raises:
+        TaskError: As :func:`load_task`, but for what only the pixels tell.
+    """
+    root = _root(data_root)
+    wanted = parse_task_text(text, root, TaskOptions(shots=shots, val=float(val), size=image_size))
+    source, plan = _plan(wanted, root)
+    counts = np.bincount(plan.parts["train"].labels[plan.rows["train"]])
+    if wanted.options.shots is not None:
+        counts = counts.clip(max=wanted.options.shots)
+    return TaskSize(len(plan.classes), int(counts.sum()), _size(wanted, source))
 
 
 @dataclass(frozen=True)
@@ -134,6 +168,22 @@ class _Decoded:
     copies: int  # left out since they equal an image that was held out
 
 
+def _root(data_root: Path | None) -> Path:
+    return expand_home(data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data"))
+
+
+def _plan(wanted: TaskText, root: Path) -> tuple[Source, _Plan]:
+    source = _open(wanted, root)
+    if wanted.options.test is not None:
+        source = pool(source)
+    classes = select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
+    return source, _divide(source, classes, wanted.options)
+
+
+def _size(wanted: TaskText, source: Source) -> int:
+    return wanted.options.size or source.image_size or _automatic_size(source.train)
+
+
 def _open(wanted: TaskText, data_root: Path) -> Source:
     columns = (wanted.options.image, wanted.options.label)
     if wanted.kind == "cifar100":
@@ -146,6 +196,8 @@ def _open(wanted: TaskText, data_root: Path) -> Source:
         raise TaskError(f"'{wanted.source}' is no table and has no columns; leave out @image= and @label=")
     if wanted.kind == "digits":
         return open_digits()
+    if wanted.kind == "cub":
+        return open_cub(data_root)
     if not Path(wanted.source).is_dir():
         raise TaskError(f"{wanted.source} is neither a folder nor a .parquet file")
     return open_image_folder(Path(wanted.source))
@@ -156,7 +208,7 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     given = {"train": source.train, "val": source.val if options.val else None, "test": source.test}
     parts = {name: part or source.train for name, part in given.items()}
     rows = {name: _rows_of(part, chosen) for name, part in given.items()}
-    wanted = {"test": TEST_FRACTION, "val": options.val}
+    wanted = {"test": options.test or TEST_FRACTION, "val": options.val}
     cut = {name: fraction for name, fraction in wanted.items() if given[name] is None and fraction}
     cut_rows, notes = _cut(source.train, rows["train"], cut, options.seed)
     rows.update(cut_rows)
@@ -191,7 +243,8 @@ def _cut(part: Part, rows: Rows, fractions: dict[str, float], seed: int) -> tupl
         here = cut["train"]
         cut["train"], cut[name] = hold_out(here, part.labels[here], firsts[here], fraction, seed=seed, purpose=name)
     if "test" in fractions:
-        notes.append(f"no test part: {TEST_FRACTION:.0%} of the images of each class were cut off for it, seed {seed}")
+        share = f"{fractions['test']:.0%}"
+        notes.append(f"no test part: {share} of the images of each class were cut off for it, seed {seed}")
     return cut, notes
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refilled.data.decode import regular_file_size
 from refilled.data.keyed import keyed_bits
-from refilled.data.source import Picture, Rows
+from refilled.data.source import Crop, Picture, Rows
 
 
 def hold_out(rows: Rows, labels: Rows, firsts: Rows, fraction: float, *, seed: int, purpose: str) -> tuple[Rows, Rows]:
@@ -49,9 +49,9 @@ def draw_shots(rows: Rows, labels: Rows, shots: int, *, seed: int, shots_seed: i
 def first_copies(rows: Rows, pictures: Iterable[Picture]) -> Rows:
     """For each row, find the first row with the same picture, byte for byte as it is stored.
 
-    Files are read only where another file has the same size.
+    Files are read only where another file has the same size. A crop is the same only as itself.
     """
-    keys: list[Hashable] = [picture if isinstance(picture, Path) else _digest(picture) for picture in pictures]
+    keys: list[Hashable] = [picture if isinstance(picture, Path | Crop) else _digest(picture) for picture in pictures]
     sizes = {key: regular_file_size(key) for key in keys if isinstance(key, Path)}
     shared = {size for size, count in Counter(sizes.values()).items() if size and count > 1}
     first: dict[Hashable, int] = {}

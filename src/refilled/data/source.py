@@ -1,7 +1,8 @@
 """What a source of images offers before anything is decoded: classes, labels, and a way to the pictures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +23,19 @@ PART_NAMES = {
 """What folders and files of the parts are called."""
 
 Rows = NDArray[np.int64]
-Picture = bytes | Path | NDArray[Any]
-"""An encoded image, the file that holds one, or uint8 pixels ``(H, W)`` or ``(H, W, 3)``."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What a box holds of the picture in a file, to be brought to a square whatever its shape."""
+
+    path: Path
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom, in pixels; what lies beyond the borders is cut off."""
+
+
+Picture = bytes | Path | Crop | NDArray[Any]
+"""An encoded image, the file that holds one, a box of it, or uint8 pixels ``(H, W)`` or ``(H, W, 3)``."""
 
 
 class Part(Protocol):
@@ -52,6 +64,40 @@ class Source:
     image_size: int | None = None  # the side length, where the source knows it
     licence: str | None = None
     citation: str | None = None
+
+
+def pool(source: Source) -> Source:
+    """Make one training part of all parts, to be divided anew."""
+    parts = tuple(part for part in (source.train, source.val, source.test) if part is not None)
+    return replace(source, train=PooledPart(parts), val=None, test=None)
+
+
+@dataclass(frozen=True)
+class PooledPart:
+    """Several parts as one: the rows of the first, then those of the next."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def labels(self) -> Rows:
+        """Positions ``(N,)`` in the source's classes."""
+        return np.concatenate([part.labels for part in self.parts])
+
+    def name(self, row: int) -> str:
+        """Say where an image came from, as its own part does."""
+        part = int(np.searchsorted(self._ends(), row, side="right"))
+        return self.parts[part].name(row - self._starts()[part])
+
+    def pictures(self, rows: Rows) -> Iterator[Picture]:
+        """Give the pictures of these rows, which ascend, one after the other."""
+        for part, start, end in zip(self.parts, self._starts(), self._ends(), strict=True):
+            yield from part.pictures(rows[(start <= rows) & (rows < end)] - start)
+
+    def _ends(self) -> list[int]:
+        return list(accumulate(len(part.labels) for part in self.parts))
+
+    def _starts(self) -> list[int]:
+        return [0, *self._ends()[:-1]]
 
 
 @dataclass(frozen=True)

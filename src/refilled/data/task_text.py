@@ -10,7 +10,7 @@ from typing import Any, get_args
 from refilled.data.transforms import Augmentation
 from refilled.errors import TaskError, unknown
 
-NAMED = ("digits", "cifar100")
+NAMED = ("digits", "cifar100", "cub")
 """Sources that are known by name alone."""
 
 _OPTIONS = re.compile(r"\w+=[^,=@:/]*(,\w+=[^,=@:/]*)*")
@@ -24,6 +24,7 @@ class TaskOptions:
     shots: int | None = None
     shots_seed: int = 0
     val: float = 0.1
+    test: float | None = None  # of all images of a class, in place of the source's own test part
     size: int | None = None
     augment: Augmentation | None = None
     image: str | None = None  # columns of a table
@@ -38,6 +39,8 @@ class TaskOptions:
             raise TaskError(
                 f"val={self.val} is no fraction to hold out for validation; give 0 or more, and less than 1"
             )
+        if self.test is not None and not 0 < self.test < 1:
+            raise TaskError(f"test={self.test} is no fraction to test on; give more than 0 and less than 1")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise TaskError(f"an image size of {self.size} pixels is out of bounds; give 1 to 4096")
 
@@ -46,7 +49,7 @@ class TaskOptions:
 class TaskText:
     """A task's text, taken apart."""
 
-    kind: str  # "digits", "cifar100", "hub" or "path"
+    kind: str  # one of NAMED, "hub" or "path"
     source: str  # the same name, the hub's name, or the path
     selection: str | None  # which classes; None for all
     options: TaskOptions
@@ -188,6 +191,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "seed": _whole,
     "shots_seed": _whole,
     "val": _fraction,
+    "test": _fraction,
     "size": _whole,
     "augment": _augmentation,
     "image": _name,

@@ -1,0 +1,171 @@
+"""Carry out a table or figure of the paper, and set what came out beside what the paper prints."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+
+from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
+from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.measures import measure
+from refilled.benchmark.runner import run_grid
+from refilled.benchmark.summary import count_of
+from refilled.benchmark.table_report import Entry, TableReport
+from refilled.benchmark.tables import TABLES, Table
+from refilled.data import TaskSize, task_size
+from refilled.errors import RefilledError, RunError, unknown
+from refilled.experiment import Result
+from refilled.run import Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a table.
+
+    Attributes:
+        page: The page that shows it.
+        failures: Why cells failed, by the cell's name.
+    """
+
+    page: Path
+    failures: Mapping[str, str]
+
+
+def find_table(name: str) -> Table:
+    """Find a table or figure of the paper.
+
+    Raises:
+        RunError: There is none of this name.
+    """
+    if name not in TABLES:
+        raise RunError(unknown("table", name, TABLES))
+    return TABLES[name]
+
+
+def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Console | None = None) -> Outcome:
+    """Carry out what is missing of a table, and write it down beside the paper's numbers.
+
+    Runs lie in ``folder/runs`` and are shared by all tables; what is written about the table lies in
+    ``folder/<table>-<scale>-<recipe>``. Several processes may be at it at once, for the same table or others. A cell
+    that fails leaves the others alone.
+
+    Raises:
+        RefilledError: Something that concerns more than single cells, such as missing data; nothing has begun then.
+    """
+    console = console or Console()
+    every = cells(table, choice)
+    plan = Plan(every, folder / "runs")
+    wanted = chosen(table, every, choice.only)
+    missing = plan.missing(wanted)
+    _say(console, f"{table.title}: scale {choice.scale}, recipe {choice.recipe}, {count_of(len(choice.seeds), 'seed')}")
+    for line in estimate(plan, missing, jobs):
+        _say(console, line)
+    failures = {cell.name: str(problem) for cell, problem in plan.problems.items() if cell in wanted}
+    failed = _carry_out(plan, missing, jobs, console)
+    failures |= {cell.name: failed[name] for cell in wanted if (name := plan.run_of(cell)) in failed}
+    entries = [_entry(cell, plan, folder / "measures", failures) for cell in every]
+    teachers = dict.fromkeys(name for cell in every if (name := plan.teacher_of(cell)) and plan.result(name))
+    report = TableReport(
+        table,
+        choice,
+        entries,
+        {name: plan.folder / name for name in teachers},
+        failures,
+        _command(table, choice, folder),
+    )
+    page = report.write(folder / f"{table.name}-{choice.scale}-{choice.recipe}")
+    console.print(report.terminal())
+    for text in (*report.sentences(), *(f"failed: {names}: {reason}" for reason, names in report.failed())):
+        _say(console, text)
+    return Outcome(page, failures)
+
+
+def estimate_table(table: Table, choice: Choice, folder: Path, jobs: int = 1) -> list[str]:
+    """Say what of a table is missing and how long it will take, without doing it."""
+    every = cells(table, choice)
+    plan = Plan(every, folder / "runs")
+    return estimate(plan, plan.missing(chosen(table, every, choice.only)), jobs)
+
+
+def estimate(plan: Plan, missing: Mapping[str, Run], jobs: int) -> list[str]:
+    """Say how long the missing runs of a plan will take on this machine, from a few steps of each kind.
+
+    Raises:
+        TaskError: The images of a run are missing or damaged.
+    """
+    if not missing:
+        return ["nothing is left to do"]
+    runs: Counter[Work] = Counter()
+    images: Counter[Work] = Counter()
+    for name, run in missing.items():
+        size = _size(run.task, run.shots, run.val, run.data_root, run.image_size)
+        teacher = plan.runs[plan.needs[name]].student if name in plan.needs else None
+        # A method without a student of its own trains the teacher's network, or nothing: that costs no more.
+        network, taught_by = (run.student, teacher) if run.student else (teacher, None)
+        assert network is not None  # every run has one of the two
+        work = Work(network, taught_by, size.image_size, run.batch_size)
+        runs[work] += 1
+        images[work] += run.epochs * size.train
+    device = next(iter(missing.values())).device
+    rates = {work: images_per_second(work, device) for work in images}
+    seconds = {work: images[work] / rates[work] for work in images}
+    total = _duration(sum(seconds.values()) / jobs)
+    return [
+        f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
+        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {_duration(seconds[w] / runs[w])} each" for w in images),
+    ]
+
+
+@cache
+def _size(task: str, shots: int | None, val: float, data_root: str | None, image_size: int | None) -> TaskSize:
+    root = Path(data_root) if data_root else None
+    return task_size(task, data_root=root, shots=shots, val=val, image_size=image_size)
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def _carry_out(plan: Plan, missing: Mapping[str, Run], jobs: int, console: Console) -> dict[str, str]:
+    """Carry out the missing runs; returns why runs failed, by their names."""
+    failures: dict[str, str] = {}
+    count = itertools.count(1)
+
+    def tell(name: str, result: Result) -> None:
+        _say(console, f"  {next(count)}/{len(missing)} {name}: {result.accuracy:.2f} %")
+
+    def note(name: str, error: Exception) -> None:
+        # Of a failure that is no mistake of the user's, the kind says more than the words.
+        failures[name] = str(error) if isinstance(error, RefilledError) else f"{type(error).__name__}: {error}"
+        _say(console, f"  {next(count)}/{len(missing)} {name} failed: {failures[name]}")
+
+    needs = {name: teacher for name, teacher in plan.needs.items() if teacher in missing}
+    run_grid(missing, plan.folder, jobs, tell, note, needs)
+    return failures
+
+
+def _entry(cell: Cell, plan: Plan, kept: Path, failures: dict[str, str]) -> Entry:
+    name = plan.run_of(cell)
+    if name is None or plan.result(name) is None:
+        return Entry(cell)
+    try:
+        return Entry(cell, plan.folder / name, measure(cell, plan.folder / name, kept))
+    except RefilledError as error:
+        failures[cell.name] = str(error)
+        return Entry(cell)
+
+
+def _command(table: Table, choice: Choice, folder: Path) -> list[str]:
+    options = {"--scale": choice.scale, "--recipe": choice.recipe, "--seeds": len(choice.seeds), "--out": folder}
+    return ["refilled", "bench", table.name, *(str(part) for option in options.items() for part in option)]
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,297 @@
+"""A table of the paper with our numbers beside its own: on the terminal, as CSV, Markdown and a page."""
+
+import csv
+import io
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from rich.table import Table as TerminalTable
+from rich.text import Text
+from scipy.stats import spearmanr
+
+from refilled.benchmark.cells import Cell, Choice
+from refilled.benchmark.measures import embed_test_images
+from refilled.benchmark.pictures import Line, address, draw_lines, draw_scatter, svg, tsne
+from refilled.benchmark.protocols import PROTOCOLS, RECIPES, SCALES
+from refilled.benchmark.summary import count_of, mean_and_spread, spread
+from refilled.benchmark.tables import Column, Row, Table
+from refilled.experiment import Result, task_of
+from refilled.files import write_atomic
+
+_FEWEST_ROWS = 3  # whose order says anything
+_RANKS = "order of the rows against the paper's (Spearman)"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a cell.
+
+    Attributes:
+        cell: The cell.
+        run: Folder of the run that it is about, where there is one.
+        value: What the cell shows; None where it was not run.
+    """
+
+    cell: Cell
+    run: Path | None = None
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A cell as text: ours over its seeds, the paper's number, and the difference."""
+
+    ours: str
+    paper: str = ""
+    difference: str = ""
+
+    @property
+    def beside(self) -> str:
+        """What stands beside ours."""
+        return ", ".join(text for text in (self.paper, self.difference) if text)
+
+    def __str__(self) -> str:
+        return f"{self.ours} ({self.beside})" if self.beside else self.ours
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """All that there is to show of a table.
+
+    Attributes:
+        table: The table.
+        choice: How it was done.
+        entries: One for each cell.
+        teachers: The folder of each teacher's run, by its name.
+        failures: Why cells failed, by the cell's name.
+        command: What to type in order to go on or to repeat it.
+    """
+
+    table: Table
+    choice: Choice
+    entries: Sequence[Entry]
+    teachers: Mapping[str, Path]
+    failures: Mapping[str, str]
+    command: Sequence[str]
+
+    @property
+    def title(self) -> str:
+        """The table, and how much of the paper was done."""
+        return f"{self.table.title} ({self.choice.scale}, {self.choice.recipe})"
+
+    def write(self, folder: Path) -> Path:
+        """Write ``results.csv``, ``results.md``, a picture where the table has one, and the page; returns the page."""
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = {}
+        found = self._picture()
+        if found is not None:
+            caption, figure, numbers = found
+            pictures[caption] = svg(figure)
+            write_atomic(folder / "picture.svg", pictures[caption])
+            write_atomic(folder / "picture.csv", _csv(numbers))
+        write_atomic(folder / "results.csv", _csv(self._long()))
+        write_atomic(folder / "results.md", self._markdown().encode())
+        write_atomic(folder / "report.html", self._page(pictures).encode())
+        return folder / "report.html"
+
+    def terminal(self) -> TerminalTable:
+        """Lay the table out for a terminal."""
+        shown = TerminalTable("", *self._column_names(), title=Text(self.title), show_lines=True)
+        for row in self.table.rows:
+            cells = [self.shown(row, column) for column in self.table.columns]
+            lines = [Text(f"{c.ours}\n{c.beside}" if c.beside else c.ours) if c else Text("") for c in cells]
+            shown.add_row(Text(row.name), *lines)
+        if any(self.ranks()):
+            shown.add_row(Text(_RANKS), *self.ranks())
+        return shown
+
+    def sentences(self) -> list[str]:
+        """Say what a reader must know in order to read the table."""
+        scale, recipe = SCALES[self.choice.scale], RECIPES[self.choice.recipe]
+        seeds = count_of(len(self.choice.seeds), "seed")
+        said = [
+            f"Each cell: ours, mean ± standard deviation over {seeds}; then the paper's number "
+            f"and the difference. {self.table.unit[0].upper()}{self.table.unit[1:]}.",
+            f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
+            *self._on_teachers(),
+        ]
+        stand_ins = {column.student: scale.network(column.student) for column in self.table.columns}
+        changed = ", ".join(f"{ours} for {papers}" for papers, ours in stand_ins.items() if ours != papers)
+        if changed:
+            said.append(f"Students in place of the paper's: {changed}.")
+        return [*said, self.table.note] if self.table.note else said
+
+    def failed(self) -> list[tuple[str, str]]:
+        """Give each reason for which cells failed, with the cells that it concerns."""
+        reasons = dict.fromkeys(self.failures.values())
+        cells = {reason: [name for name, why in self.failures.items() if why == reason] for reason in reasons}
+        return [(r, f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]) for r, names in cells.items()]
+
+    def shown(self, row: Row, column: Column) -> Shown | None:
+        """Put a cell into words; None where the row has no cell in the column."""
+        entries = self._at(row, column)
+        if not entries:
+            return None
+        values = [entry.value for entry in entries if entry.value is not None]
+        number = entries[0].cell.paper
+        paper = "" if number is None else f"{number:.2f}"
+        if not values:
+            failed = any(entry.cell.name in self.failures for entry in entries)
+            return Shown("failed" if failed else "not run", paper)
+        partly = "" if len(values) == len(entries) else f", {len(values)} of {len(entries)} seeds"
+        difference = "" if number is None else f"{mean(values) - number:+.2f}"
+        return Shown(mean_and_spread(values) + partly, paper, difference)
+
+    def ranks(self) -> list[str]:
+        """Correlate the order of the rows with the paper's, for each column; empty where too few rows have both."""
+        return [self._rank(column) for column in self.table.columns]
+
+    def _rank(self, column: Column) -> str:
+        pairs = []
+        for row in self.table.rows:
+            entries = self._at(row, column)
+            values = [entry.value for entry in entries if entry.value is not None]
+            if values and entries[0].cell.paper is not None:
+                pairs.append((mean(values), entries[0].cell.paper))
+        ours, papers = ([pair[n] for pair in pairs] for n in range(2))
+        if len(pairs) < _FEWEST_ROWS or len(set(ours)) == 1 or len(set(papers)) == 1:
+            return ""
+        return f"{spearmanr(ours, papers).statistic:+.2f}"
+
+    def _at(self, row: Row, column: Column) -> list[Entry]:
+        return [entry for entry in self.entries if entry.cell.row is row and entry.cell.column is column]
+
+    def _column_names(self) -> list[str]:
+        return [column.name for column in self.table.columns]
+
+    def _on_teachers(self) -> list[str]:
+        printed = "" if self.table.teacher is None else f"; the paper's, {self.table.teacher:.2f} %"
+        return [
+            f"Teacher {name.partition('-vanilla')[0]}: {result.accuracy:.2f} % of the test images of "
+            f"{result.data['task']}{printed}."
+            for name, folder in self.teachers.items()
+            for result in (Result.load(folder),)
+        ]
+
+    def _results(self) -> list[Result]:
+        return [Result.load(entry.run) for entry in self.entries if entry.run is not None]
+
+    def _provenance(self) -> dict[str, str]:
+        results = self._results()
+        protocols = dict.fromkeys(PROTOCOLS[column.protocol].summary for column in self.table.columns)
+        data = {f"{r.data['task']}, {_listed(r.data['images'])} images, {r.data['fingerprint'][:16]}" for r in results}
+        return {
+            "command": shlex.join(self.command),
+            "protocol": "; ".join(protocols),
+            "recipe": f"{self.choice.recipe}: {RECIPES[self.choice.recipe].summary}",
+            "seeds": _words(self.choice.seeds),
+            "figure": "the last epoch; the test images are looked at once, at the end",
+            "data": "; ".join(sorted(data)) or "nothing was run",
+            "hardware": "; ".join(sorted({_listed(result.hardware) for result in results})),
+            "versions": "; ".join(sorted({_listed(result.versions) for result in results})),
+        }
+
+    def _long(self) -> list[list[Any]]:
+        lines: list[list[Any]] = [
+            ["table", "row", "column", "seed", "measure", "value", "paper", "run", "data", "scale", "recipe"]
+        ]
+        for entry in self.entries:
+            cell = entry.cell
+            data = "" if entry.run is None else Result.load(entry.run).data["fingerprint"][:16]
+            value = "" if entry.value is None else f"{entry.value:.2f}"
+            paper = "" if cell.paper is None else f"{cell.paper:.2f}"
+            found = [value, paper, entry.run.name if entry.run else "", data, self.choice.scale, self.choice.recipe]
+            lines.append([self.table.name, cell.row.name, cell.column.name, cell.seed, cell.row.measure, *found])
+        return lines
+
+    def _markdown(self) -> str:
+        lines = [["", *self._column_names()], ["---"] * (1 + len(self.table.columns))]
+        for row in self.table.rows:
+            cells = [self.shown(row, column) for column in self.table.columns]
+            lines.append([row.name, *("" if cell is None else str(cell) for cell in cells)])
+        if any(self.ranks()):
+            lines.append([_RANKS, *self.ranks()])
+        table = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+        failed = "".join(f"* {names}: {reason}\n" for reason, names in self.failed())
+        sources = "".join(f"* {name}: {value}\n" for name, value in self._provenance().items())
+        parts = [f"# {self.title}\n", "\n\n".join(self.sentences()) + "\n", table]
+        parts += [f"Failed:\n\n{failed}"] if failed else []
+        return "\n".join([*parts, sources])
+
+    def _page(self, pictures: Mapping[str, bytes]) -> str:
+        page = Environment(loader=PackageLoader("refilled.benchmark"), autoescape=True).get_template("table.html")
+        return page.render(
+            title=self.title,
+            sentences=self.sentences(),
+            columns=self._column_names(),
+            lines=[(row.name, [self.shown(row, column) for column in self.table.columns]) for row in self.table.rows],
+            rank_of=_RANKS,
+            ranks=self.ranks(),
+            failed=self.failed(),
+            pictures={caption: address(picture) for caption, picture in pictures.items()},
+            provenance=self._provenance(),
+        )
+
+    def _picture(self) -> tuple[str, Figure, list[list[Any]]] | None:
+        """Draw what the table has to show besides numbers: its caption, the figure, and the numbers in it."""
+        if self.table.picture == "lines" and self._lines():
+            lines = self._lines()
+            numbers = [[line.name, *point] for line in lines for point in line.points]
+            return (
+                f"{self.table.unit}, mean and standard deviation over seeds",
+                draw_lines(lines, self._column_names(), self.table.columns_are, self.table.unit),
+                [["row", self.table.columns_are, "mean", "standard deviation"], *numbers],
+            )
+        if self.table.picture == "t-SNE":
+            embedded = [e for e in self.entries if e.cell.seed == self.choice.seeds[0] and e.value is not None]
+            if len(embedded) == len(self.table.rows):
+                return _scatter(embedded)
+        return None
+
+    def _lines(self) -> list[Line]:
+        lines = []
+        for row in self.table.rows:
+            points = []
+            for column in self.table.columns:
+                values = [entry.value for entry in self._at(row, column) if entry.value is not None]
+                if values:
+                    points.append((column.name, mean(values), spread(values)))
+            if points:
+                lines.append(Line(row.name, points))
+        return lines
+
+
+def _scatter(entries: Sequence[Entry]) -> tuple[str, Figure, list[list[Any]]]:
+    embeddings = {}
+    for entry in entries:
+        assert entry.run is not None  # it has a value
+        embeddings[entry.cell.row.name], labels = embed_test_images(entry.cell, entry.run)
+        classes = task_of(entry.run).classes
+    scatter = tsne(embeddings, labels)
+    numbers = [
+        [name, *point, classes[label]]
+        for name, points in scatter.points.items()
+        for point, label in zip(points.tolist(), scatter.labels, strict=True)
+    ]
+    caption = "Test images of ten classes, coloured by class (t-SNE, first seed)"
+    return caption, draw_scatter(scatter, classes), [["embedding", "x", "y", "class"], *numbers]
+
+
+def _csv(lines: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    return text.getvalue().encode()
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _words(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
