@@ -85,6 +85,7 @@ def local_kd(
     *,
     leave_one_out: bool = False,
     centers: Rows | None = None,
+    right_only: bool = False,
 ) -> float:
     """Mean KL over the batch's classes between nearest-class-mean and student probabilities."""
     classes = sorted(set(labels))
@@ -99,6 +100,8 @@ def local_kd(
     total = 0.0
     for n, row in enumerate(teacher):
         q = softmax([-squared_distance(row, center(c, n)) / tau_t for c in classes])
+        if right_only and classes[q.index(max(q))] != labels[n]:
+            continue
         total += kl(q, softmax([logits[n][c] / tau_s for c in classes]))
     return total / len(labels)
 

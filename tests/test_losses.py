@@ -69,6 +69,8 @@ def test_local_kd_is_that_of_the_loop_for_all_kinds_of_centers(labels, seed, tau
     assert left_out.item() == close(reference.local_kd(*given_rows, leave_one_out=True))
     everywhere = LocalKDLoss(centers="global", class_centers=means, **settings)(logits, teacher, y)
     assert everywhere.item() == close(reference.local_kd(*given_rows, centers=means.tolist()))
+    right = LocalKDLoss(centers="global", class_centers=means, right_only=True, **settings)(logits, teacher, y)
+    assert right.item() == close(reference.local_kd(*given_rows, centers=means.tolist(), right_only=True))
 
 
 @few

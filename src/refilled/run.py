@@ -177,6 +177,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "kd_weight": 4.0,
             "kd_decay": 0.0,
             "regression_weight": 10.0,
+            "right_only": True,
             "trust": 1.0,
         },
     },

@@ -131,7 +131,7 @@ def _cell(table: Table, row: Row, column: Column, seed: int, choice: Choice) -> 
         run = Run(
             **{**shared, "epochs": _epochs(row, data, recipe), "lr": row.lr or recipe.fields["lr"]},
             task=data.task,
-            student=student if load_method(row.method).takes_student else None,
+            student=student,
             method=row.method,
             settings=_settings(row, protocol, data, recipe),
             shots=column.shots,
@@ -204,7 +204,8 @@ class Plan:
         if cell.run is None:
             assert teacher is not None  # or the cell would be about nothing
             return teacher, teacher
-        return self._add_run(cell.run, teacher), teacher
+        run = cell.run if load_method(cell.run.method).takes_student else replace(cell.run, student=None)
+        return self._add_run(run, teacher), teacher
 
     def _add_run(self, run: Run, teacher: str | None = None) -> str:
         name = name_of(replace(run, teacher=teacher))

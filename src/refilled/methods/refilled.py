@@ -233,6 +233,7 @@ def local_kd(
     student_temperature: float = 1.0,
     centers: Literal["batch", "leave-one-out"] | Tensor = "batch",
     normalize: bool = False,
+    right_only: bool = False,
 ) -> Tensor:
     r"""Local knowledge distillation over the classes present in the batch (Eq. 7 to 9 of the paper).
 
@@ -252,6 +253,8 @@ def local_kd(
             the mean of its own class; the only image of a class remains that class's mean. A tensor ``(C, d)`` gives
             the means, computed elsewhere, of all classes.
         normalize: Bring the teacher's embedding to length 1 first.
+        right_only: Count images that the teacher's classifier gets wrong as 0, for a teacher that knows little would
+            otherwise contradict the labels; the paper counts all.
 
     Raises:
         MethodError: Shapes or labels do not fit.
@@ -263,14 +266,17 @@ def local_kd(
     if isinstance(centers, Tensor):
         means = _given_centers(centers, classes, embedding)
     squared = squared_distances(embedding, means)  # (N, C')
+    own = labels[:, None] == classes
     if isinstance(centers, str) and centers == "leave-one-out":
         # The mean without x lies n / (n - 1) times as far from x as the mean with it.
-        own = labels[:, None] == classes
         n = own.sum(0, dtype=squared.dtype)
         squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
     log_q = F.log_softmax(-squared / temperature, dim=1)
     log_p = F.log_softmax(at_least_float32(student_logits)[:, classes] / student_temperature, dim=1)
-    return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
+    if not right_only:
+        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
+    divergence = F.kl_div(log_p, log_q.to(log_p.dtype), reduction="none", log_target=True).sum(1)
+    return torch.where(own.gather(1, log_q.argmax(1, keepdim=True)).squeeze(1), divergence, 0).mean()
 
 
 class LocalKDLoss(nn.Module):
@@ -286,6 +292,7 @@ class LocalKDLoss(nn.Module):
         centered: Take the training set's mean away from the teacher's embedding before all else; :meth:`prepare` or a
             loaded state dict gives it.
         class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
+        right_only: Count images that the teacher's classifier gets wrong as 0.
 
     Raises:
         MethodError: A parameter is out of its range, or (on a call) shapes or labels do not fit, or the global class
@@ -304,6 +311,7 @@ class LocalKDLoss(nn.Module):
         normalize: bool = False,
         centered: bool = False,
         class_centers: Tensor | None = None,
+        right_only: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("centers", centers, get_args(Centers))
@@ -317,6 +325,7 @@ class LocalKDLoss(nn.Module):
         self.centers = centers
         self.normalize = normalize
         self.centered = centered
+        self.right_only = right_only
         self.register_buffer("class_centers", class_centers)
         self.register_buffer("mean", None)
 
@@ -350,12 +359,13 @@ class LocalKDLoss(nn.Module):
             student_temperature=self.student_temperature,
             centers=self._prepared(self.class_centers, "class means") if self.centers == "global" else self.centers,
             normalize=self.normalize,
+            right_only=self.right_only,
         )
 
     def extra_repr(self) -> str:
         """Name the hyper-parameters when printed."""
         options = f"centers={self.centers}, temperature={self.temperature}, normalize={self.normalize}"
-        return f"{options}, centered={self.centered}"
+        return f"{options}, centered={self.centered}, right_only={self.right_only}"
 
     def _prepared(self, buffer: Tensor | None, what: str) -> Tensor:
         if buffer is None:
@@ -451,6 +461,7 @@ def refilled(
     kd_weight: float = 10.0,
     kd_decay: float = 0.05,
     kd_targets: Targets = "embedding",
+    right_only: bool = False,
     regression_weight: float = 0.0,
     trust: float = 0.0,
     gamma: float | None = None,
@@ -475,6 +486,7 @@ def refilled(
         kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
         kd_targets: ``embedding``: local distillation; ``logits``: of the teacher's own classifier (Table 5), for a
             teacher of the same classes.
+        right_only: Whether local distillation leaves out the images that the teacher's local classifier gets wrong.
         regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points,
             through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
         trust: Weigh stage 2's terms of the teacher by what its embedding says about the training labels, to this
@@ -485,7 +497,9 @@ def refilled(
     _check_choice("kd_targets", kd_targets, get_args(Targets))
     classify = {"ce": Term(nn.CrossEntropyLoss())}
     if kd_weight > 0 and kd_targets == "embedding":
-        local = LocalKDLoss(temperature=kd_temperature, centers=centers, normalize=normalize, centered=centered)
+        local = LocalKDLoss(
+            temperature=kd_temperature, centers=centers, normalize=normalize, centered=centered, right_only=right_only
+        )
         classify["local_kd"] = Term(_trusted(local, trust), exponential(kd_weight, kd_decay), teacher="embedding")
     elif kd_weight > 0:
         classify["kd"] = Term(LogitKDLoss(kd_temperature), exponential(kd_weight, kd_decay), teacher="logits")
