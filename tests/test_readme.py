@@ -58,7 +58,7 @@ def test_the_commands_of_the_readme_run(photos):
         command = command.partition("#")[0].replace("timm/resnet50", "runs/teacher")
         arguments = shlex.split(command)
         assert arguments.pop(0) == ".venv/bin/refilled"
-        if arguments[0] in ("train", "distill", "compare"):
+        if arguments[0] in ("train", "distill", "compare", "tune"):
             if "--epochs" not in arguments:
                 arguments += ["--epochs", "2"]
             arguments += ["--threads", "1"]

@@ -81,7 +81,9 @@ def _descriptions() -> dict[str, str]:
 @_run_flags("teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "student")
 def train(
     task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    model: Annotated[
+        str, typer.Option("--model", "--student", help="Architecture; 'refilled list models' names them.")
+    ] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
@@ -207,7 +209,7 @@ def compare(
     ],
     methods: Annotated[
         str, typer.Option(help="Names with commas, the first the baseline; METHOD:PRESET takes its settings.")
-    ] = "vanilla,rkd,refilled",
+    ] = "vanilla,rkd,refilled,refilled:good",
     seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
