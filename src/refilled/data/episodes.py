@@ -19,6 +19,9 @@ class Episodes(NamedTuple):
     their labels.
     """
 
+    numbers: Tensor
+    """``(T,)``: which tasks they are, of all that the seed gives."""
+
     classes: Tensor
     """``(T, N)``: the pool's class ids."""
 
@@ -70,6 +73,7 @@ def sample_episodes(
     query, support = drawn[..., :n_query], drawn[..., n_query:]
     ways = torch.arange(n_way)
     return Episodes(
+        torch.from_numpy(task),
         torch.from_numpy(present[chosen]),
         torch.from_numpy(support.reshape(len(task), -1)),
         torch.from_numpy(query.reshape(len(task), -1)),
