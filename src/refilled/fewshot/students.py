@@ -44,7 +44,7 @@ class StudentRecipe:
     """
 
     steps: int = 100
-    lr: float = 0.05
+    lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     copies: int | None = None
@@ -99,6 +99,7 @@ class StackedConvNets(nn.Module):
         classifiers = [cast(nn.Linear, model.classifier) for model in models]
         self.weight = nn.Parameter(torch.stack([c.weight.detach() for c in classifiers]))
         self.bias = nn.Parameter(torch.stack([c.bias.detach() for c in classifiers]))
+        self.to(models[0].mean)  # device and type
 
     def forward(self, images: Tensor, features: bool = False) -> list[Outputs]:
         """Map uint8 images ``(T, B, 3, S, S)`` to the outputs of each task."""
@@ -187,13 +188,12 @@ class _Group:
         self.bank, self.recipe, self.episodes = bank, recipe, episodes
         classes = int(episodes.labels.max()) + 1
         self.shots = len(episodes.labels) // classes
-        models = []
-        for seed in self._seeds("student"):
-            with _random_state(seed):
-                models.append(create(classes).to(bank.device))
         teacher = bank.model if bank.has_model else None
-        with _random_state(recipe.seed):  # of adapters
-            self.stages = [stages(model, teacher) for model in models]
+        models, self.stages = [], []
+        for seed in self._seeds("student"):
+            with _random_state(seed):  # of the weights, and of adapters in the losses
+                models.append(create(classes).to(bank.device))
+                self.stages.append(stages(models[-1], teacher))
         self.students = students(models).to(bank.device)
 
     def scores(self) -> Tensor:
@@ -201,8 +201,9 @@ class _Group:
         for number, steps in enumerate(share_epochs(self.stages[0], self.recipe.steps)):
             if steps > 0:
                 self._train([stages[number] for stages in self.stages], steps)
-        self.students.eval()
         with torch.no_grad():
+            self._take_statistics()
+            self.students.eval()
             queries = self.bank.images(self.episodes.query).to(self.bank.device)
             return torch.stack([seen.logits.float() for seen in self.students(queries)]).cpu()
 
@@ -260,6 +261,20 @@ class _Group:
                 return [self.bank.model(own, features=True) for own in images]
         embedding = torch.cat([self.bank.embedding(self.episodes.support, view) for view in views], 1)
         return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
+
+    def _take_statistics(self) -> None:
+        """Take the statistics of batch norm anew, over the views of the support images.
+
+        The running ones are averages over steps in which the weights still changed: after the few steps here they
+        belong to no network that there ever was (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021).
+        """
+        for module in self.students.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None  # a plain mean
+        self.students.train()
+        for view in range(self.recipe.views):
+            self.students(self.bank.images(self.episodes.support, view).to(self.bank.device))
 
     def _prepare(self, stages: Sequence[Stage]) -> None:
         labels = self.episodes.labels.to(self.bank.device)

@@ -12,7 +12,9 @@ from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings, one_
 from refilled.fewshot.ridge import hat_matrices, iterate
 
 
-def logistic_regression(support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0) -> Tensor:
+def logistic_regression(
+    support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-4
+) -> Tensor:
     """Scores of T logistic regressions, found together; the intercept is not penalised.
 
     The second derivative of the cross-entropy by the scores is at most a half, which makes the working response
@@ -23,13 +25,18 @@ def logistic_regression(support: Tensor, labels: Tensor, query: Tensor, *, c: fl
         labels: ``(S,)``, 0 .. N - 1.
         query: ``(T, Q, d)``.
         c: The inverse strength of regularisation, C.
+        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.iterate`.
 
     Returns:
         ``(T, Q, N)``.
     """
     truth = one_hot(labels, support)
     hat, to_query = hat_matrices(support, query, 2 / c)
-    return to_query @ iterate(hat, lambda scores: scores - 2 * (scores.softmax(2) - truth), truth.shape[1])
+
+    def response(scores: Tensor) -> Tensor:
+        return scores - 2 * (scores.softmax(2) - truth)
+
+    return to_query @ iterate(hat, response, truth.shape[1], tolerance)
 
 
 def linear(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
+from torch.func import functional_call, grad, vmap
 
 from refilled.data import Episodes
 from refilled.errors import MethodError
@@ -57,6 +57,27 @@ def each_task(one: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: T
     return torch.stack([one(images, asked) for images, asked in zip(support, query, strict=True)])
 
 
+class BatchStatisticsNorm(nn.BatchNorm2d):
+    """Batch norm by the statistics of the batch at hand alone, which can be differentiated twice.
+
+    Scale and shift stand apart from the normalisation. With them inside, the second derivatives under
+    :func:`torch.func.vmap` are silently wrong (torch 2.15; pytorch/functorch issue 534).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to the same shape."""
+        normalized = F.batch_norm(x, None, None, training=True, eps=self.eps)
+        return normalized * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def on_batch_statistics(model: nn.Module) -> nn.Module:
+    """Make every batch norm of a model a :class:`BatchStatisticsNorm`, with the same weights; the same model."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchStatisticsNorm
+    return model
+
+
 class Maml(MetaLearner):
     """A backbone whose classifier has one output for each class of a task.
 
@@ -74,7 +95,7 @@ class Maml(MetaLearner):
         super().__init__(backbone)
         self.steps, self.lr, self.first_order = steps, lr, first_order
         # Hidden in a tuple, so that its parameters are not counted as the learner's.
-        self._body = (_OnNormalized(replace_all_batch_norm_modules_(deepcopy(backbone))),)
+        self._body = (_OnNormalized(on_batch_statistics(deepcopy(backbone))),)
 
     def scores(self, task: MetaTask) -> Tensor:
         """Scores ``(T, Q, N)`` of the query images, by the weights adapted to each task."""

@@ -20,7 +20,7 @@ def student(
     *,
     student: str = "convnet4",
     steps: int = 100,
-    lr: float = 0.05,
+    lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     copies: int | None = None,

@@ -12,7 +12,9 @@ from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings, one_
 from refilled.fewshot.ridge import hat_matrices, iterate
 
 
-def support_vector_machine(support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0) -> Tensor:
+def support_vector_machine(
+    support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-4
+) -> Tensor:
     """Margins of T times N support vector machines, found together.
 
     The second derivative of the squared hinge is at most 2, which makes the working response F + y max(0, 1 - y F) and
@@ -23,13 +25,18 @@ def support_vector_machine(support: Tensor, labels: Tensor, query: Tensor, *, c:
         labels: ``(S,)``, 0 .. N - 1.
         query: ``(T, Q, d)``.
         c: The weight of the hinge, C.
+        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.iterate`.
 
     Returns:
         ``(T, Q, N)``.
     """
     sign = 2 * one_hot(labels, support) - 1  # (S, N)
     hat, to_query = hat_matrices(support, query, 1 / (2 * c))
-    return to_query @ iterate(hat, lambda scores: scores + sign * (1 - sign * scores).clamp(min=0), sign.shape[1])
+
+    def response(scores: Tensor) -> Tensor:
+        return scores + sign * (1 - sign * scores).clamp(min=0)
+
+    return to_query @ iterate(hat, response, sign.shape[1], tolerance)
 
 
 def svm(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:
