@@ -170,9 +170,8 @@ class _MetaTraining:
         loss.backward()
         if not loss.isfinite():
             raise NonFiniteError(f"meta-training, step {number + 1}: the loss is not finite; a lower --lr may mend it")
-        progress = number / (self.epochs * self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.run.lr * group["factor"] * 0.5 ** int(_HALVINGS * progress)
+            group["lr"] = group["factor"] * self._learning_rate(number)
         self.optimizer.step()
         self.position = position
         values = {"loss": loss.detach(), "accuracy": _accuracies(scores, task).mean()}
@@ -195,8 +194,12 @@ class _MetaTraining:
             self.best = {name: value.clone() for name, value in self.learner.state_dict().items()}
             self.best_epoch, self.best_accuracies = epoch + 1, accuracies
         means = {name: total / self.steps for name, total in self.sums.items()}
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self._learning_rate((epoch + 1) * self.steps - 1)
         return {"stage": _STAGE.name, "epoch": epoch + 1, "lr": lr, **means, "val_accuracy": accuracy}
+
+    def _learning_rate(self, number: int) -> float:
+        """Return the backbone's learning rate at a step."""
+        return self.run.lr * 0.5 ** int(_HALVINGS * number / (self.epochs * self.steps))
 
     def _task(self, pool: Task, numbers: range, *, seed: int, view: int | None) -> MetaTask:
         run = self.run
