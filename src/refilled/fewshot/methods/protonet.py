@@ -8,6 +8,7 @@ References:
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from refilled.fewshot.bank import Bank, Learner, on_embeddings, one_hot
@@ -23,11 +24,13 @@ def prototypes(support: Tensor, labels: Tensor) -> Tensor:
 
 def nearness(query: Tensor, centers: Tensor, temperature: float = 1.0) -> Tensor:
     """Negative squared distances over the temperature: ``(T, Q, d)`` and ``(T, N, d)`` to ``(T, Q, N)``."""
-    shift = centers.mean(1, keepdim=True)  # changes no distance, and leaves fewer digits to cancel
-    centers = centers - shift
-    cross = query @ centers.mT - shift @ centers.mT
-    to_shift = (query - shift).square().sum(2, keepdim=True)
-    return (2 * cross - centers.square().sum(2)[:, None] - to_shift) / temperature
+    middle = centers.mean(1, keepdim=True)  # distances from there leave fewer digits to cancel between classes
+    centers = centers - middle
+    to_middle = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() - 2 * query @ middle.mT
+    to_middle += middle.square().sum(2, keepdim=True)
+    cross = query @ centers.mT - middle @ centers.mT
+    squared: Tensor = centers.square().sum(2)[:, None] - 2 * cross + to_middle
+    return -squared / temperature
 
 
 def prototype_scores(support: Tensor, labels: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
