@@ -362,7 +362,7 @@ def double_convnet(classes):
 
 
 def partial_stages(method, **settings):
-    return lambda student, teacher: method.stages(student, teacher, settings)
+    return lambda student, teacher: method.build(student, teacher, settings)
 
 
 def test_a_student_equals_a_plain_loop(pool):
@@ -468,7 +468,9 @@ def test_an_embedding_without_information_is_near_chance(name):
     assert abs(accuracy - 0.2) < 0.04  # 1,500 queries: four standard errors
 
 
-@pytest.mark.parametrize("name", [n for n in list_few_shot_methods() if n not in ("kd", "feat", "maml")])
+@pytest.mark.parametrize(
+    "name", [n for n in list_few_shot_methods() if n not in ("kd", "dkd", "kd_vid", "feat", "maml")]
+)
 def test_every_method_scores_every_query(pool, teacher, name):
     pixels, labels = pool
     method = load_few_shot_method(name)
@@ -502,6 +504,24 @@ def test_a_method_without_its_model_says_so(pool):
         load_few_shot_method("svm").learner(Bank(pixels), {})(episodes_of(labels))
     with pytest.raises(MethodError, match="learns from a teacher"):
         load_few_shot_method("rkd").learner(Bank(pixels), {})(episodes_of(labels))
+
+
+def test_a_file_of_ones_own_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
+    pixels, labels = pool
+    (tmp_path / "mine.py").write_text(
+        "from refilled.methods.vanilla import vanilla\n\n\n"
+        "def mine(student, teacher, *, unused: float = 1.0):\n    return vanilla(student, teacher)\n"
+    )
+    mine = load_few_shot_method(str(tmp_path / "mine.py")).learner(Bank(pixels), {"steps": 1, "unused": "2"})
+    assert mine(episodes_of(labels)).shape == (3, 9, 3)
+    (tmp_path / "read.py").write_text(
+        "from refilled.methods.linear_probe import linear_probe\n\n\n"
+        "def read(student, teacher):\n    return linear_probe(None, teacher)\n"
+    )
+    with pytest.raises(MethodError, match="'read' trains no student; use a few-shot method"):
+        load_few_shot_method(str(tmp_path / "read.py")).learner(Bank(pixels, teacher), {})(episodes_of(labels))
+    with pytest.raises(MethodError, match="unknown few-shot method 'linear_probe'"):
+        load_few_shot_method("linear_probe")
 
 
 def test_a_recipe_out_of_range_and_a_loss_that_explodes_are_explained(pool):

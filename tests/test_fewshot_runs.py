@@ -15,7 +15,7 @@ from refilled.errors import MethodError, RefilledError, RunError, TaskError
 from refilled.fewshot import evaluation, meta_training
 from refilled.fewshot.evaluation import FewShotResult, evaluate_few_shot, mean_and_interval
 from refilled.fewshot.meta_training import meta_train
-from refilled.fewshot.tuning import Span, parse_space, tune
+from refilled.fewshot.tuning import tune
 from refilled.journal import Interrupted
 from refilled.models import create_model, load_model, save_model
 from refilled.progress import Display
@@ -199,12 +199,19 @@ def test_meta_training_may_start_from_a_model(meta_run, teacher, tmp_path):
         meta_train(replace(meta_run, method="linear"), tmp_path / "b")
 
 
-def test_a_space_is_read_as_written():
-    space = parse_space(["c=0.01:100", "steps=10:50", "layers=all,classifier"])
-    assert space == {"c": Span(0.01, 100, False), "steps": Span(10, 50, True), "layers": ("all", "classifier")}
-    for wrong in ("c", "c=1", "c=0:1", "c=2:1", "c=a:b", "c=1:inf"):
-        with pytest.raises(RunError, match="--tune"):
-            parse_space([wrong])
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"d": "1..2"}, "unknown parameter 'd'"),
+        ({"c": "2..1"}, "c=2..1 is no range"),
+        ({"c": "a..b"}, "c=a..b is no range"),
+        ({"normalize": "0..1"}, "normalize is not a number"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_explained(run, tmp_path, search, message):
+    pytest.importorskip("optuna")
+    with pytest.raises(RunError, match=message):
+        tune(run, search, trials=1, n_episodes=1, storage=tmp_path / "t", progress=print)
 
 
 def test_tuning_looks_at_validation_classes_alone_and_goes_on(run, tmp_path, monkeypatch):
@@ -214,7 +221,7 @@ def test_tuning_looks_at_validation_classes_alone_and_goes_on(run, tmp_path, mon
         evaluation, "load_pool", lambda text, side, **more: (asked.append(side), load(text, side, **more))[1]
     )
     said = []
-    search = {"space": parse_space(["c=0.001:10", "normalize=true,false"]), "n_episodes": 5, "storage": tmp_path / "t"}
+    search = {"search": {"c": "0.001..10:log", "normalize": "true,false"}, "n_episodes": 5, "storage": tmp_path / "t"}
     settings = tune(run, trials=3, progress=said.append, **search)
     assert set(asked) == {"val"}
     assert len(said) == 3
@@ -224,8 +231,6 @@ def test_tuning_looks_at_validation_classes_alone_and_goes_on(run, tmp_path, mon
     assert len(said) == 3, "nothing is tried twice"
     tune(run, trials=4, progress=said.append, **search)
     assert len(said) == 4
-    with pytest.raises(RunError, match="unknown parameter 'd'"):
-        tune(run, space={"d": Span(1, 2, False)}, trials=1, n_episodes=1, storage=tmp_path / "u", progress=said.append)
 
 
 def refilled(*arguments):
@@ -246,7 +251,7 @@ def test_the_command_tests_a_folder_of_ones_own(photos, teacher, tmp_path):
     student = [*common, "--method", "refilled", "--set", "steps=2", "--n-shot", 2, "--out", tmp_path / "b", "--json"]
     assert json.loads(refilled(*student))["seed"] == 0
     pytest.importorskip("optuna")
-    tuned = ["--method", "linear", "--tune", "c=0.1:1", "--trials", 2, "--tune-episodes", 2, "--out", tmp_path / "c"]
+    tuned = ["--method", "linear", "--tune", "c=0.1..1", "--trials", 2, "--tune-episodes", 2, "--out", tmp_path / "c"]
     assert json.loads(refilled(*common, *tuned, "--json"))["n_episodes"] == 6
 
 
@@ -263,7 +268,7 @@ def test_the_command_meta_trains(photos, tmp_path):
         (["--method", "liner"], "did you mean 'linear'"),
         (["--n-way", "9"], "9 classes cannot be drawn from 4"),
         (["--n-episodes", "0"], "n_episodes = 0 is out of range"),
-        (["--tune", "c"], "must be NAME=LOW:HIGH"),
+        (["--tune", "c"], "must be KEY=VALUE"),
         (["--method", "refilled", "--set", "student=wrn_15_1", "--set", "steps=1"], "depth"),
         (["--method", "svm"], "name one with --teacher"),
     ],

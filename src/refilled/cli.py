@@ -245,7 +245,9 @@ def fewshot(
     set_: Set = None,
     tune: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=LOW:HIGH", help="Tune it on the validation classes first; may be repeated."),
+        typer.Option(
+            metavar="KEY=LOW..HIGH[:log]|A,B,C", help="Tune it on the validation classes first; may be repeated."
+        ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Settings to try when tuning.", min=1)] = 30,
     tune_episodes: Annotated[int, typer.Option(help="Tasks to try each on.", min=1)] = 100,
@@ -256,7 +258,6 @@ def fewshot(
 ) -> None:
     """Test a few-shot method on many tasks of unseen classes; the same command goes on with an interrupted test."""
     from refilled.fewshot.evaluation import evaluate_few_shot
-    from refilled.fewshot.tuning import parse_space
     from refilled.fewshot.tuning import tune as search
 
     given = {name: value for name, value in flags.items() if value is not None}
@@ -266,7 +267,12 @@ def fewshot(
     if tune:
         storage = folder.with_name(f"{folder.name}.tuning")
         settings = search(
-            run, parse_space(tune), trials=trials, n_episodes=tune_episodes, storage=storage, progress=say
+            run,
+            dict(_key_value(text) for text in tune),
+            trials=trials,
+            n_episodes=tune_episodes,
+            storage=storage,
+            progress=say,
         )
         run = replace(run, settings=settings)
     result = evaluate_few_shot(run, folder, lambda *reached: say(_reached(run.n_episodes, *reached)))

@@ -24,7 +24,7 @@ from refilled.run import Recipe
 from refilled.stages import Prepares, Stage
 from refilled.training import learning_rate, share_epochs
 
-Stages = Callable[[ModelShape, ModelShape | None], list[Stage]]
+Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,65 +1,41 @@
 """Hyper-parameters of a few-shot method, chosen on tasks of the validation classes and never on the unseen ones."""
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from refilled.data import queries_left
 from refilled.errors import RunError, unknown
 from refilled.fewshot.evaluation import load_side, make_bank, resolve, task_accuracies
-from refilled.fewshot.methods import load_few_shot_method
+from refilled.fewshot.methods import FewShotMethod, load_few_shot_method
 from refilled.run import FewShotRun
 
-_RANGE = re.compile(r"(\w+)=([^:,]+):([^:,]+)")
-_CHOICE = re.compile(r"(\w+)=([^:,]+(?:,[^:,]+)+)")
-
-
-class Span(NamedTuple):
-    """Numbers between two bounds, searched on a logarithmic scale."""
-
-    low: float
-    high: float
-    whole: bool
-
-
-Space = Mapping[str, Span | tuple[str, ...]]
-
-
-def parse_space(texts: Sequence[str]) -> Space:
-    """Read ranges, ``c=0.01:100``, and choices, ``layers=all,classifier``.
-
-    A range is of whole numbers if both of its bounds are written as such.
-
-    Raises:
-        RunError: a text is neither, or bounds are not positive and ascending.
-    """
-    space: dict[str, Span | tuple[str, ...]] = {}
-    for text in texts:
-        if choice := _CHOICE.fullmatch(text):
-            space[choice[1]] = tuple(choice[2].split(","))
-        elif found := _RANGE.fullmatch(text):
-            space[found[1]] = _span(found[2], found[3], text)
-        else:
-            raise RunError(f"--tune {text}: must be NAME=LOW:HIGH or NAME=A,B,C")
-    return space
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial
 
 
 def tune(
-    run: FewShotRun, space: Space, *, trials: int, n_episodes: int, storage: Path, progress: Callable[[str], None]
+    run: FewShotRun,
+    search: Mapping[str, str],
+    *,
+    trials: int,
+    n_episodes: int,
+    storage: Path,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Search the space with Optuna for the settings with the best mean accuracy on tasks of the validation classes.
+    """Search with Optuna for the settings with the best mean accuracy on tasks of the validation classes.
 
     The search is kept in ``storage``; one that was interrupted goes on when it is started again.
 
     Args:
         run: The test to tune for; its tasks are drawn from the validation classes instead.
-        space: What to search.
+        search: For each parameter of the method what to try: ``"0.1..10"``, ``"0.1..10:log"``, or choices, ``"a,b"``.
         trials: Settings to try, those of an earlier start counted.
         n_episodes: Tasks to try each on.
         storage: The file that keeps the search.
@@ -69,28 +45,24 @@ def tune(
         The run's settings with the best ones found.
 
     Raises:
-        RunError: Optuna is not installed.
-        MethodError: The method has no such parameter.
+        RunError: Optuna is not installed, or the search makes no sense.
     """
     optuna = _optuna()
     method = load_few_shot_method(run.method)
-    for name in space:
-        if name not in method.parameters:
-            raise RunError(f"--tune {name}: {unknown('parameter', name, method.parameters)}")
+    distributions = {name: _distribution(method, name, text) for name, text in search.items()}
     run = resolve(replace(run, side="val", n_episodes=n_episodes))
     torch.set_num_threads(run.threads or torch.get_num_threads())
     pool = load_side(run)
     bank = make_bank(run, pool)  # shared by all trials, so that each image is embedded once
     run = replace(run, n_query=queries_left(pool.train.labels, run.n_shot, run.n_query))
 
-    def accuracy(trial: Any) -> float:
-        chosen = {name: _suggest(trial, name, what) for name, what in space.items()}
-        learner = method.learner(bank, {**run.settings, **chosen})
+    def accuracy(trial: "Trial") -> float:
+        learner = method.learner(bank, {**run.settings, **trial.params})
         found: list[float] = []
         for first in range(0, n_episodes, run.batch):
             numbers = range(first, min(first + run.batch, n_episodes))
             found += task_accuracies(learner, pool.train.labels, numbers, run)
-        progress(f"trial {trial.number + 1}: {mean(found):.2f} %  {chosen}")
+        progress(f"trial {trial.number + 1}: {mean(found):.2f} %  {trial.params}")
         return mean(found)
 
     storage.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +71,36 @@ def tune(
         storage=journal,
         study_name=run.method,
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=run.seed),
         load_if_exists=True,
     )
-    finished = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
-    study.optimize(accuracy, n_trials=max(0, trials - finished))
+    complete = (optuna.trial.TrialState.COMPLETE,)
+    while (finished := len(study.get_trials(states=complete))) < trials:
+        # Seeded by the number of the trial, so that a search that was interrupted goes on as if it had not been.
+        study.sampler = optuna.samplers.TPESampler(seed=run.seed + finished)
+        trial = study.ask(distributions)
+        study.tell(trial, accuracy(trial))
     return method.settle({**run.settings, **study.best_params})
+
+
+def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribution":
+    """Read what is to be tried for a parameter."""
+    distributions = _optuna().distributions
+    if name not in method.parameters:
+        raise RunError(f"--tune {name}: {unknown('parameter', name, method.parameters)}")
+    bounds = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
+    if bounds is None:
+        listed: BaseDistribution = distributions.CategoricalDistribution(text.split(","))
+        return listed
+    types = (method.types[name], *get_args(method.types[name]))
+    kind = int if int in types else float
+    if kind not in types:
+        raise RunError(f"{name} is not a number and has no range; list what to try, as in {name}=this,that")
+    make = distributions.IntDistribution if kind is int else distributions.FloatDistribution
+    try:
+        found: BaseDistribution = make(kind(bounds[1]), kind(bounds[2]), log=bounds[3] is not None)
+    except ValueError as error:
+        raise RunError(f"{name}={text} is no range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log") from None
+    return found
 
 
 def _optuna() -> Any:
@@ -114,21 +110,3 @@ def _optuna() -> Any:
         raise RunError("tuning needs Optuna: pip install 'refilled[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def _suggest(trial: Any, name: str, what: Span | tuple[str, ...]) -> Any:
-    if not isinstance(what, Span):
-        return trial.suggest_categorical(name, list(what))
-    if what.whole:
-        return trial.suggest_int(name, int(what.low), int(what.high), log=True)
-    return trial.suggest_float(name, what.low, what.high, log=True)
-
-
-def _span(low: str, high: str, text: str) -> Span:
-    try:
-        bounds = float(low), float(high)
-    except ValueError:
-        raise RunError(f"--tune {text}: the bounds must be numbers") from None
-    if not (0 < bounds[0] < bounds[1] and math.isfinite(bounds[1])):
-        raise RunError(f"--tune {text}: the bounds must be above 0 and ascend")
-    return Span(*bounds, whole=low.isdigit() and high.isdigit())

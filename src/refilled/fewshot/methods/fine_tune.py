@@ -9,12 +9,13 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings
 from refilled.fewshot.meta_learner import query_loss
 from refilled.fewshot.students import StudentRecipe, student_learner, with_classifier
-from refilled.methods import load_method
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term
 
 
 def tuned_classifier(support: Tensor, labels: Tensor, query: Tensor, *, steps: int, lr: float) -> Tensor:
@@ -61,11 +62,10 @@ def fine_tune(
     """
     if layers == "all":
         recipe = StudentRecipe(steps=steps or 50, lr=lr or 1e-4)
-        vanilla = load_method("vanilla")
         return student_learner(
             bank,
             partial(with_classifier, bank.model),
-            lambda student, teacher: vanilla.stages(student, None, {}),
+            _cross_entropy,
             recipe,
         )
 
@@ -74,3 +74,7 @@ def fine_tune(
         return tuned_classifier(support, labels, query, steps=steps or 100, lr=lr or 0.01)
 
     return on_embeddings(bank, classify)
+
+
+def _cross_entropy(student: ModelShape, teacher: ModelShape | None) -> list[Stage]:
+    return [Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())})]
