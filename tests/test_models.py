@@ -35,6 +35,9 @@ MEMBERS = [  # name, native size of the images
     ("resnet8", 32),
     ("mobilenet_0.25", 32),
     ("mobilenet_0.25", 64),
+    ("convnet4", 32),
+    ("convnet4_average", 20),
+    ("resnet12", 16),
     ("timm/test_resnet", 32),
     ("timm/test_efficientnet", 48),
     ("timm/test_vit", 32),
@@ -160,6 +163,8 @@ def test_a_model_laid_out_channels_last_is_saved_as_any(tmp_path):
         ("resnet20", 10, 272_474),
         ("mobilenet_1", 1000, 4_231_976),  # as Keras and timm count them
         ("timm/resnet18", 1000, 11_689_512),
+        ("convnet4", 5, 113_088 + 65 * 5),  # 113,088 without the classifier, as MAML and ProtoNet have it
+        ("resnet12", 64, 12_424_320 + 641 * 64),  # 12.4 million without the classifier
     ],
 )
 def test_models_have_as_many_parameters_as_in_the_literature(name, classes, expected):
@@ -217,6 +222,23 @@ def test_bfloat16_embeddings_are_pooled_in_float32():
         assert model(torch.rand(2, 3, 32, 32)).embedding.dtype == torch.float32
 
 
+def test_the_two_convnets_differ_in_their_global_pool_alone():
+    largest, average = create_model("convnet4", 2).eval(), create_model("convnet4_average", 2).eval()
+    average.load_state_dict(largest.state_dict())
+    images = torch.rand(2, 3, 84, 84)
+    with torch.no_grad():
+        highest, mean = largest(images, features=True), average(images, features=True)
+    assert highest.features[-1].shape == (2, 64, 5, 5)
+    torch.testing.assert_close(highest.embedding, highest.features[-1].flatten(2).max(2).values)
+    torch.testing.assert_close(mean.embedding, highest.features[-1].flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("name", ["convnet4", "resnet12"])
+def test_images_too_small_to_be_halved_four_times_are_refused(name):
+    with pytest.raises(ModelError, match="16 pixels or more, not 15"):
+        create_model(name, 2, image_size=15)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_fast_depthwise_convolution_is_the_plain_one(stride):
     plain = nn.Conv2d(4, 4, 3, stride, 1, groups=4)
@@ -264,6 +286,7 @@ def test_every_listed_family_builds_its_examples():
         ("wrn_18_2", "6n \\+ 4"),
         ("wrn_16_0", "width 1 or more"),
         ("resnet50", "timm/resnet50"),
+        ("convnet5", "did you mean 'convnet4'"),
         ("mobilenet_0", "above 0"),
         ("mobilenet_9", "at most 4"),
         ("timm/resnet180", "did you mean timm/resnet18"),

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from refilled.errors import RefilledError, RunError, unknown
-from refilled.run import PRESETS, Recipe, Run
+from refilled.run import PRESETS, FewShotRun, MetaRun, Recipe, Run
 
 if TYPE_CHECKING:
     from refilled.benchmark.comparison import Comparison
@@ -46,12 +46,12 @@ DataRoot = Annotated[
 ]
 
 
-def _run_flags(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of :class:`Run`, with the help that its docstring holds."""
+def _run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for each field of a configuration, with the help that its docstring holds."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        flags = [_flag(f) for f in fields(Run) if f.name not in without and f.name not in {p.name for p in own}]
+        flags = [_flag(f, of) for f in fields(of) if f.name not in without and f.name not in {p.name for p in own}]
         signature = inspect.Signature([*own, *flags])
         command.__signature__ = signature  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
@@ -60,20 +60,21 @@ def _run_flags(*without: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def _flag(setting: Field[Any]) -> inspect.Parameter:
+def _flag(setting: Field[Any], of: type) -> inspect.Parameter:
     """Make the flag of a field; a flag that is not given is None, so that presets can stand below it."""
-    hint = get_type_hints(Run)[setting.name]
+    hint = get_type_hints(of)[setting.name]
     default = setting.default if setting.default is not MISSING else None
-    description = _descriptions()[setting.name] + (f" [default: {default}]" if default is not None else "")
-    panel = "Training" if setting.name in {f.name for f in fields(Recipe)} else "Data, models, machine"
+    description = _descriptions(of)[setting.name] + (f" [default: {default}]" if default is not None else "")
+    panel = "Training" if of is Run and setting.name in {f.name for f in fields(Recipe)} else "Data, models, machine"
     option = typer.Option(help=escape(description), show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint | None, option]
     )
 
 
-def _descriptions() -> dict[str, str]:
-    found = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", f"{Recipe.__doc__}\n{Run.__doc__}", re.MULTILINE)
+def _descriptions(of: type = Run) -> dict[str, str]:
+    text = "\n".join(base.__doc__ or "" for base in reversed(of.__mro__[:-1]))
+    found = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in found}
 
 
@@ -190,9 +191,11 @@ def predict(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="methods, models or datasets", show_default=False)]) -> None:
-    """List the methods with their parameters, the models, or the data sets."""
-    kinds = {"methods": _methods, "models": _models, "datasets": _datasets}
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, fewshot, models or datasets", show_default=False)],
+) -> None:
+    """List the methods or few-shot methods with their parameters, the models, or the data sets."""
+    kinds = {"methods": _methods, "fewshot": _few_shot_methods, "models": _models, "datasets": _datasets}
     if what not in kinds:
         raise RunError(unknown("list", what, kinds))
     console.print(kinds[what]())
@@ -229,6 +232,97 @@ def compare(
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / _run_name(run)
     _compare(comparison, out, jobs)
+
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
+]
+
+
+@app.command()
+@_run_flags("settings", of=FewShotRun)
+def fewshot(
+    data: Annotated[str, typer.Option(help=escape(_descriptions(FewShotRun)["data"]), show_default=False)],
+    set_: Set = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=LOW..HIGH[:log]|A,B,C", help="Tune it on the validation classes first; may be repeated."
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Settings to try when tuning.", min=1)] = 30,
+    tune_episodes: Annotated[int, typer.Option(help="Tasks to try each on.", min=1)] = 100,
+    out: Annotated[Path | None, typer.Option(help="Folder for the test.", show_default=False)] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Test a few-shot method on many tasks of unseen classes; the same command goes on with an interrupted test."""
+    from refilled.fewshot.evaluation import evaluate_few_shot
+    from refilled.fewshot.tuning import tune as search
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    run = FewShotRun(data=data, settings=dict(_key_value(text) for text in set_ or ()), **given)
+    folder = out or Path("runs") / _few_shot_name(run.data, run.method, run.n_way, run.n_shot, run.seed)
+    say = _silent if quiet or as_json else _say
+    if tune:
+        storage = folder.with_name(f"{folder.name}.tuning")
+        settings = search(
+            run,
+            dict(_key_value(text) for text in tune),
+            trials=trials,
+            n_episodes=tune_episodes,
+            storage=storage,
+            progress=say,
+        )
+        run = replace(run, settings=settings)
+    result = evaluate_few_shot(run, folder, lambda *reached: say(_reached(run.n_episodes, *reached)))
+    if as_json:
+        print((folder / "result.json").read_text(encoding="utf-8"), end="")
+        return
+    table = Table(show_header=False)
+    spread = "" if result.interval is None else f" ± {result.interval:.2f}"
+    table.add_row("accuracy", f"{result.accuracy:.2f}{spread} % over {result.n_episodes} tasks, 95 % interval")
+    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {result.n_query} queries a class, seed {run.seed}")
+    table.add_row(
+        "images", escape(f"{result.data['pool']}: {result.data['images']} of {result.data['classes']} classes")
+    )
+    table.add_row("speed", f"{result.tasks_per_second:.3g} tasks a second")
+    for note in result.data["notes"]:
+        table.add_row("note", note)
+    console.print(table)
+    console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_run_flags("settings", of=MetaRun)
+def meta_train(
+    data: Annotated[str, typer.Option(help=escape(_descriptions(MetaRun)["data"]), show_default=False)],
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Meta-train ProtoNet, FEAT or MAML on seen classes; the folder is then a --teacher of 'refilled fewshot'."""
+    from refilled.fewshot.meta_training import meta_train as train
+    from refilled.journal import Interrupted
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    run = MetaRun(data=data, settings=dict(_key_value(text) for text in set_ or ()), **given)
+    folder = out or Path("runs") / f"meta-{_few_shot_name(run.data, run.method, run.n_way, run.n_shot, run.seed)}"
+    try:
+        result = train(run, folder, display=_display(quiet or as_json))
+    except Interrupted as interruption:
+        err.print("interrupted; the state is saved. The same command goes on with it", markup=False)
+        sys.exit(128 + interruption.number)
+    if as_json:
+        print((folder / "result.json").read_text(encoding="utf-8"), end="")
+        return
+    spread = "" if result.interval is None else f" ± {result.interval:.2f}"
+    console.print(f"best on validation tasks: {result.val_accuracy:.2f}{spread} %, epoch {result.best_epoch}")
+    console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -407,11 +501,9 @@ def _resume(folder: Path, quiet: bool, as_json: bool) -> None:
 
 def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:
     from refilled.journal import Interrupted
-    from refilled.progress import Bars, Display, Lines
 
-    display = Display() if quiet else Bars(err) if err.is_terminal else Lines(err)
     try:
-        result = call(display)
+        result = call(_display(quiet))
     except Interrupted as interruption:
         command = shlex.join(["refilled", "distill", "--resume", str(folder)])
         err.print(f"interrupted; the state is saved. Go on with: {command}", markup=False, soft_wrap=True)
@@ -420,6 +512,29 @@ def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, a
         print((folder / "result.json").read_text(encoding="utf-8"), end="")
         return
     _print_result(result, folder)
+
+
+def _display(quiet: bool) -> "Display":
+    from refilled.progress import Bars, Display, Lines
+
+    return Display() if quiet else Bars(err) if err.is_terminal else Lines(err)
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _reached(all_: int, done: int, accuracy: float, interval: float | None) -> str:
+    return f"{done}/{all_} tasks  {accuracy:.2f}" + ("" if interval is None else f" ± {interval:.2f}") + " %"
+
+
+def _few_shot_name(data: str, method: str, n_way: int, n_shot: int, seed: int) -> str:
+    parts = [Path(data).name, Path(method).stem, f"{n_way}way{n_shot}shot", f"s{seed}"]
+    return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 
 def _print_result(result: "Result", folder: Path) -> None:
@@ -498,6 +613,16 @@ def _methods() -> Table:
     table = Table("method", "what it does", "parameters")
     for name in list_methods():
         method = load_method(name)
+        table.add_row(name, method.summary, "\n".join(f"{k}={v}" for k, v in method.parameters.items()))
+    return table
+
+
+def _few_shot_methods() -> Table:
+    from refilled.fewshot.methods import list_few_shot_methods, load_few_shot_method
+
+    table = Table("few-shot method", "what it does", "parameters")
+    for name in list_few_shot_methods():
+        method = load_few_shot_method(name)
         table.add_row(name, method.summary, "\n".join(f"{k}={v}" for k, v in method.parameters.items()))
     return table
 

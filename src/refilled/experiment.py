@@ -282,7 +282,7 @@ def resolve(run: Run) -> Run:
     Raises:
         RefilledError: the device cannot be used here, or the method or a parameter of it does not exist.
     """
-    device = _device(run.device)
+    device = find_device(run.device)
     precision = resolve_precision(run.precision, device)
     method = load_method(run.method)
     student = run.student if method.takes_student else None
@@ -291,7 +291,12 @@ def resolve(run: Run) -> Run:
     return replace(run, student=student, device=device.type, precision=precision, settings=settings, threads=threads)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Find a device by its name; ``auto`` is the accelerator, where there is one.
+
+    Raises:
+        RunError: the device cannot be used here.
+    """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -381,7 +386,7 @@ class _Prepared:
 
     def _fresh(self, architecture: str) -> Backbone:
         # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
-        mean, std = (None, None) if self.run.pretrained else _channel_statistics(self.task.train.pixels)
+        mean, std = (None, None) if self.run.pretrained else channel_statistics(self.task.train.pixels)
         student = create_model(
             architecture,
             len(self.task.classes),
@@ -504,9 +509,8 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
             "notes": [*task.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
-        versions={name: version(name) for name in ("refilled", "torch", "timm")}
-        | {"python": platform.python_version()},
-        hardware={"device": _device_name(device), "threads": run.threads, "precision": run.precision},
+        versions=versions(),
+        hardware={"device": device_name(device), "threads": run.threads, "precision": run.precision},
     )
 
 
@@ -531,7 +535,7 @@ def _few_steps(run: Run, images: int) -> list[str]:
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
 
 
-def _channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 images ``(N, 3, S, S)``, on the scale [0, 1]."""
     counts = torch.stack([torch.bincount(pixels[:, channel].flatten(), minlength=256) for channel in range(3)]).double()
     levels = torch.arange(256) / 255
@@ -546,7 +550,13 @@ def _by_class(task: Task, accuracies: list[float]) -> dict[str, float | None]:
     return {name: None if a != a else a for name, a in zip(task.classes, accuracies, strict=True)}
 
 
-def _device_name(device: torch.device) -> str:
+def versions() -> dict[str, str]:
+    """Say which versions of the software that decides results are at work."""
+    return {name: version(name) for name in ("refilled", "torch", "timm")} | {"python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    """Name the hardware of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))

@@ -127,9 +127,7 @@ class Run(Recipe):
 
     def to_toml(self) -> str:
         """Write the configuration down; what is None is left out."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        settings = {name: value for name, value in values.pop("settings").items() if value is not None}
-        return tomli_w.dumps({**values, "settings": settings})
+        return _toml(asdict(self))
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
@@ -151,6 +149,124 @@ class Run(Recipe):
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RunError(f"not a run's configuration: {'; '.join(problems)}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotRun:
+    """The configuration of a few-shot test: many tasks of unseen classes, and a method that learns each anew.
+
+    Attributes:
+        data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
+        method: A few-shot method, or any distillation method, which then trains a student for each task.
+        settings: The method's own parameters.
+        teacher: The frozen model: a student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``.
+        n_way: Classes of a task.
+        n_shot: Support images a class.
+        n_query: Query images a class, at most: fewer where the smallest class has fewer left.
+        n_episodes: Tasks.
+        side: Classes that the tasks are of: ``unseen``; ``val`` while anything is still being decided.
+        seed: Of the tasks.
+        batch: Tasks handed to the method at a time.
+        image_size: Side length that images are brought to; None for what suits them.
+        teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
+        teacher_std: Standard deviations likewise.
+        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
+        data_root: Folder that holds the data sets.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        threads: Processor threads; None for as many as torch chooses.
+    """
+
+    data: str
+    method: str = "nearest_neighbour"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    n_way: int = 5
+    n_shot: int = 1
+    n_query: int = 15
+    n_episodes: int = 600
+    side: Literal["unseen", "val"] = "unseen"
+    seed: int = 0
+    batch: int = 20
+    image_size: int | None = None
+    teacher_mean: tuple[float, float, float] | None = None
+    teacher_std: tuple[float, float, float] | None = None
+    teacher_size: int | None = None
+    data_root: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, seed=0, batch=1)
+
+    def to_toml(self) -> str:
+        """Write the configuration down; what is None is left out."""
+        return _toml(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaRun:
+    """The configuration of meta-training: many tasks of the seen classes teach how to learn from few images.
+
+    Attributes:
+        data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
+        method: A few-shot method that is meta-trained: ``protonet``, ``feat``, ``maml``.
+        settings: Its own parameters.
+        model: Architecture of the backbone.
+        start: A folder with a model to start from, say of the seen classes; its architecture counts.
+        n_way: Classes of a task.
+        n_shot: Support images a class.
+        n_query: Query images a class.
+        n_episodes: Tasks in all.
+        tasks: Tasks a step.
+        lr: Learning rate of Adam for the backbone; what else is learned has ten times as much. It halves ten times.
+        validate_every: Tasks between two looks at the validation classes; the best weights are kept.
+        n_validation: Validation tasks.
+        seed: Of the initial weights and of the tasks.
+        image_size: Side length that images are brought to; None for what suits them.
+        data_root: Folder that holds the data sets.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        threads: Processor threads; None for as many as torch chooses.
+    """
+
+    data: str
+    method: str = "protonet"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "convnet4"
+    start: str | None = None
+    n_way: int = 5
+    n_shot: int = 1
+    n_query: int = 15
+    n_episodes: int = 20000
+    tasks: int = 1
+    lr: float = 1e-3
+    validate_every: int = 500
+    n_validation: int = 100
+    seed: int = 0
+    image_size: int | None = None
+    data_root: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, tasks=1, validate_every=1, n_validation=1, seed=0)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise RunError(f"lr = {self.lr} is out of range")
+
+    def to_toml(self) -> str:
+        """Write the configuration down; what is None is left out."""
+        return _toml(asdict(self))
+
+
+def _at_least(config: object, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise RunError(f"{name} = {getattr(config, name)} is out of range; give {value} or more")
+
+
+def _toml(values: dict[str, Any]) -> str:
+    given = {name: value for name, value in values.items() if value is not None}
+    settings = {name: value for name, value in given.pop("settings").items() if value is not None}
+    return tomli_w.dumps({**given, "settings": settings})
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -1,21 +1,30 @@
 """Data: tasks from text, decoded images in memory, augmentation and batches as pure functions of the seed."""
 
+from refilled.data.class_split import Side, list_splits
+from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.loading import TaskSize, list_datasets, load_task, task_size
+from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches
 from refilled.data.task import Split, Task
 from refilled.data.transforms import Augmentation, Mixing, augment, mixing
 
 __all__ = [
     "Augmentation",
+    "Episodes",
     "Mixing",
     "Sampler",
+    "Side",
     "Split",
     "Task",
     "TaskSize",
     "augment",
     "epoch_batches",
     "list_datasets",
+    "list_splits",
+    "load_pool",
     "load_task",
     "mixing",
+    "queries_left",
+    "sample_episodes",
     "task_size",
 ]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from refilled.data import cifar100, cub, digits
 from refilled.data.cifar100 import open_cifar100
+from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
+from refilled.data.csv_folder import is_csv_folder, open_csv_folder
 from refilled.data.cub import open_cub
 from refilled.data.decode import MEMORY_LIMIT, keep, read_pixels, short_side
 from refilled.data.digits import open_digits
@@ -36,6 +38,7 @@ def list_datasets() -> list[tuple[str, str]]:
         ("digits", digits.SUMMARY),
         ("cifar100", cifar100.SUMMARY),
         ("cub", cub.SUMMARY),
+        ("cifar_fs, fc100", "CIFAR-100 with its classes split for few-shot learning, as in cifar_fs:seen"),
         ("folder:PATH", "class folders of images, with or without train, val and test above them; PATH alone will do"),
         ("NAME", "a folder of this name below the data root: class folders, or train.parquet and test.parquet"),
         ("FILE.parquet", "a table with a column of encoded images and one of labels"),
@@ -65,12 +68,14 @@ def load_task(
     * Images are square: the short side is scaled to ``image_size`` and the middle kept. The automatic size is the
       median short side of up to 256 training images, at most 224; a source may know better (digits: 16).
     * Class ids count from 0 in the order of the source's classes.
+    * The selections ``seen``, ``val`` and ``unseen`` take one side of a class split; see
+      :func:`~refilled.data.class_split.split_classes`.
 
     Args:
         text: The task. Its options ``shots``, ``shots_seed``, ``val`` and ``size`` go before the arguments below;
             besides there are ``seed`` (of halves, cuts and shots), ``test`` (the fraction of each class to test on, cut
-            from all images in place of the source's own parts), ``augment``, and ``image`` and ``label``, the columns
-            of a table.
+            from all images in place of the source's own parts), ``augment``, ``image`` and ``label``, the columns of
+            a table, and ``split``, which classes are seen and unseen.
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         shots: Training images of each class; all if None.
         shots_seed: Which ones.
@@ -83,7 +88,7 @@ def load_task(
         TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
             train on, or more than 1 % of the images cannot be read.
     """
-    root = _root(data_root)
+    root = data_folder(data_root)
     wanted = parse_task_text(
         text, root, TaskOptions(shots=shots, shots_seed=shots_seed, val=float(val), size=image_size)
     )
@@ -92,7 +97,7 @@ def load_task(
     decoded = _decode(plan, wanted.options, size, memory_limit)
     skipped = tuple(bad for part in decoded.values() for bad in part.skipped)
     if not allow_bad:
-        _refuse_bad(skipped, sum(len(part.rows) for part in decoded.values()))
+        refuse_bad(skipped, sum(len(part.rows) for part in decoded.values()))
     _check_train(decoded["train"], plan, source, wanted.options.shots)
     splits = {name: _split(part, plan) for name, part in decoded.items()}
     names = tuple(source.classes[position] for position in plan.classes)
@@ -136,7 +141,7 @@ def task_size(
     Raises:
         TaskError: As :func:`load_task`, but for what only the pixels tell.
     """
-    root = _root(data_root)
+    root = data_folder(data_root)
     wanted = parse_task_text(text, root, TaskOptions(shots=shots, val=float(val), size=image_size))
     source, plan = _plan(wanted, root)
     counts = np.bincount(plan.parts["train"].labels[plan.rows["train"]])
@@ -157,7 +162,7 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
     """The images of one part that could be read and kept."""
 
     part: Part
@@ -168,25 +173,53 @@ class _Decoded:
     copies: int  # left out since they equal an image that was held out
 
 
-def _root(data_root: Path | None) -> Path:
+def data_folder(data_root: Path | None) -> Path:
+    """Where data sets lie: as given, else ``REFILLED_DATA``, else ``~/.cache/refilled/data``."""
     return expand_home(data_root or Path(os.environ.get("REFILLED_DATA") or "~/.cache/refilled/data"))
 
 
 def _plan(wanted: TaskText, root: Path) -> tuple[Source, _Plan]:
-    source = _open(wanted, root)
+    source = open_source(wanted, root)
     if wanted.options.test is not None:
         source = pool(source)
-    classes = select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
+    source, classes = _select(source, wanted)
     return source, _divide(source, classes, wanted.options)
 
 
+def _select(source: Source, wanted: TaskText) -> tuple[Source, Sequence[int]]:
+    """Choose the classes; on one side of a class split, the parts of the source may not be what is trained on."""
+    if wanted.selection not in SIDES or wanted.selection in source.classes:
+        return source, select_classes(wanted.selection, source.classes, seed=wanted.options.seed)
+    split = split_of(source, wanted)
+    if parts_share_no_class(source):
+        source = pool(source)
+    source = replace(
+        source,
+        image_size=split.image_size or source.image_size,
+        augmentation=split.augmentation or source.augmentation,
+    )
+    return source, getattr(split, wanted.selection)
+
+
+def split_of(source: Source, wanted: TaskText) -> ClassSplit:
+    """Find the class split that goes with a task's text; see :func:`split_classes`."""
+    path = Path(wanted.source)
+    beside = None if wanted.kind != "path" else path if path.is_dir() else path.parent
+    return split_classes(source, path.name, beside, wanted.options.split)
+
+
 def _size(wanted: TaskText, source: Source) -> int:
-    return wanted.options.size or source.image_size or _automatic_size(source.train)
+    return wanted.options.size or source.image_size or automatic_size(source.train)
 
 
-def _open(wanted: TaskText, data_root: Path) -> Source:
+def open_source(wanted: TaskText, data_root: Path) -> Source:
+    """Open the source that a task's text names.
+
+    Raises:
+        TaskError: It is missing, damaged, or has no columns where some were named.
+    """
     columns = (wanted.options.image, wanted.options.label)
-    if wanted.kind == "cifar100":
+    if wanted.kind in ("cifar100", "cifar_fs", "fc100"):
         return open_cifar100(data_root, *columns)
     if wanted.kind == "hub":
         return open_hub(wanted.source, *columns)
@@ -200,7 +233,8 @@ def _open(wanted: TaskText, data_root: Path) -> Source:
         return open_cub(data_root)
     if not Path(wanted.source).is_dir():
         raise TaskError(f"{wanted.source} is neither a folder nor a .parquet file")
-    return open_image_folder(Path(wanted.source))
+    folder = Path(wanted.source)
+    return open_csv_folder(folder) if is_csv_folder(folder) else open_image_folder(folder)
 
 
 def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Plan:
@@ -262,14 +296,14 @@ def _absence_note(what: str, source: Source, absent: set[int]) -> list[str]:
     return [f"{what}: {', '.join(names[:5])}{more}"]
 
 
-def _automatic_size(part: Part) -> int:
+def automatic_size(part: Part) -> int:
     """Return the median short side of images spread evenly over a part, at most 224."""
     rows = np.unique(np.linspace(0, len(part.labels) - 1, _LOOKED_AT).astype(np.int64))
     sides = [side for side in map(short_side, part.pictures(rows)) if side is not None]
     return min(LARGEST_AUTOMATIC_SIZE, int(np.median(sides))) if sides else LARGEST_AUTOMATIC_SIZE
 
 
-def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> dict[str, _Decoded]:
+def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> dict[str, Decoded]:
     """Decode every part.
 
     A cut keeps copies of a file together. Pictures that are stored differently and turn out to be equal only when
@@ -282,21 +316,30 @@ def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> 
         labels = plan.parts["train"].labels[pool]
         return draw_shots(pool, labels, options.shots, seed=options.seed, shots_seed=options.shots_seed)
 
-    decoded: dict[str, _Decoded] = {}
+    decoded: dict[str, Decoded] = {}
     held_out: set[bytes] = set()
     for name in ("test", "val", "train"):
         avoid = held_out if name in plan.cut or name == "train" else set()
         choose = draw if name == "train" else lambda pool: pool
-        decoded[name] = _decode_part(plan.parts[name], plan.rows[name], choose, avoid, size, memory_limit)
+        decoded[name] = decode_part(plan.parts[name], plan.rows[name], choose, avoid, size, memory_limit)
         if name in plan.cut:
             held_out.update(decoded[name].digests)
     return decoded
 
 
-def _decode_part(
+def decode_part(
     part: Part, pool: Rows, choose: Callable[[Rows], Rows], avoid: set[bytes], size: int, memory_limit: int
-) -> _Decoded:
-    """Decode what is chosen from a pool of rows; for what turns out unusable, choose again from the others."""
+) -> Decoded:
+    """Decode what is chosen from a pool of rows; for what turns out unusable, choose again from the others.
+
+    Args:
+        part: Where the rows are from.
+        pool: The rows to choose from ``(N,)``, ascending.
+        choose: Takes rows and returns some of them.
+        avoid: Digests of pixels that must not occur.
+        size: Side length of the images.
+        memory_limit: Bytes above which the images are mapped from a temporary file.
+    """
     skipped: dict[int, str] = {}
     copies = 0
     while True:
@@ -310,7 +353,7 @@ def _decode_part(
         if len(usable) == len(rows) or len(rows) == len(pool):
             break
         pool = np.setdiff1d(pool, np.setdiff1d(rows, usable))
-    return _Decoded(
+    return Decoded(
         part=part,
         rows=usable,
         pixels=keep(pixels, fresh),
@@ -320,7 +363,8 @@ def _decode_part(
     )
 
 
-def _refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
+def refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
+    """Raise a :class:`TaskError` if more than 1 % of the images could not be read."""
     total = len(skipped) + read
     if len(skipped) <= MAX_BAD_FRACTION * total:
         return
@@ -332,7 +376,7 @@ def _refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
     )
 
 
-def _check_train(train: _Decoded, plan: _Plan, source: Source, shots: int | None) -> None:
+def _check_train(train: Decoded, plan: _Plan, source: Source, shots: int | None) -> None:
     """Refuse classes that have nothing, or not enough, to train on now that all images have been looked at."""
     counts = np.bincount(train.part.labels[train.rows], minlength=len(source.classes))
     for position in plan.classes:
@@ -343,12 +387,12 @@ def _check_train(train: _Decoded, plan: _Plan, source: Source, shots: int | None
             )
 
 
-def _split(part: _Decoded, plan: _Plan) -> Split:
+def _split(part: Decoded, plan: _Plan) -> Split:
     labels = np.searchsorted(plan.classes, part.part.labels[part.rows])
     return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), tuple(map(part.part.name, part.rows.tolist())))
 
 
-def _copies_notes(decoded: dict[str, _Decoded]) -> list[str]:
+def _copies_notes(decoded: dict[str, Decoded]) -> list[str]:
     left_out = {name: part.copies for name, part in decoded.items() if part.copies}
     notes = [f"{count} images of {name} left out: they equal held-out ones" for name, count in left_out.items()]
     trained = set(decoded["train"].digests)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from refilled.data.transforms import Augmentation
 from refilled.errors import TaskError, unknown
 
-NAMED = ("digits", "cifar100", "cub")
+NAMED = ("digits", "cifar100", "cub", "cifar_fs", "fc100")
 """Sources that are known by name alone."""
 
 _OPTIONS = re.compile(r"\w+=[^,=@:/]*(,\w+=[^,=@:/]*)*")
@@ -29,6 +29,7 @@ class TaskOptions:
     augment: Augmentation | None = None
     image: str | None = None  # columns of a table
     label: str | None = None
+    split: str | None = None  # of the classes: one of the package's, or a file beside the images
 
     def __post_init__(self) -> None:
         if self.shots is not None and self.shots < 1:
@@ -196,6 +197,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "augment": _augmentation,
     "image": _name,
     "label": _name,
+    "split": _name,
 }
 
 _DEFAULTS = asdict(TaskOptions())

@@ -9,7 +9,9 @@ from torch import Tensor
 from refilled.errors import ModelError, unknown
 from refilled.models.backbone import Backbone
 from refilled.models.cifar_resnet import DEPTHS, CifarResNet
+from refilled.models.convnet import ConvNet4
 from refilled.models.mobilenet import MobileNet
+from refilled.models.resnet12 import ResNet12
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.wide_resnet import WideResNet
 
@@ -32,6 +34,20 @@ FAMILIES = (
         r"wrn_(\d{1,3})_(\d{1,2})",
         ("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
         lambda name, classes, size, pretrained: WideResNet(int(name[1]), int(name[2]), classes),
+    ),
+    Family(
+        "convnet4, convnet4_average",
+        "ConvNet-4 of few-shot learning, 64-d: global maximum or average, 16 pixels and more",
+        r"convnet4(_average)?",
+        ("convnet4", "convnet4_average"),
+        lambda name, classes, size, pretrained: ConvNet4(classes, "average" if name[1] else "max", size),
+    ),
+    Family(
+        "resnet12",
+        "ResNet-12 of few-shot learning, 640-d, 16 pixels and more",
+        r"resnet12",  # before the CIFAR ResNets, which know no depth 12
+        ("resnet12",),
+        lambda name, classes, size, pretrained: ResNet12(classes, size),
     ),
     Family(
         "resnet<depth>",

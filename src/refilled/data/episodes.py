@@ -1,0 +1,114 @@
+"""Few-shot tasks: which images of which classes, as a pure function of (seed, number of the task)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from refilled.data.keyed import keyed_bits
+from refilled.errors import TaskError
+
+
+class Episodes(NamedTuple):
+    """T tasks of N classes with K support and Q query images of each; images are row numbers of the pool.
+
+    In every task the classes are numbered 0 .. N - 1, and the images stand class after class, so that all tasks share
+    their labels.
+    """
+
+    numbers: Tensor
+    """``(T,)``: which tasks they are, of all that the seed gives."""
+
+    classes: Tensor
+    """``(T, N)``: the pool's class ids."""
+
+    support: Tensor
+    """``(T, N K)``."""
+
+    query: Tensor
+    """``(T, N Q)``."""
+
+    labels: Tensor
+    """``(N K,)``: 0 .. N - 1, of the support images of every task."""
+
+    query_labels: Tensor
+    """``(N Q,)``."""
+
+
+def sample_episodes(
+    labels: Tensor, numbers: Sequence[int], *, n_way: int = 5, n_shot: int = 1, n_query: int = 15, seed: int = 0
+) -> Episodes:
+    """Draw the tasks with these numbers; each depends on the seed and its own number alone.
+
+    Of each class the query images are drawn first, then the support images: with the same seed, tasks of more shots
+    have the support images of those with fewer among theirs, and ask the same queries.
+
+    Args:
+        labels: Class ids ``(M,)`` of the pool's images.
+        numbers: Which tasks.
+        n_way: Classes of a task, N.
+        n_shot: Support images a class, K.
+        n_query: Query images a class, Q; see :func:`queries_left` for classes that have too few.
+        seed: The seed.
+
+    Raises:
+        TaskError: A number is out of range, there are fewer classes than ``n_way``, or a class has too few images.
+    """
+    _check_ways(labels, n_way, n_shot, n_query)
+    left = queries_left(labels, n_shot, n_query)
+    if left < n_query:
+        raise TaskError(f"the smallest class leaves {left} images for queries after {n_shot} shots, not {n_query}")
+    order = labels.argsort(stable=True).numpy()
+    present, counts = np.unique(labels.numpy(), return_counts=True)
+    images = np.split(order, np.cumsum(counts)[:-1])
+    task = np.asarray(numbers, dtype=np.int64)
+    keys = keyed_bits(seed, "classes", task[:, None], np.arange(len(present)))  # (T, C)
+    chosen = keys.argsort(1, kind="stable")[:, :n_way]  # (T, N)
+    drawn = np.empty((len(task), n_way, n_query + n_shot), dtype=np.int64)
+    for t, way in np.ndindex(chosen.shape):
+        drawn[t, way] = _draw(images[chosen[t, way]], n_query + n_shot, seed, int(task[t]))
+    query, support = drawn[..., :n_query], drawn[..., n_query:]
+    ways = torch.arange(n_way)
+    return Episodes(
+        torch.from_numpy(task),
+        torch.from_numpy(present[chosen]),
+        torch.from_numpy(support.reshape(len(task), -1)),
+        torch.from_numpy(query.reshape(len(task), -1)),
+        ways.repeat_interleave(n_shot),
+        ways.repeat_interleave(n_query),
+    )
+
+
+def queries_left(labels: Tensor, n_shot: int, n_query: int) -> int:
+    """How many query images, ``n_query`` at most, every class of ``labels`` ``(M,)`` has left after its shots.
+
+    One number for all classes keeps the tasks alike, so that their accuracies can be averaged.
+
+    Raises:
+        TaskError: A class has fewer than ``n_shot + 1`` images.
+    """
+    present, counts = torch.unique(labels, return_counts=True)
+    smallest = int(counts.min())
+    if smallest < n_shot + 1:
+        raise TaskError(
+            f"class {int(present[counts.argmin()])} has {smallest} images, but {n_shot} shots and at least one query "
+            f"image need {n_shot + 1}; ask for fewer shots, or leave the class out of the split"
+        )
+    return min(n_query, smallest - n_shot)
+
+
+def _draw(rows: NDArray[np.int64], count: int, seed: int, number: int) -> NDArray[np.int64]:
+    keys = keyed_bits(seed, "episode", number, rows)
+    return rows[keys.argsort(kind="stable")[:count]]
+
+
+def _check_ways(labels: Tensor, n_way: int, n_shot: int, n_query: int) -> None:
+    for name, value, least in (("n_way", n_way, 2), ("n_shot", n_shot, 1), ("n_query", n_query, 1)):
+        if value < least:
+            raise TaskError(f"{name} = {value} is out of range; give {least} or more")
+    classes = len(labels.unique())
+    if classes < n_way:
+        raise TaskError(f"a task of {n_way} classes cannot be drawn from {classes}; ask for fewer ways")

@@ -1,0 +1,217 @@
+"""A few-shot test from its configuration to its result: the mean accuracy over many tasks, with its interval.
+
+The folder of a test explains itself: ``run.toml`` (the configuration, fully resolved), ``tasks.jsonl`` (each task's
+accuracy), ``result.json``, and ``DONE`` when whole. A test that was interrupted goes on when it is started again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refilled.checkpoints import hold
+from refilled.data import Side, Task, load_pool, queries_left, sample_episodes
+from refilled.errors import RunError
+from refilled.experiment import device_name, find_device, versions
+from refilled.fewshot.bank import Bank, Learner
+from refilled.fewshot.methods import load_few_shot_method
+from refilled.files import write_atomic
+from refilled.models import load_teacher
+from refilled.run import FewShotRun
+from refilled.teacher_cache import fingerprint
+
+HEAD = "head.safetensors"
+"""Beside a model, what meta-training learned besides it."""
+
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """What a finished test found: the content of ``result.json``."""
+
+    accuracy: float
+    """Percent of the query images, a mean over tasks."""
+    interval: float | None
+    """Half the width of its 95 % interval over tasks; None for a single task."""
+    n_episodes: int
+    n_query: int
+    """Query images of each class that there were."""
+    seconds: float
+    """Of embedding, learning and classifying, over all starts of the test; loading not counted."""
+    tasks_per_second: float
+    seed: int
+    data: dict[str, Any]
+    teacher: dict[str, Any] | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a finished test's result.
+
+        Raises:
+            RunError: the test is not finished.
+        """
+        if not (folder / "DONE").exists():
+            raise RunError(f"{folder} holds no finished few-shot test")
+        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+
+
+Progress = Callable[[int, float, float | None], None]
+"""Told after each batch: how many tasks are done, their mean accuracy and its interval."""
+
+
+def evaluate_few_shot(
+    run: FewShotRun, folder: Path, progress: Progress = lambda done, mean, interval: None
+) -> FewShotResult:
+    """Carry out a test, or what is left of it, and leave everything in the folder.
+
+    Raises:
+        RunError: the folder holds something else, or another process is at it.
+        RefilledError: anything in the run that cannot work.
+    """
+    run = resolve(run)
+    refuse_other(folder, run.to_toml())
+    if (folder / "DONE").exists():
+        return FewShotResult.load(folder)
+    torch.set_num_threads(run.threads or torch.get_num_threads())
+    pool = load_side(run)
+    bank = make_bank(run, pool)
+    learner = load_few_shot_method(run.method).learner(bank, run.settings)
+    n_query = queries_left(pool.train.labels, run.n_shot, run.n_query)
+    folder.mkdir(parents=True, exist_ok=True)  # only now, since all that can be wrong has been looked at
+    with hold(folder):
+        write_atomic(folder / "run.toml", run.to_toml().encode())
+        done = _Record(folder / "tasks.jsonl")
+        for numbers in _batches(range(len(done), run.n_episodes), run.batch):
+            start = time.perf_counter()
+            accuracies = task_accuracies(learner, pool.train.labels, numbers, replace(run, n_query=n_query))
+            done.add(accuracies, (time.perf_counter() - start) / len(numbers))
+            progress(len(done), *mean_and_interval(done.accuracies))
+        result = _result(run, pool, bank, done, n_query)
+        write_atomic(folder / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
+        write_atomic(folder / "DONE", b"")
+    return result
+
+
+def resolve(run: FewShotRun) -> FewShotRun:
+    """Settle what the run leaves to the machine and to the method's defaults.
+
+    Raises:
+        RefilledError: the device cannot be used here, or the method or a parameter of it does not exist.
+    """
+    return replace(
+        run,
+        device=find_device(run.device).type,
+        settings=load_few_shot_method(run.method).settle(run.settings),
+        threads=run.threads or torch.get_num_threads(),
+    )
+
+
+def refuse_other(folder: Path, configuration: str) -> None:
+    """Refuse a folder that holds anything but a run of the same configuration.
+
+    Raises:
+        RunError: it does.
+    """
+    file = folder / "run.toml"
+    if file.exists() and file.read_text(encoding="utf-8") != configuration:
+        raise RunError(f"{folder} holds a run of another configuration; remove it, or choose another --out")
+    if not file.exists() and folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def load_side(run: FewShotRun, side: Side | None = None) -> Task:
+    """Load the images of the classes that a run's tasks are of, or of another side of the split."""
+    root = Path(run.data_root) if run.data_root else None
+    return load_pool(run.data, side or run.side, data_root=root, image_size=run.image_size)
+
+
+def make_bank(run: FewShotRun, pool: Task) -> Bank:
+    """Put the pool's images together with the run's frozen model, if it names one."""
+    model, head = None, {}
+    if run.teacher is not None:
+        name = os.path.expandvars(run.teacher)
+        model = load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+        beside = Path(name) / HEAD
+        head = load_file(beside) if beside.is_file() else {}
+    return Bank(pool.train.pixels, model, augmentation=pool.augmentation, device=run.device, head=head)
+
+
+def task_accuracies(learner: Learner, labels: Tensor, numbers: range, run: FewShotRun) -> list[float]:
+    """Percent of the query images that are right, in each of the tasks with these numbers."""
+    episodes = sample_episodes(labels, numbers, n_way=run.n_way, n_shot=run.n_shot, n_query=run.n_query, seed=run.seed)
+    right = learner(episodes).argmax(2) == episodes.query_labels
+    return (100 * right.double().mean(1)).tolist()
+
+
+def mean_and_interval(accuracies: list[float]) -> tuple[float, float | None]:
+    """Return the mean, and half the width of its 95 % interval: 1.96 standard errors, as the field reports it."""
+    if len(accuracies) < 2:
+        return mean(accuracies), None
+    return mean(accuracies), 1.96 * stdev(accuracies) / len(accuracies) ** 0.5
+
+
+class _Record:
+    """The accuracy of each task so far, a line each in a file; a line torn by a crash is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.accuracies: list[float] = []
+        self.seconds = 0.0
+        path.touch()
+        whole = path.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        os.truncate(path, len(whole))
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            self.accuracies.append(entry["accuracy"])
+            self.seconds += entry["seconds"]
+
+    def __len__(self) -> int:
+        return len(self.accuracies)
+
+    def add(self, accuracies: list[float], seconds: float) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for accuracy in accuracies:
+                entry = {"task": len(self.accuracies), "accuracy": accuracy, "seconds": seconds}
+                file.write(json.dumps(entry) + "\n")
+                self.accuracies.append(accuracy)
+        self.seconds += seconds * len(accuracies)
+
+
+def _batches(numbers: range, size: int) -> Iterator[range]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int) -> FewShotResult:
+    accuracy, interval = mean_and_interval(done.accuracies)
+    notes = [] if n_query == run.n_query else [f"{n_query} query images a class: the smallest class has no more"]
+    return FewShotResult(
+        accuracy=accuracy,
+        interval=interval,
+        n_episodes=len(done),
+        n_query=n_query,
+        seconds=done.seconds,
+        tasks_per_second=len(done) / done.seconds,
+        seed=run.seed,
+        data={
+            "pool": pool.name,
+            "fingerprint": pool.fingerprint,
+            "images": len(pool.train),
+            "classes": len(pool.classes),
+            "image_size": pool.image_size,
+            "skipped": [list(pair) for pair in pool.skipped],
+            "notes": notes,
+        },
+        teacher={"name": run.teacher, "fingerprint": fingerprint(bank.model)} if bank.has_model else None,
+        versions=versions(),
+        hardware={"device": device_name(torch.device(run.device)), "threads": run.threads},
+    )

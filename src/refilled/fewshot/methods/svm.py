@@ -1,0 +1,48 @@
+r"""Linear support vector machines on a frozen embedding, one against the rest, with the squared hinge.
+
+.. math:: \min_{w, b} \frac{1}{2}\|w\|^2 + C \sum_x \max(0, 1 - y\,(w^\top\phi(x) + b))^2, \qquad y = \pm 1
+
+References:
+    Fan et al., LIBLINEAR, JMLR 2008 (its L2-regularised L2-loss SVM; but here the intercept is not penalised).
+"""
+
+from torch import Tensor
+
+from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings, one_hot
+from refilled.fewshot.ridge import hat_matrices, iterate
+
+
+def support_vector_machine(
+    support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-4
+) -> Tensor:
+    """Margins of T times N support vector machines, found together.
+
+    The second derivative of the squared hinge is at most 2, which makes the working response F + y max(0, 1 - y F) and
+    the penalty 1 / 2C.
+
+    Args:
+        support: ``(T, S, d)``.
+        labels: ``(S,)``, 0 .. N - 1.
+        query: ``(T, Q, d)``.
+        c: The weight of the hinge, C.
+        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.iterate`.
+
+    Returns:
+        ``(T, Q, N)``.
+    """
+    sign = 2 * one_hot(labels, support) - 1  # (S, N)
+    hat, to_query = hat_matrices(support, query, 1 / (2 * c))
+
+    def response(scores: Tensor) -> Tensor:
+        return scores + sign * (1 - sign * scores).clamp(min=0)
+
+    return to_query @ iterate(hat, response, sign.shape[1], tolerance)
+
+
+def svm(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:
+    """Linear SVM on the model's embedding, L2-normalised unless told otherwise (SVM)."""
+
+    def classify(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        return support_vector_machine(normalized(support, normalize), labels, normalized(query, normalize), c=c)
+
+    return on_embeddings(bank, classify)

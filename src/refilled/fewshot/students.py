@@ -1,0 +1,297 @@
+"""Students of few images: a network for each task, trained by the stages of a distillation method.
+
+The losses are those of :mod:`refilled.methods`, as they are, on the images of one task. Several ConvNet-4s can go side
+by side as one network, with grouped convolutions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from refilled.data import Episodes
+from refilled.data.keyed import keyed_integers
+from refilled.errors import NonFiniteError, RunError
+from refilled.fewshot.bank import Bank, Learner
+from refilled.models import Backbone
+from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
+from refilled.outputs import ModelShape, Outputs
+from refilled.run import Recipe
+from refilled.stages import Prepares, Stage
+from refilled.training import learning_rate, share_epochs
+
+Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe:
+    """How a student of few images is optimised: SGD on all support images of its task in every step.
+
+    Attributes:
+        steps: Steps of all stages together; the epochs that weights of losses depend on.
+        lr: Learning rate at its highest; it falls to 0 over each stage.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+        copies: Views of each image in a step; None for 1, or 2 where there is one shot, since a class with a single
+            image has no positives.
+        views: Augmented views that an image takes turns in; the frozen model embeds each once, for all tasks.
+        together: Networks trained as one; None for 1 on a CPU and 64 elsewhere.
+        seed: Of the initial weights.
+    """
+
+    steps: int = 100
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    copies: int | None = None
+    views: int = 8
+    together: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "copies", "views", "together"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RunError(f"{name} = {value} is out of range; give 1 or more")
+        Recipe(lr=self.lr, momentum=self.momentum, nesterov=False, weight_decay=self.weight_decay)  # checks them
+
+
+class Students(nn.Module):
+    """T networks, each of which sees the images of its own task."""
+
+    def __init__(self, models: Sequence[Backbone]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images: Tensor, features: bool = False) -> list[Outputs]:
+        """Map uint8 images ``(T, B, 3, S, S)`` to the outputs of each task."""
+        return [model(own, features=features) for model, own in zip(self.models, images, strict=True)]
+
+    def reset_classifiers(self, generators: Sequence[torch.Generator]) -> None:
+        """Draw each classifier anew."""
+        for model, generator in zip(self.models, generators, strict=True):
+            assert isinstance(model, Backbone)
+            model.reset_classifier(generator)
+
+
+class StackedConvNets(nn.Module):
+    """T ConvNet-4s as one network whose channels are theirs, side by side.
+
+    Convolutions go in groups, and batch norm looks at each channel for itself, so that no network feels the others.
+
+    Args:
+        models: The networks, all with the same pool and number of classes; their weights are copied.
+    """
+
+    def __init__(self, models: Sequence[ConvNet4]) -> None:
+        super().__init__()
+        self.number, self.pool, self.first = len(models), models[0].pool, (models[0],)
+        self.blocks = nn.ModuleList(
+            conv_block(3 if number == 0 else CHANNELS, CHANNELS, len(models)) for number in range(BLOCKS)
+        )
+        for stacked, *blocks in zip(self.blocks, *(model.blocks for model in models), strict=True):
+            states = [block.state_dict() for block in blocks]
+            stacked.load_state_dict({name: _side_by_side([s[name] for s in states]) for name in states[0]})
+        classifiers = [cast(nn.Linear, model.classifier) for model in models]
+        self.weight = nn.Parameter(torch.stack([c.weight.detach() for c in classifiers]))
+        self.bias = nn.Parameter(torch.stack([c.bias.detach() for c in classifiers]))
+        self.to(models[0].mean)  # device and type
+
+    def forward(self, images: Tensor, features: bool = False) -> list[Outputs]:
+        """Map uint8 images ``(T, B, 3, S, S)`` to the outputs of each task."""
+        batch = images.shape[1]
+        x = self.first[0].normalize(images.transpose(0, 1).flatten(0, 1))  # (B T, 3, S, S)
+        x = x.reshape(batch, -1, *x.shape[2:]).contiguous(memory_format=torch.channels_last)  # (B, 3 T, S, S)
+        maps = []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(x)
+        embedding = global_pool(x, self.pool).unflatten(1, (self.number, CHANNELS)).transpose(0, 1)  # (T, B, 64)
+        logits = torch.baddbmm(self.bias[:, None], embedding, self.weight.mT)
+        own = zip(*(m.chunk(self.number, 1) for m in maps), strict=True) if features else [()] * self.number
+        return [Outputs(*seen) for seen in zip(logits, embedding, own, strict=True)]
+
+    def reset_classifiers(self, generators: Sequence[torch.Generator]) -> None:
+        """Draw each classifier anew, as the network alone would."""
+        for task, generator in enumerate(generators):
+            model = deepcopy(self.first[0])
+            model.reset_classifier(generator)
+            classifier = cast(nn.Linear, model.classifier)
+            with torch.no_grad():
+                self.weight[task].copy_(classifier.weight)
+                self.bias[task].copy_(classifier.bias)
+
+
+def _side_by_side(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(values)) if values[0].ndim else values[0]  # a counter of batches is common to all
+
+
+def students(models: Sequence[Backbone]) -> Students | StackedConvNets:
+    """Put the networks of some tasks together, side by side where they are several ConvNet-4s."""
+    convnets = [model for model in models if isinstance(model, ConvNet4)]
+    if len(convnets) == len(models) > 1:
+        return StackedConvNets(convnets)
+    return Students(models).to(memory_format=torch.channels_last)
+
+
+def with_classifier(model: Backbone, num_classes: int) -> Backbone:
+    """Copy a model, trainable, with a fresh classifier for ``num_classes`` classes."""
+    copy = deepcopy(model).requires_grad_(True)
+    copy.classifier = nn.Linear(copy.embedding_dim, num_classes).to(copy.mean.device)
+    copy.num_classes, copy.class_names = num_classes, tuple(map(str, range(num_classes)))
+    return copy
+
+
+def student_learner(bank: Bank, create: Callable[[int], Backbone], stages: Stages, recipe: StudentRecipe) -> Learner:
+    """Train a student for each task, and let it classify the queries.
+
+    Args:
+        bank: The images, with the teacher as the frozen model.
+        create: Makes an untrained student for a number of classes; called with the random state of its task.
+        stages: The stages of the method for a student and the teacher.
+        recipe: How to train.
+    """
+    together = recipe.together or (1 if bank.device.type == "cpu" else 64)
+
+    def learner(episodes: Episodes) -> Tensor:
+        groups = torch.arange(len(episodes.numbers)).split(together)
+        return torch.cat([_Group(bank, create, stages, recipe, some_of(episodes, group)).scores() for group in groups])
+
+    return learner
+
+
+def some_of(episodes: Episodes, which: Tensor) -> Episodes:
+    """Take some of the tasks."""
+    return episodes._replace(
+        numbers=episodes.numbers[which],
+        classes=episodes.classes[which],
+        support=episodes.support[which],
+        query=episodes.query[which],
+    )
+
+
+class _Group:
+    """The students of some tasks, trained together."""
+
+    def __init__(
+        self,
+        bank: Bank,
+        create: Callable[[int], Backbone],
+        stages: Stages,
+        recipe: StudentRecipe,
+        episodes: Episodes,
+    ) -> None:
+        self.bank, self.recipe, self.episodes = bank, recipe, episodes
+        classes = int(episodes.labels.max()) + 1
+        self.shots = len(episodes.labels) // classes
+        teacher = bank.model if bank.has_model else None
+        models, self.stages = [], []
+        for seed in self._seeds("student"):
+            with _random_state(seed):  # of the weights, and of adapters in the losses
+                models.append(create(classes).to(bank.device))
+                self.stages.append(stages(models[-1], teacher))
+        self.students = students(models).to(bank.device)
+
+    def scores(self) -> Tensor:
+        """Train, and return the scores ``(T, Q, N)`` of the queries."""
+        for number, steps in enumerate(share_epochs(self.stages[0], self.recipe.steps)):
+            if steps > 0:
+                self._train([stages[number] for stages in self.stages], steps)
+        with torch.no_grad():
+            self._take_statistics()
+            self.students.eval()
+            queries = self.bank.images(self.episodes.query).to(self.bank.device)
+            return torch.stack([seen.logits.float() for seen in self.students(queries)]).cpu()
+
+    def _train(self, stages: Sequence[Stage], steps: int) -> None:
+        device, recipe = self.bank.device, self.recipe
+        if stages[0].classifier == "fresh":
+            seeds = self._seeds(f"classifier of {stages[0].name}")
+            self.students.reset_classifiers([torch.Generator().manual_seed(seed) for seed in seeds])
+        losses = nn.ModuleList(term.loss for stage in stages for term in stage.terms.values()).to(device)
+        self._prepare(stages)
+        optimizer = torch.optim.SGD(
+            [*self.students.parameters(), *losses.parameters()],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        schedule = Recipe(lr=recipe.lr, warmup=0)
+        self.students.train()
+        for step in range(steps):
+            loss = self._loss(stages, step)
+            optimizer.zero_grad()
+            loss.backward()
+            if not loss.isfinite():
+                raise NonFiniteError(
+                    f"stage '{stages[0].name}', step {step + 1}: the loss of a few-shot student is not finite; a lower "
+                    "lr usually mends it: --set lr=..."
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(schedule, steps, step)
+            optimizer.step()
+
+    def _loss(self, stages: Sequence[Stage], step: int) -> Tensor:
+        """Sum the losses of all tasks; what one task's weights feel is its own."""
+        copies = self.recipe.copies or (2 if self.shots == 1 else 1)
+        views = [(step * copies + copy) % self.recipe.views for copy in range(copies)]
+        support, labels = self.episodes.support, self.episodes.labels.repeat(copies).to(self.bank.device)
+        images = torch.cat([self.bank.images(support, view) for view in views], 1).to(self.bank.device)
+        features = any(term.student == "features" for term in stages[0].terms.values())
+        seen = self.students(images, features=features)
+        taught = self._teach(stages[0], images, views)
+        return torch.stack(
+            [
+                term.weight(step) * term(seen[task], taught[task], labels)
+                for task, stage in enumerate(stages)
+                for term in stage.terms.values()
+            ]
+        ).sum()
+
+    def _teach(self, stage: Stage, images: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
+        if not stage.needs_teacher:
+            return [None] * len(images)
+        if stage.reads("features"):
+            with torch.no_grad():
+                return [self.bank.model(own, features=True) for own in images]
+        embedding = torch.cat([self.bank.embedding(self.episodes.support, view) for view in views], 1)
+        return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
+
+    def _take_statistics(self) -> None:
+        """Take the statistics of batch norm anew, over the views of the support images.
+
+        The running ones are averages over steps in which the weights still changed: after the few steps here they
+        belong to no network that there ever was (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021).
+        """
+        for module in self.students.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None  # a plain mean
+        self.students.train()
+        for view in range(self.recipe.views):
+            self.students(self.bank.images(self.episodes.support, view).to(self.bank.device))
+
+    def _prepare(self, stages: Sequence[Stage]) -> None:
+        labels = self.episodes.labels.to(self.bank.device)
+        for task, stage in enumerate(stages):
+            for term in stage.terms.values():
+                if isinstance(term.loss, Prepares) and term.loss.needs_training_set:
+                    embedding = self.bank.embedding(self.episodes.support[task])
+                    term.loss.prepare(embedding.to(self.bank.device), labels)
+
+    def _seeds(self, purpose: str) -> list[int]:
+        drawn: list[int] = keyed_integers(2**31, self.recipe.seed, purpose, self.episodes.numbers.numpy()).tolist()
+        return drawn
+
+
+@contextmanager
+def _random_state(seed: int) -> Iterator[None]:
+    """Let torch's global random state be that of ``seed`` for a while: weights are drawn from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
