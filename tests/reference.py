@@ -143,6 +143,16 @@ def similarity_distance(student: Rows, teacher: Rows) -> float:
     return sum(squared_distance(a, b) for a, b in pairs) / len(student) ** 2
 
 
+def contrast(s: Rows, t: Rows, labels: list[int], bank: Rows, bank_labels: list[int], tau: float) -> float:
+    """Mean negative log-probability of an image's own row of t among the rows of the bank of other classes."""
+    total = 0.0
+    for row, own, label in zip(s, t, labels, strict=True):
+        others = [b for b, c in zip(bank, bank_labels, strict=True) if c != label]
+        scores = [sum(x * y for x, y in zip(row, other, strict=True)) / tau for other in [own, *others]]
+        total -= log(softmax(scores)[0])
+    return total / len(labels)
+
+
 def decoupled(logits: Rows, teacher: Rows, labels: list[int], temperature: float) -> tuple[float, float]:
     """Mean KL over target against rest, and over the other classes renormalised, times the squared temperature."""
     target = others = 0.0

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 import reference
 from refilled import experiment
+from refilled.distances import unit_rows
 from refilled.errors import MethodError
 from refilled.experiment import distill, resume
 from refilled.feature_maps import paired_channels, paired_maps, same_size
 from refilled.journal import Interrupted
 from refilled.methods import load_method
 from refilled.methods.at import AttentionLoss
+from refilled.methods.crd import ContrastiveLoss, contrast
 from refilled.methods.dkd import DKDLoss, decoupled_kl
 from refilled.methods.fitnet import HintLoss
 from refilled.methods.kd import KDLoss, softened_kl, standardized
@@ -172,6 +174,26 @@ def test_similarity_preservation_is_that_of_the_loop(batch, seed):
 def test_similarity_preservation_reads_the_embedding_on_request():
     (stage,) = load_method("sp").build(*pair_of_shapes(feature_channels=()), {"of": "embedding"})
     assert (stage.terms["similarity"].student, stage.terms["similarity"].teacher) == ("embedding", "embedding")
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 9), seeds, st.floats(0.05, 2))
+def test_contrastive_transfer_is_that_of_the_loop(batch, images, seed, temperature):
+    student, teacher, bank = (unit_rows(normal(n, 5, seed=seed + n)) for n in (batch, batch, images))
+    labels, bank_labels = torch.arange(batch) % 3, torch.arange(images) % 4
+    found = contrast(student, teacher, labels, bank, bank_labels, temperature).item()
+    rows = (student.tolist(), teacher.tolist(), labels.tolist(), bank.tolist(), bank_labels.tolist())
+    assert found == pytest.approx(reference.contrast(*rows, temperature), rel=1e-6, abs=1e-9)
+
+
+def test_contrastive_transfer_goes_on_with_the_bank_it_had():
+    before, after, empty = (ContrastiveLoss(6, 5) for _ in range(3))
+    before.prepare(normal(9, 5), torch.arange(9) % 3)
+    after.load_state_dict(before.state_dict())
+    batch = (normal(4, 6), normal(4, 5), torch.arange(4) % 3)
+    assert after(*batch) == before(*batch)
+    with pytest.raises(MethodError, match=r"prepare\(teacher_embedding, labels\)"):
+        empty(*batch)
 
 
 def test_standardized_logits_are_z_scores():

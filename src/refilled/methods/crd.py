@@ -1,0 +1,107 @@
+r"""Contrastive transfer: an image's projected embedding is told its own teacher's embedding from other classes'.
+
+References:
+    Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.distances import unit_rows
+from refilled.errors import MethodError
+from refilled.mining import check_batch
+from refilled.outputs import ModelShape
+from refilled.stages import Stage, Term, constant
+
+
+def contrast(
+    student: Tensor, teacher: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, temperature: float
+) -> Tensor:
+    r"""Cross-entropy of picking an image's own teacher embedding among those of images of other classes.
+
+    .. math:: -\frac{1}{N} \sum_i \ln \frac{e^{s_i^\top t_i / \tau}}
+              {e^{s_i^\top t_i / \tau} + \sum_{j: y_j \neq y_i} e^{s_i^\top b_j / \tau}}
+
+    Args:
+        student: :math:`s`, ``(N, d)``, rows of length 1.
+        teacher: :math:`t` of the same images, ``(N, d)``, rows of length 1.
+        labels: Their class ids ``(N,)``.
+        bank: :math:`b`, ``(M, d)``, rows of length 1.
+        bank_labels: Their class ids ``(M,)``.
+        temperature: :math:`\tau`.
+    """
+    own = (student * teacher).sum(1, keepdim=True)  # (N, 1)
+    others = (student @ bank.T).masked_fill(labels[:, None] == bank_labels, -torch.inf)  # (N, M)
+    return F.cross_entropy(torch.cat([own, others], dim=1) / temperature, torch.zeros_like(labels))
+
+
+class ContrastiveLoss(nn.Module):
+    """:func:`contrast` of linear projections of student and teacher, both learned.
+
+    The published loss draws its negatives from a memory of past embeddings, contrasts both ways, and estimates the
+    sum by noise contrast. Here all the training images' frozen embeddings are at hand, so the sum is exact.
+
+    Args:
+        student_dim: d_S.
+        teacher_dim: d_T.
+        dim: Of the space that both are projected to; 128 in the paper.
+        temperature: 0.07 in the paper.
+
+    Raises:
+        MethodError: the temperature is not positive, or (on a call) :meth:`prepare` was not called.
+    """
+
+    bank: Tensor
+    bank_labels: Tensor
+    needs_training_set = True
+
+    def __init__(self, student_dim: int, teacher_dim: int, *, dim: int = 128, temperature: float = 0.07) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise MethodError(f"temperature must be above 0, but is {temperature}")
+        self.of_student = nn.Linear(student_dim, dim)
+        self.of_teacher = nn.Linear(teacher_dim, dim)
+        self.temperature = temperature
+        self.register_buffer("bank", torch.empty(0, teacher_dim))
+        self.register_buffer("bank_labels", torch.empty(0, dtype=torch.long))
+
+    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Keep the training set's embeddings ``(M, d_T)`` and class ids ``(M,)`` to contrast with."""
+        self.bank, self.bank_labels = teacher_embedding.float(), labels
+
+    def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)`` with class ids ``(N,)``."""
+        check_batch(labels, student_embedding, teacher_embedding)
+        if len(self.bank) == 0:
+            raise MethodError("there is nothing to contrast with yet; call prepare(teacher_embedding, labels)")
+        with torch.autocast(labels.device.type, enabled=False):
+            student = unit_rows(self.of_student(student_embedding.float()))
+            teacher = unit_rows(self.of_teacher(teacher_embedding.detach().float()))
+            bank = unit_rows(self.of_teacher(self.bank))
+            return contrast(student, teacher, labels, bank, self.bank_labels, self.temperature)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("bank", "bank_labels"):  # how many images there are is only known from what is loaded
+            if (saved := state_dict.get(f"{prefix}{name}")) is not None:
+                setattr(self, name, torch.empty_like(saved, device=self.bank.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def crd(student: ModelShape, teacher: ModelShape, *, weight: float = 0.8, temperature: float = 0.07) -> list[Stage]:
+    """Tell each image's teacher embedding from those of other classes, beside cross-entropy (Tian et al., ICLR 2020).
+
+    Args:
+        student: The student.
+        teacher: The teacher; its classes may be any.
+        weight: Factor of the loss; 0.8 in the paper.
+        temperature: tau.
+    """
+    loss = ContrastiveLoss(student.embedding_dim, teacher.embedding_dim, temperature=temperature)
+    terms = {
+        "ce": Term(nn.CrossEntropyLoss()),
+        "contrast": Term(loss, constant(weight), student="embedding", teacher="embedding"),
+    }
+    return [Stage("classifier", terms)]
