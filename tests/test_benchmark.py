@@ -15,7 +15,7 @@ from refilled.benchmark.report import verdict
 from refilled.benchmark.summary import Gain
 from refilled.checkpoints import hold
 from refilled.errors import RunError
-from refilled.run import Run
+from refilled.run import PRESETS, Run
 
 TEXT = """
 title = "<b>Digits</b> & {{7*7}}"
@@ -86,6 +86,17 @@ def test_a_second_start_repeats_nothing(page):
     assert len(before) == 5
     compare(Comparison.from_toml(TEXT), folder, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
+
+
+def test_a_row_may_change_a_preset():
+    text = TEXT.replace(
+        'method = "refilled", settings = { centers = "global" }', 'preset = "good", settings = { trust = 0 }'
+    )
+    runs = Comparison.from_toml(text).grid(Path())["<i>Re|Filled</i>"]
+    assert runs[0].method == "refilled"
+    assert runs[0].settings == {**PRESETS["good"]["settings"], "trust": 0}
+    with pytest.raises(RunError, match="preset 'better'"):
+        Comparison.from_toml(text.replace('"good"', '"better"'))
 
 
 def test_a_folder_of_another_comparison_is_refused(page):

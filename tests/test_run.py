@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refilled.errors import RefilledError, RunError
-from refilled.run import PRESETS, Run
+from refilled.run import PRESETS, Run, with_preset
 
 FULL = Run(
     task="cifar100:50-99",
@@ -61,3 +61,15 @@ def test_a_mistake_is_named(text, message):
 def test_presets_are_valid_runs():
     for values in PRESETS.values():
         Run(task="digits", student="wrn_10_1", **values)
+
+
+def test_what_is_given_wins_over_the_preset_and_joins_its_settings():
+    good = PRESETS["good"]["settings"]
+    assert with_preset(None, {"epochs": 3}) == {"epochs": 3}
+    assert with_preset("good", {}) == PRESETS["good"]
+    joined = with_preset("good", {"epochs": 3, "settings": {"kd_temperature": 0.1}})
+    assert joined == {"method": "refilled", "epochs": 3, "settings": {**good, "kd_temperature": 0.1}}
+    assert with_preset("good", {"method": "rkd"}) == {"method": "rkd"}
+    assert with_preset("good", {"method": "rkd", "settings": {"weight": 1}})["settings"] == {"weight": 1}
+    with pytest.raises(RunError, match=r"preset 'goood'.*good"):
+        with_preset("goood", {})

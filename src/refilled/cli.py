@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from refilled.errors import RefilledError, RunError, unknown
-from refilled.run import PRESETS, FewShotRun, MetaRun, Recipe, Run
+from refilled.run import PRESETS, FewShotRun, MetaRun, Recipe, Run, with_preset
 
 if TYPE_CHECKING:
     from refilled.benchmark.comparison import Comparison
@@ -444,14 +444,7 @@ def main() -> None:
 
 
 def _configure(preset: str | None, values: dict[str, Any]) -> Run:
-    if preset is not None and preset not in PRESETS:
-        raise RunError(unknown("preset", preset, PRESETS))
-    chosen = dict(PRESETS.get(preset or "", {}))
-    given = {name: value for name, value in values.items() if value is not None}
-    settings = chosen.pop("settings", {})
-    if chosen.get("method") == given.get("method"):  # another method has other parameters
-        given["settings"] = {**settings, **given.get("settings", {})}
-    return Run(**{**chosen, **given})
+    return Run(**with_preset(preset, {name: value for name, value in values.items() if value is not None}))
 
 
 def _compare(comparison: "Comparison", folder: Path, jobs: int) -> None:
@@ -463,11 +456,7 @@ def _compare(comparison: "Comparison", folder: Path, jobs: int) -> None:
 
 def _row(name: str) -> dict[str, Any]:
     method, _, preset = name.partition(":")
-    if not preset:
-        return {"method": method}
-    if preset not in PRESETS:
-        raise RunError(unknown("preset", preset, PRESETS))
-    return {**PRESETS[preset], "method": method}
+    return with_preset(preset or None, {"method": method})
 
 
 def _read(path: Path) -> str:

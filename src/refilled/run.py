@@ -301,3 +301,22 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fine_tune": {"method": "fine_tune", "epochs": 50, "lr": 1e-4},
 }
 """What ``--preset`` sets; flags that are given besides it win."""
+
+
+def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a preset sets and those that are given besides, which win; the settings are joined.
+
+    Raises:
+        RunError: there is no such preset.
+    """
+    if name is None:
+        return dict(values)
+    if name not in PRESETS:
+        raise RunError(unknown("preset", name, PRESETS))
+    preset = PRESETS[name]
+    fields_ = {**preset, **values}
+    if fields_.get("method") == preset.get("method"):  # another method has other parameters
+        fields_["settings"] = {**preset.get("settings", {}), **values.get("settings", {})}
+    elif "settings" not in values:
+        fields_.pop("settings", None)
+    return fields_

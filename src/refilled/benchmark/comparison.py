@@ -13,9 +13,11 @@ A comparison is TOML::
 
     [rows]                      # the first is the baseline, the last the one that the page is about
     vanilla = { method = "vanilla" }
-    ReFilled = { method = "refilled", settings = { kd_decay = 0.0 } }
+    RKD = { method = "rkd" }
+    ReFilled = { preset = "good", settings = { kd_temperature = 0.1 } }
 
-With a table ``[teacher]``, the fields of a run, the teacher is trained first.
+A row's preset is what ``--preset`` is on the command line. With a table ``[teacher]``, the fields of a run, the teacher
+is trained first.
 """
 
 import csv
@@ -35,7 +37,7 @@ from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
 from refilled.experiment import Result, resolve
 from refilled.files import write_atomic
-from refilled.run import Run
+from refilled.run import Run, with_preset
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,10 @@ def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Consol
 
 def _with(run: Run, changes: Mapping[str, Any]) -> Run:
     for name in changes:
-        if name not in vars(run):
-            raise RunError(unknown("key", name, vars(run)))
-    changed = replace(run, **changes)
+        if name not in vars(run) and name != "preset":
+            raise RunError(unknown("key", name, ["preset", *vars(run)]))
+    given = {name: value for name, value in changes.items() if name != "preset"}
+    changed = replace(run, **with_preset(changes.get("preset"), given))
     # A method without a teacher is the same run whatever the teacher, and need not be repeated for another one.
     if changed.method != "vanilla":
         return changed
