@@ -37,6 +37,7 @@ from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
 from refilled.experiment import Result, resolve
 from refilled.files import write_atomic
+from refilled.methods import load_method
 from refilled.run import Run, with_preset
 
 
@@ -126,9 +127,9 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
             raise RunError(unknown("key", name, ["preset", *vars(run)]))
     given = {name: value for name, value in changes.items() if name != "preset"}
     changed = replace(run, **with_preset(changes.get("preset"), given))
-    # A method without a teacher is the same run whatever the teacher, and need not be repeated for another one.
-    if changed.method != "vanilla":
+    if not load_method(changed.method).ignores_teacher:
         return changed
+    # It is the same run whatever the teacher, and need not be repeated for another one.
     return replace(changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None)
 
 

@@ -69,7 +69,12 @@ class Method:
     def takes_teacher(self) -> bool:
         """Whether it cannot do without a teacher, as far as its annotation says."""
         hint = get_type_hints(self.recipe).get("teacher")
-        return hint is not None and NoneType not in get_args(hint)
+        return hint not in (None, NoneType) and NoneType not in get_args(hint)
+
+    @property
+    def ignores_teacher(self) -> bool:
+        """Whether it is the same whatever the teacher; one that is annotates its parameter as None."""
+        return get_type_hints(self.recipe).get("teacher") is NoneType
 
     def build(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
         """Build the stages, or another plan, having checked everything that can be checked before any training.

@@ -6,6 +6,6 @@ from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term
 
 
-def vanilla(student: ModelShape, teacher: ModelShape | None) -> list[Stage]:
+def vanilla(student: ModelShape, teacher: None) -> list[Stage]:
     """Cross-entropy on the labels, without a teacher."""
     return [Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())})]
