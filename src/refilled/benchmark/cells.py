@@ -138,8 +138,7 @@ def _cell(table: Table, row: Row, column: Column, seed: int, choice: Choice) -> 
             seed=seed,
         )
     paper = row.paper[table.columns.index(column)]
-    alone = row.method is not None and load_method(row.method).ignores_teacher
-    return Cell(row, column, seed, paper, student, run, None if alone else teacher)
+    return Cell(row, column, seed, paper, student, run, None if row.method == "vanilla" else teacher)
 
 
 def _epochs(row: Row, data: Data, recipe: Optimisation) -> int:
