@@ -27,7 +27,7 @@ from refilled.models import (
 )
 from refilled.models.architectures import FAMILIES
 from refilled.models.cifar_resnet import BasicBlock
-from refilled.models.depthwise import DepthwiseConv2d, speed_up_depthwise
+from refilled.models.strided import StridedConv2d, mend_strided
 
 MEMBERS = [  # name, native size of the images
     ("wrn_10_1", 32),
@@ -239,19 +239,37 @@ def test_images_too_small_to_be_halved_four_times_are_refused(name):
         create_model(name, 2, image_size=15)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_fast_depthwise_convolution_is_the_plain_one(stride):
-    plain = nn.Conv2d(4, 4, 3, stride, 1, groups=4)
-    fast = nn.Sequential(nn.Conv2d(4, 4, 3, stride, 1, groups=4))
-    fast[0].load_state_dict(plain.state_dict())
-    speed_up_depthwise(fast)
-    assert isinstance(fast[0], DepthwiseConv2d)
-    x = torch.randn(2, 4, 9, 9)
-    assert torch.equal(fast(x), plain(x))
+@pytest.mark.parametrize(("groups", "side"), [(4, 9), (1, 9), (1, 1)])
+def test_a_mended_convolution_is_the_plain_one(groups, side):
+    plain = nn.Conv2d(4, 4, 3, 2, 1, groups=groups)
+    mended = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=groups))
+    mended[0].load_state_dict(plain.state_dict())
+    mend_strided(mended)
+    assert isinstance(mended[0], StridedConv2d)
+    x = torch.randn(2, 4, side, side)
+    assert torch.equal(mended(x), plain(x))
     with torch.autocast("cpu", torch.bfloat16):
-        rough = fast(x.bfloat16())
+        rough = mended(x.bfloat16())
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), plain(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("stride", "side"), [(2, 1), (2, 2), (3, 2), (4, 3)])
+def test_weights_that_see_only_padding_have_no_gradient(stride, side):
+    mended = nn.Sequential(nn.Conv2d(16, 32, 3, stride, 1, bias=False))
+    mend_strided(mended)
+    ones, weight = torch.ones(1, 1, side, side), torch.zeros(1, 1, 3, 3)
+    slopes = torch.autograd.functional.jacobian(lambda w: nn.functional.conv2d(ones, w, None, stride, 1), weight)
+    touched = slopes.any(dim=(0, 1, 2, 3, 4, 5))  # (3, 3)
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mended(torch.randn(8, 16, side, side)).float().square().sum()
+        spoiled = [torch.full((size,), torch.nan) for size in (1024, 4608, 9216) for _ in range(8)]
+        del spoiled  # so that memory which nobody writes holds what would be noticed
+        mended.zero_grad()
+        loss.backward()
+        assert not mended[0].weight.grad[:, :, ~touched].any()
+        assert mended[0].weight.grad[:, :, touched].any()
 
 
 def test_a_reset_classifier_depends_on_the_generator_alone():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone
-from refilled.models.depthwise import speed_up_depthwise
+from refilled.models.strided import mend_strided
 
 
 class TimmBackbone(Backbone):
@@ -39,7 +39,7 @@ class TimmBackbone(Backbone):
             size if num_classes is None else self.required_size,
         )
         self.body = body
-        speed_up_depthwise(self)
+        mend_strided(self)
         if num_classes is None and isinstance(head, nn.Linear):
             self.classifier, self.num_classes = head, head.out_features
 
