@@ -47,7 +47,7 @@ def tsne(embeddings: Mapping[str, Tensor], labels: Tensor, images: int = 1000) -
 
 def draw_scatter(scatter: Scatter, classes: Sequence[str]) -> Figure:
     """Draw the embeddings side by side, coloured by class."""
-    figure = Figure(figsize=(3.2 * len(scatter.points), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(scatter.points), 3.6), layout="constrained")
     panels = figure.subplots(1, len(scatter.points), squeeze=False)[0]
     colors = [COLORS[label] for label in scatter.labels]
     for axes, (name, points) in zip(panels, scatter.points.items(), strict=True):
@@ -57,7 +57,11 @@ def draw_scatter(scatter: Scatter, classes: Sequence[str]) -> Figure:
         axes.set_yticks([])
     dots = [Line2D([], [], color=color, marker="o", linestyle="", markersize=4) for color in COLORS]
     names = [name[:24] for name in classes[: len(COLORS)]]
-    legend = figure.legend(dots[: len(names)], names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    inches = 0.5 + 0.065 * max(len(name) for name in names)  # of a column with its dot
+    columns = max(1, min(5, int(figure.get_figwidth() / inches)))
+    legend = figure.legend(
+        dots[: len(names)], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     plain_text(legend)
     return figure
 

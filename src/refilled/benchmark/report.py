@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +18,7 @@ from refilled.evaluation import predict
 from refilled.experiment import Result, network_of, task_of, teacher_accuracy
 from refilled.files import write_atomic
 from refilled.models import Backbone
+from refilled.run import Recipe, Run
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def write_report(
             tsne(embeddings(baseline, shown, test), test.labels), list(shown.results[0].class_accuracies)
         ),
     }
-    result = shown.results[0]
+    result, run = shown.results[0], Run.from_toml((shown.folders[0] / "run.toml").read_text(encoding="utf-8"))
     page = Environment(loader=PackageLoader("refilled.benchmark"), autoescape=True).get_template("report.html")
     text = page.render(
         title=title,
@@ -109,8 +110,13 @@ def write_report(
         shown=shown.name,
         pictures={caption: address(svg(figure)) for caption, figure in pictures.items()},
         provenance={
-            "data": f"{result.data['task']}; {_listed(result.data['images'])} images; {result.data['fingerprint']}",
+            "data": f"{result.data['task']}; {_listed(result.data['images'])} images",
+            "data fingerprints": ", ".join(dict.fromkeys(r.data["fingerprint"][:16] for r in shown.results)),
             "teacher": (result.teacher or {}).get("name", "none"),
+            "recipe": _listed(
+                {field.name: getattr(run, field.name) for field in fields(Recipe) if field.name != "seed"}
+            ),
+            shown.name: _listed({"method": run.method, **run.settings}),
             "seeds": len(shown.results),
             "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with 95 % interval",
             "hardware": _listed(result.hardware),

@@ -1,0 +1,60 @@
+"""Draw the pictures of docs/method.md from the raw results: python benchmarks/figures.py."""
+
+import csv
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent.parent / "docs"
+BASELINE, OURS, OTHER = "#6b7280", "#0f766e", "#b45309"
+
+
+def read(name: str) -> dict[str, list[float]]:
+    """Return each row's accuracies, seed by seed, in the order of the file."""
+    found: dict[str, list[float]] = {}
+    with (DOCS / "results" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            found.setdefault(line["row"], []).append(float(line["accuracy"]))
+    return found
+
+
+def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> None:
+    """Draw a dot a seed and a bar at each row's mean, one panel below another."""
+    heights = [len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(7.2, 0.9 + sum(0.28 * n + 0.45 for n in heights)), layout="constrained")
+    for axes, (title, rows) in zip(
+        figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 1 for n in heights])[:, 0],
+        panels.items(),
+        strict=True,
+    ):
+        for place, (row, values) in enumerate(rows.items()):
+            color = BASELINE if row.startswith("vanilla") else OURS if "good" in row else OTHER
+            axes.barh(place, mean(values), color=color, alpha=0.25, height=0.7)
+            axes.plot(values, [place] * len(values), "o", color=color, markersize=4)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(label)
+    (DOCS / "figures").mkdir(exist_ok=True)
+    figure.savefig(DOCS / "figures" / f"{name}.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Draw all pictures."""
+    settings = {
+        "birds": "Birds: a teacher that knows the field (iNaturalist), 200 epochs",
+        "birds-10": "The same with 10 images a class",
+        "cifar100-halves": "CIFAR-100 halves: a teacher of the other 50 classes, 60 epochs",
+        "cifar10-resnet56": "The same students with a weak teacher (CIFAR-10 ResNet-56)",
+    }
+    label = "test accuracy in percent after the last epoch; a dot a seed"
+    draw("settings", {title: read(name) for name, title in settings.items()}, label)
+    choices = {"CIFAR-100 halves, 60 epochs: one change at a time": read("cifar100-halves-choices")}
+    draw("choices", choices, label)
+
+
+if __name__ == "__main__":
+    main()
