@@ -214,13 +214,14 @@ _FEW_DIGITS = FewShotData(
 _MINI_IMAGENET = FewShotData("mini_imagenet")
 _MINI: Mapping[str, Any] = {
     "epochs": 12,
-    "costly_tasks": 40,
+    "costly_tasks": 30,
     "steps": 50,
     "trials": 10,
     "costly_trials": 0,
-    "meta_tasks": 1000,
+    "tune_tasks": 60,
+    "meta_tasks": 400,
     "meta_shots": 5,
-    "meta_lr": 5e-4,  # for a twentieth of the tasks
+    "meta_lr": 5e-4,  # for a fiftieth of the tasks
 }
 
 FEW_SHOT: Mapping[str, FewShotProtocol] = {
