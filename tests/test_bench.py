@@ -205,8 +205,8 @@ def test_few_shot_tests_share_backbones_and_meta_training(tmp_path):
         for needed in plan.needs[name]:
             assert before.index(needed) < before.index(name)
         job = plan.runs[name]
-        models = [model for model in (job.teacher, job.student) if model is not None]
-        assert models == [str(tmp_path / needed) for needed in plan.needs[name]]
+        models = {model for model in (job.teacher, job.student) if model is not None}
+        assert models == {str(tmp_path / needed) for needed in plan.needs[name]}
 
 
 def test_a_few_shot_test_is_named_after_all_that_decides_it():

@@ -470,9 +470,9 @@ def test_images_without_information_are_told_apart_by_chance(name):
     torch.manual_seed(0)
     head = {f"attention.{part}": value for part, value in SetAttention(64).state_dict().items()}
     bank = Bank(pixels, freeze(create_model("convnet4", 5, image_size=16)), head=head)
-    drawn = sample_episodes(labels, range(60), n_way=5, n_shot=3, n_query=5)
+    drawn = sample_episodes(labels, range(30), n_way=5, n_shot=3, n_query=10)
     method = load_few_shot_method(name)
-    learner = method.learner(bank, {"steps": 4} if "steps" in method.parameters else {})
+    learner = method.learner(bank, {"steps": 2} if "steps" in method.parameters else {})
     accuracy = (learner(drawn).argmax(2) == drawn.query_labels).double().mean()
     assert abs(accuracy - 0.2) < 0.04  # 1,500 queries: four standard errors
 
