@@ -5,27 +5,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from refilled.benchmark.jobs import Found, Job, carry_out
 from refilled.errors import InUseError, RunError
-from refilled.experiment import Result, complete
-from refilled.run import Run
 
 _SECONDS_TO_SAVE = 10
 _SECONDS_BETWEEN_TRIES = 2.0  # at a run that another process is at
 
 
 def run_grid(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Job],
     folder: Path,
     jobs: int = 1,
-    on_result: Callable[[str, Result], None] | None = None,
+    on_result: Callable[[str, Found], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
-    needs: Mapping[str, str] | None = None,
-) -> dict[str, Result]:
+    needs: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Found]:
     """Carry out the runs, each in ``folder/<its name>``, in ``jobs`` processes.
 
     Finished runs are not repeated, interrupted ones go on where they stood. Runs that another process is at are left
@@ -39,7 +38,7 @@ def run_grid(
         on_result: Told of each result as it comes.
         on_failure: Told of each run that fails, and of those that need it; the others go on. Without it, the first
             failure ends all.
-        needs: For a run that reads another one's student, the name of that one, which is carried out first.
+        needs: For a run that reads the models of others, the names of those, which are carried out first.
 
     Returns:
         The results of the runs that did not fail, in the order of ``runs``.
@@ -70,18 +69,18 @@ class _Grid:
 
     def __init__(
         self,
-        runs: Mapping[str, Run],
+        runs: Mapping[str, Job],
         folder: Path,
-        needs: Mapping[str, str],
-        on_result: Callable[[str, Result], None] | None,
+        needs: Mapping[str, Sequence[str]],
+        on_result: Callable[[str, Found], None] | None,
         on_failure: Callable[[str, Exception], None] | None,
     ) -> None:
         self.runs, self.folder, self.needs = runs, folder, needs
         self.on_result, self.on_failure = on_result, on_failure
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, Found] = {}
         self.failed: set[str] = set()
         self._waiting = dict.fromkeys(runs, 0.0)  # not before this time
-        self._under_way: dict[Future[Result], str] = {}
+        self._under_way: dict[Future[Found], str] = {}
 
     def carry_out(self, pool: ProcessPoolExecutor) -> None:
         while self._waiting or self._under_way:
@@ -95,15 +94,15 @@ class _Grid:
 
     def _start(self, pool: ProcessPoolExecutor) -> None:
         for name, earliest in list(self._waiting.items()):
-            needed = self.needs.get(name)
-            if needed in self.failed:
+            needed = self.needs.get(name, ())
+            if failed := [other for other in needed if other in self.failed]:
                 del self._waiting[name]
-                self._fail(name, RunError(f"it needs {needed}, which failed"))
-            elif time.monotonic() >= earliest and (needed is None or needed in self.results):
+                self._fail(name, RunError(f"it needs {failed[0]}, which failed"))
+            elif time.monotonic() >= earliest and all(other in self.results for other in needed):
                 del self._waiting[name]
-                self._under_way[pool.submit(complete, self.runs[name], self.folder / name)] = name
+                self._under_way[pool.submit(carry_out, self.runs[name], self.folder / name)] = name
 
-    def _take(self, name: str, future: Future[Result]) -> None:
+    def _take(self, name: str, future: Future[Found]) -> None:
         try:
             result = future.result()
         except InUseError:

@@ -16,6 +16,10 @@ Learner = Callable[[Episodes], Tensor]
 """Scores ``(T, N Q, N)`` of the query images of T tasks, learned from their support images."""
 
 
+Known = dict[int | None, tuple[Tensor, Tensor]]
+"""Embeddings ``(M, d)`` and which of them there are ``(M,)``, by view."""
+
+
 class Bank:
     """Images by row number, and their embeddings by a frozen model, computed when first asked for.
 
@@ -25,6 +29,7 @@ class Bank:
         augmentation: What the views of an image differ by.
         device: Where the model runs; embeddings stay on the CPU.
         head: Weights besides the model's that meta-training learned, by name.
+        known: Embeddings, by view, that another bank of the same images and model has found, and what this one finds.
     """
 
     def __init__(
@@ -35,11 +40,12 @@ class Bank:
         augmentation: Augmentation = "none",
         device: torch.device | str = "cpu",
         head: Mapping[str, Tensor] | None = None,
+        known: Known | None = None,
     ) -> None:
         self.pixels, self.augmentation, self.device = pixels, augmentation, torch.device(device)
         self.head = head or {}
         self._model = None if model is None else model.to(self.device)
-        self._known: dict[int | None, tuple[Tensor, Tensor]] = {}  # embeddings and which there are, by view
+        self._known: Known = {} if known is None else known
 
     @property
     def has_model(self) -> bool:
