@@ -40,6 +40,10 @@ err = Console(stderr=True)
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run is and what it will cost, in time and memory, and stop.")
+]
+Ranks = Annotated[int, typer.Option(help="With --dry-run: so many processes under torchrun.", min=1)]
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
@@ -88,12 +92,17 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a model from labels alone: a teacher, or a student without one."""
     run = _configure(preset, {"task": task, "student": model, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
     _distill(run, out, overwrite, quiet, as_json)
 
 
@@ -118,6 +127,8 @@ def distill(
         Path | None, typer.Option(help="Go on with the run in this folder; nothing else is needed.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
@@ -132,7 +143,11 @@ def distill(
         raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
     settings = dict(_key_value(text) for text in set_ or ())
     named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
-    _distill(_configure(preset, {**named, **flags}), out, overwrite, quiet, as_json)
+    run = _configure(preset, {**named, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
+    _distill(run, out, overwrite, quiet, as_json)
 
 
 @app.command()
@@ -480,6 +495,20 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_jso
     if overwrite:
         experiment.overwrite(folder)
     _carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+
+
+def _forecast(run: Run, ranks: int, as_json: bool) -> None:
+    from refilled.cost import forecast
+
+    found = forecast(run, ranks)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    console.print(found.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    for heading, text in found.rows():
+        table.add_row(heading, escape(text))
+    console.print(table)
 
 
 def _resume(folder: Path, quiet: bool, as_json: bool) -> None:

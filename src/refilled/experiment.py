@@ -103,6 +103,15 @@ def check(run: Run) -> None:
     _Prepared(resolve(run))
 
 
+def prepare(run: Run, task: Task) -> "_Prepared":
+    """Look up all that a resolved run names but its images, for which those of a task with equal classes stand.
+
+    Raises:
+        RefilledError: anything in the run that cannot work, as far as it can be found without its images.
+    """
+    return _Prepared(run, task)
+
+
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
 
@@ -352,13 +361,13 @@ class _Prepared:
     student: Backbone
     """The network that is scored: what the stages train, or the frozen teacher itself for a readout."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
         torch.set_num_threads(run.threads or torch.get_num_threads())
         torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
-        self.task = _load_task(run)
+        self.task = _load_task(run) if task is None else task
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = _load_teacher(run)

@@ -16,6 +16,7 @@ from refilled.benchmark.runner import run_grid
 from refilled.benchmark.summary import count_of
 from refilled.benchmark.table_report import Entry, TableReport
 from refilled.benchmark.tables import TABLES, Table
+from refilled.cost import duration
 from refilled.data import TaskSize, task_size
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.experiment import Result
@@ -113,10 +114,10 @@ def estimate(plan: Plan, missing: Mapping[str, Run], jobs: int) -> list[str]:
     device = next(iter(missing.values())).device
     rates = {work: images_per_second(work, device) for work in images}
     seconds = {work: images[work] / rates[work] for work in images}
-    total = _duration(sum(seconds.values()) / jobs)
+    total = duration(sum(seconds.values()) / jobs)
     return [
         f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
-        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {_duration(seconds[w] / runs[w])} each" for w in images),
+        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {duration(seconds[w] / runs[w])} each" for w in images),
     ]
 
 
@@ -124,13 +125,6 @@ def estimate(plan: Plan, missing: Mapping[str, Run], jobs: int) -> list[str]:
 def _size(task: str, shots: int | None, val: float, data_root: str | None, image_size: int | None) -> TaskSize:
     root = Path(data_root) if data_root else None
     return task_size(task, data_root=root, shots=shots, val=val, image_size=image_size)
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"
 
 
 def _carry_out(plan: Plan, missing: Mapping[str, Run], jobs: int, console: Console) -> dict[str, str]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from refilled.data.selection import select_classes
 from refilled.data.source import Part, Rows, Source, pool
 from refilled.data.task import Split, Task, fingerprint
 from refilled.data.task_text import TaskOptions, TaskText, expand_home, parse_task_text
+from refilled.data.transforms import Augmentation
 from refilled.errors import TaskError
 
 TEST_FRACTION = 0.2  # cut from a source that has no test part
@@ -119,13 +121,18 @@ def load_task(
 
 @dataclass(frozen=True)
 class TaskSize:
-    """How large a task is."""
+    """How large a task is; the numbers of images include those that may turn out unreadable or copies."""
 
-    classes: int
+    class_names: tuple[str, ...]
     train: int
-    """Training images, those that may turn out unreadable or copies included."""
+    val: int
+    test: int
     image_size: int
     """Side length S in pixels."""
+    augmentation: Augmentation
+    """What suits the source."""
+    images_per_second: float
+    """How fast they are decoded here, found from a few of them."""
 
 
 def task_size(
@@ -136,7 +143,7 @@ def task_size(
     val: float = 0.1,
     image_size: int | None = None,
 ) -> TaskSize:
-    """Find out how large a task is without decoding it; the arguments are those of :func:`load_task`.
+    """Find out how large a task is from a few of its images; the arguments are those of :func:`load_task`.
 
     Raises:
         TaskError: As :func:`load_task`, but for what only the pixels tell.
@@ -147,7 +154,16 @@ def task_size(
     counts = np.bincount(plan.parts["train"].labels[plan.rows["train"]])
     if wanted.options.shots is not None:
         counts = counts.clip(max=wanted.options.shots)
-    return TaskSize(len(plan.classes), int(counts.sum()), _size(wanted, source))
+    size = _size(wanted, source)
+    return TaskSize(
+        class_names=tuple(source.classes[position] for position in plan.classes),
+        train=int(counts.sum()),
+        val=len(plan.rows["val"]),
+        test=len(plan.rows["test"]),
+        image_size=size,
+        augmentation=wanted.options.augment or source.augmentation,
+        images_per_second=_decoding_rate(plan.parts["train"], plan.rows["train"], size),
+    )
 
 
 @dataclass(frozen=True)
@@ -301,6 +317,14 @@ def automatic_size(part: Part) -> int:
     rows = np.unique(np.linspace(0, len(part.labels) - 1, _LOOKED_AT).astype(np.int64))
     sides = [side for side in map(short_side, part.pictures(rows)) if side is not None]
     return min(LARGEST_AUTOMATIC_SIZE, int(np.median(sides))) if sides else LARGEST_AUTOMATIC_SIZE
+
+
+def _decoding_rate(part: Part, rows: Rows, size: int) -> float:
+    """Time how many images a second are decoded, on some spread evenly over the rows."""
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(np.int64))]
+    start = perf_counter()
+    read_pixels(part.pictures(some), len(some), size)
+    return len(some) / (perf_counter() - start)
 
 
 def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> dict[str, Decoded]:
