@@ -11,6 +11,7 @@ from rich.console import Console
 
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.executors import Executor, processes
 from refilled.benchmark.measures import measure
 from refilled.benchmark.runner import run_grid
 from refilled.benchmark.summary import count_of
@@ -47,7 +48,14 @@ def find_table(name: str) -> Table:
     return TABLES[name]
 
 
-def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Console | None = None) -> Outcome:
+def bench(
+    table: Table,
+    choice: Choice,
+    folder: Path,
+    jobs: int = 1,
+    console: Console | None = None,
+    executor: Executor = processes,
+) -> Outcome:
     """Carry out what is missing of a table, and write it down beside the paper's numbers.
 
     Runs lie in ``folder/runs`` and are shared by all tables; what is written about the table lies in
@@ -66,7 +74,7 @@ def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Co
     for line in estimate(plan, missing, jobs):
         _say(console, line)
     failures = {cell.name: str(problem) for cell, problem in plan.problems.items() if cell in wanted}
-    failed = _carry_out(plan, missing, jobs, console)
+    failed = _carry_out(plan, missing, jobs, console, executor)
     failures |= {cell.name: failed[name] for cell in wanted if (name := plan.run_of(cell)) in failed}
     entries = [_entry(cell, plan, folder / "measures", failures) for cell in every]
     teachers = dict.fromkeys(name for cell in every if (name := plan.teacher_of(cell)) and plan.result(name))
@@ -127,7 +135,9 @@ def _size(task: str, shots: int | None, val: float, data_root: str | None, image
     return task_size(task, data_root=root, shots=shots, val=val, image_size=image_size)
 
 
-def _carry_out(plan: Plan, missing: Mapping[str, Run], jobs: int, console: Console) -> dict[str, str]:
+def _carry_out(
+    plan: Plan, missing: Mapping[str, Run], jobs: int, console: Console, executor: Executor
+) -> dict[str, str]:
     """Carry out the missing runs; returns why runs failed, by their names."""
     failures: dict[str, str] = {}
     count = itertools.count(1)
@@ -141,7 +151,7 @@ def _carry_out(plan: Plan, missing: Mapping[str, Run], jobs: int, console: Conso
         _say(console, f"  {next(count)}/{len(missing)} {name} failed: {failures[name]}")
 
     needs = {name: teacher for name, teacher in plan.needs.items() if teacher in missing}
-    run_grid(missing, plan.folder, jobs, tell, note, needs)
+    run_grid(missing, plan.folder, jobs, tell, note, needs, executor)
     return failures
 
 

@@ -20,7 +20,7 @@ from refilled.run import Recipe, Run
 
 _EPOCHS_OF_THE_PAPER = 400  # two stages of 200
 _DECAY_OF_THE_PAPER = 0.05  # of the weight of local distillation, each epoch
-_WHERE = ("data_root", "device", "threads")  # where a run takes place, which is not what it is
+_WHERE = ("data_root", "image_memory", "device", "threads")  # where a run takes place, which is not what it is
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from refilled.benchmark.executors import Executor, processes
 from refilled.benchmark.report import Row, on_the_teacher, table, verdict, write_report
 from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
@@ -91,7 +92,13 @@ class Comparison:
         }
 
 
-def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Console | None = None) -> Path:
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    jobs: int = 1,
+    console: Console | None = None,
+    executor: Executor = processes,
+) -> Path:
     """Carry out what is missing of a comparison, and write its table and page.
 
     Returns:
@@ -100,11 +107,11 @@ def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Consol
     console = console or Console()
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)
-        teacher = run_grid({"teacher": comparison.teacher}, folder)["teacher"]
+        teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor)["teacher"]
         console.print(f"  teacher: {teacher.accuracy:.2f} % on its own classes", highlight=False)
     grid = comparison.grid(folder)
     runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
-    found = run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, result))
+    found = run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, result), executor=executor)
     rows = [
         Row(name, [found[_place(name, s)] for s in row], [folder / _place(name, s) for s in row])
         for name, row in grid.items()
