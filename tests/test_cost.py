@@ -8,16 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from typer.testing import CliRunner
 
 from refilled import cost as module
 from refilled.cli import app
-from refilled.cost import Cost, Line, Network, forecast
+from refilled.cost import Cost, Line, Network, communication, forecast
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.experiment import distill
 from refilled.models import create_model
 from refilled.run import Run
+from refilled.stages import Stage, Term
 
 RUN = Run(task="digits:5-9", student="wrn_10_1", batch_size=16, epochs=10, threads=1, device="cpu")
 SIZE = TaskSize(tuple("56789"), train=1000, val=100, test=200, image_size=16, augmentation="crop", images_per_second=50)
@@ -63,13 +65,33 @@ def test_a_line_is_followed_beyond_its_points():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
-def test_communication_is_that_of_messages_around_a_ring(ranks):
-    network, size = Network(bandwidth=1e6, latency=1e-3), 3e6
-    message = size / ranks / network.bandwidth + network.latency
-    # In a ring each rank hands a part on to its neighbour, ranks - 1 times until everyone has had all of them.
-    around = sum(message for _ in range(ranks - 1))
-    assert network.all_gather(size, ranks) == pytest.approx(around)
-    assert network.all_reduce(size, ranks) == pytest.approx(2 * around)  # once to add up, once to tell
+def test_a_gathering_takes_every_part_but_the_own_to_each_rank(ranks):
+    size = 3e6
+    received = sum(size / ranks for _ in range(ranks - 1))
+    assert Network(bandwidth=1e6, latency=0).all_gather(size, ranks) == pytest.approx(received / 1e6)
+    assert Network(bandwidth=1e6, latency=0).all_reduce(size, ranks) == pytest.approx(2 * received / 1e6)
+    hops, reached = 0, 1
+    while reached < ranks:  # along a tree, those that know double with every message
+        hops, reached = hops + 1, 2 * reached
+    assert Network(bandwidth=math.inf, latency=1.0).all_gather(size, ranks) == hops
+
+
+def test_what_passes_between_ranks_is_what_the_losses_read():
+    student, teacher = (create_model("wrn_10_1", 5, image_size=16) for _ in "st")
+    network, batch = Network(bandwidth=1.0, latency=0.0), 12
+
+    def bytes_of(**reads: str | None) -> float:
+        stage = Stage("stage", {"term": Term(nn.Identity(), **reads)})
+        return communication(student, teacher, stage, batch, 2, network)
+
+    gathered = 0.5 * 4 * batch  # bytes of a number of the embedding or the logits: half of them come from elsewhere
+    least = bytes_of(student="logits", teacher=None)
+    assert bytes_of(student="embedding", teacher=None) - least == pytest.approx(gathered * (64 - 5))
+    assert bytes_of(student="logits", teacher="embedding") - least == pytest.approx(gathered * 64)
+    summed = sum(p.numel() for p in student.parameters())  # gradients, and mean and variance there and back
+    summed += 2 * 2 * sum(m.num_features for m in student.modules() if isinstance(m, nn.BatchNorm2d))
+    assert least == pytest.approx(gathered * 5 + 4 * summed)
+    assert communication(student, teacher, Stage("stage", {}), batch, 1, network) == 0
 
 
 @pytest.mark.usefixtures("known")
@@ -98,14 +120,11 @@ def test_a_cached_teacher_is_paid_once(teacher):
 
 @pytest.mark.usefixtures("known")
 def test_ranks_share_the_images_and_pay_for_messages():
-    alone, shared = forecast(RUN), forecast(RUN, ranks=4)
-    parameters = sum(p.numel() for p in create_model("wrn_10_1", 5, image_size=16).parameters())
-    assert shared.stages[0].seconds == pytest.approx(1 + 0.1 * 4 + shared.communication)
-    assert shared.communication == pytest.approx(
-        Network().all_reduce(4 * parameters, 4) + Network().all_gather(2 * 4 * 16 * (64 + 5), 4)
-    )
+    alone, shared = (forecast(RUN, ranks=ranks).stages[0] for ranks in (1, 4))
     assert alone.communication == 0
-    assert shared.stages[0].steps == alone.stages[0].steps
+    assert shared.communication > 0
+    assert shared.seconds == pytest.approx(1 + 0.1 * 4 + shared.communication)
+    assert shared.steps == alone.steps
 
 
 def test_a_run_that_cannot_work_is_refused(teacher):

@@ -173,6 +173,8 @@ def test_many_names_in_a_row_do_not_exhaust_the_stack(tmp_path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "folder.tar").mkdir()
     with pytest.raises(TaskError, match="has no tar files"):
         open_webdataset(tmp_path)
     with pytest.raises(TaskError, match="there is no folder or file"):

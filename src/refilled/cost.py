@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from refilled.checkpoints import State
 from refilled.data import Split, Task, TaskSize, augment, task_size
@@ -74,13 +74,16 @@ class Network:
     latency: float = 20e-6
     """Seconds a message."""
 
-    def all_reduce(self, size: float, ranks: int) -> float:
-        """Seconds to sum ``size`` bytes that every rank has, around a ring: each part travels nearly twice around."""
-        return 2 * (ranks - 1) * (size / ranks / self.bandwidth + self.latency)
-
     def all_gather(self, size: float, ranks: int) -> float:
-        """Seconds until every rank has all of ``size`` bytes of which each had its part."""
-        return (ranks - 1) * (size / ranks / self.bandwidth + self.latency)
+        """Seconds until every rank has all of ``size`` bytes of which each had its part.
+
+        Large parts travel around a ring, all but a rank's own to each; small ones along a tree.
+        """
+        return (ranks - 1) * size / ranks / self.bandwidth + math.ceil(math.log2(ranks)) * self.latency
+
+    def all_reduce(self, size: float, ranks: int) -> float:
+        """Seconds until every rank has the sum of ``size`` bytes that each has: parts are summed, then gathered."""
+        return 2 * self.all_gather(size, ranks)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class StageForecast:
     """In an epoch."""
     seconds: float
     """A step."""
+    communication: float
+    """Seconds of these that pass between several processes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,6 @@ class Forecast:
         stages: The stages of training.
         seconds: Of loading, training and scoring.
         memory: Bytes at the peak, of the accelerator or of the process; None where they cannot be asked for.
-        communication: Seconds of a step that pass between several processes; part of the steps' seconds.
         ranks: Processes.
     """
 
@@ -116,7 +120,6 @@ class Forecast:
     stages: tuple[StageForecast, ...]
     seconds: Mapping[str, float]
     memory: float | None
-    communication: float
     ranks: int
 
     @property
@@ -135,9 +138,9 @@ class Forecast:
             rate = min(run.batch_size, size.train) / stage.seconds
             epochs = f"{stage.epochs} epochs of {stage.steps} steps"
             yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms a step, {rate:,.0f} images/s"
-        if self.ranks > 1:
-            share = f"{1000 * self.communication:.3g} ms of each step between {self.ranks} processes"
-            yield "communication", f"{share}, modelled: 10 GB/s, 20 µs a message"
+            if self.ranks > 1:
+                share = f"{1000 * stage.communication:.3g} ms of a step between {self.ranks} processes"
+                yield "", f"{share}, modelled and not measured"
         for name, seconds in self.seconds.items():
             yield name, duration(seconds)
         where = f"{run.threads} threads of the processor" if run.device == "cpu" else run.device
@@ -169,17 +172,18 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     forward = scoring_cost(student, size, run, fabric)
     taught = None if teacher is None else scoring_cost(teacher, size, run, fabric)
     steps = [step_cost(student, teacher, stage, size, run, fabric, batches) for stage in stages]
-    between = 0.0 if ranks == 1 else _communication(student, teacher, run, ranks, network)
+    between = [communication(student, teacher, stage, run.batch_size, ranks, network) for stage in stages]
     score, teach = (0.0 if c is None else c.seconds(SCORING_BATCH) / SCORING_BATCH / ranks for c in (forward, taught))
 
     found, training, embedded = [], 0.0, 0
-    for stage, cost, epochs in zip(stages, steps, share_epochs(stages, run.epochs) if stages else [], strict=True):
-        seconds = cost.seconds(batch) + between
+    budget = share_epochs(stages, run.epochs) if stages else []
+    for stage, cost, messages, epochs in zip(stages, steps, between, budget, strict=True):
+        seconds = cost.seconds(batch) + messages
         if run.views is not None and taught is not None and stage.needs_only_embedding:
             seconds = max(seconds - taught.seconds(batch), 0.0)
             embedded = run.views * size.train
         count = math.ceil(size.train / run.batch_size)
-        found.append(StageForecast(stage.name, epochs, count, seconds))
+        found.append(StageForecast(stage.name, epochs, count, seconds, messages))
         training += epochs * (count * seconds + size.val * score)
         if any(isinstance(t.loss, Prepares) and t.loss.needs_training_set for t in stage.terms.values()):
             training += size.train * teach
@@ -202,7 +206,6 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
             "scoring": max(len(stages), 1) * (size.train + scored) * score,
         },
         memory=_memory(size, run, steps, [c for c in (forward, taught) if c is not None], batch, student),
-        communication=between,
         ranks=ranks,
     )
 
@@ -331,12 +334,24 @@ def _memory(
     return max(taken) + images + outputs
 
 
-def _communication(student: Backbone, teacher: Backbone | None, run: Run, ranks: int, network: Network) -> float:
-    """Seconds of a step: the gradient is summed, and what the losses read is gathered and its gradient handed back."""
-    gradient = _FLOAT * sum(parameter.numel() for parameter in student.parameters())
-    seen = _FLOAT * run.batch_size * (student.embedding_dim + student.num_classes)
-    taught = 0 if teacher is None else _FLOAT * run.batch_size * (teacher.embedding_dim + teacher.num_classes)
-    return network.all_reduce(gradient, ranks) + network.all_gather(2 * seen + taught, ranks)
+def communication(
+    student: Backbone, teacher: Backbone | None, stage: Stage, batch: int, ranks: int, network: Network
+) -> float:
+    """Model the seconds of a step that pass between ranks: the outputs that the losses read are gathered, statistics
+    of batch norm are summed on the way there and back, and so are the gradients. Feature maps are not counted.
+    """
+    widths = {"logits": student.num_classes, "embedding": student.embedding_dim, "features": 0}
+    read = sum(widths[part] for part in {term.student for term in stage.terms.values()})
+    if teacher is not None:
+        taught = {"logits": teacher.num_classes, "embedding": teacher.embedding_dim}
+        read += sum(width for part, width in taught.items() if stage.reads(part))
+    norms = [module.num_features for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    gradient = sum(parameter.numel() for parameter in student.parameters())
+    return (
+        network.all_gather(_FLOAT * batch * read, ranks)
+        + sum(2 * network.all_reduce(_FLOAT * 2 * channels, ranks) for channels in norms)
+        + network.all_reduce(_FLOAT * gradient, ranks)
+    )
 
 
 def _pipeline_rate(size: TaskSize, run: Run) -> float:

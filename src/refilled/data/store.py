@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -61,9 +61,14 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Tensor | slice | int) -> Tensor:
-        """Copy the images at these positions, in channels-last memory."""
-        return self._file[self._rows[index]].movedim(-1, -3)
+    @overload
+    def __getitem__(self, index: slice) -> "StoredImages": ...
+    @overload
+    def __getitem__(self, index: Tensor | int) -> Tensor: ...
+    def __getitem__(self, index: Tensor | slice | int) -> "Tensor | StoredImages":
+        """Copy the images at these positions, in channels-last memory; of a slice, nothing is copied yet."""
+        rows = self._rows[index]
+        return StoredImages(self._file, rows) if isinstance(index, slice) else self._file[rows].movedim(-1, -3)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """Copy the images at the positions ``(B,)``; ``dim`` must be 0."""
@@ -72,7 +77,7 @@ class StoredImages:
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Copy block after block of ``size`` images."""
-        return (self[start : start + size] for start in range(0, len(self), size))
+        return (self[positions] for positions in torch.arange(len(self)).split(size))
 
     def keep(self, wanted: NDArray[np.bool_]) -> "StoredImages":
         """Leave out the others."""

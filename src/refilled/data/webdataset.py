@@ -10,11 +10,12 @@ from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from sys import intern
 
 import numpy as np
 
-from refilled.data.decode import SUFFIXES
+from refilled.data.decode import SUFFIXES, regular_file_size
 from refilled.data.parquet import number_labels
 from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
 from refilled.errors import TaskError
@@ -104,7 +105,8 @@ class _Shard:
 
 
 def _part_files(path: Path) -> dict[str, list[Path]]:
-    files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    files = [file for file in found if regular_file_size(file) is not None]  # opening a pipe would wait for ever
     if not files:
         raise TaskError(f"{path} has no tar files; WebDataset shards end in .tar, not compressed")
     parts: dict[str, list[Path]] = {}
@@ -136,9 +138,9 @@ def _samples(file: Path) -> Iterator[list[tuple[str, tarfile.TarInfo]]]:
     """Give the members of one sample after the other, each with what its name ends in."""
 
     def name_of(member: tarfile.TarInfo) -> tuple[str, str]:
-        path = PurePosixPath(member.name)
-        stem, _, ending = path.name.partition(".")
-        return str(path.with_name(stem)) if stem else "", ending
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        return (f"{folder}{slash}{stem}" if stem else ""), ending
 
     named = ((*name_of(member), member) for member in _members(file))
     for stem, group in groupby(named, key=lambda found: found[0]):
@@ -168,7 +170,8 @@ def _list_shard(file: Path, image: str, label: str) -> _Shard:
                     f"has {_listed(members)}. Add @label=ENDING to the task, or mend the shard"
                 )
             opened.seek(members[label].offset_data)
-            labels.append(opened.read(members[label].size).decode("utf-8", "replace").strip())
+            text = opened.read(members[label].size).decode("utf-8", "replace").strip()
+            labels.append(intern(text))  # one text for each class, and not for each of millions of images
             found = members.get(image)
             places.append((found.offset_data, found.size) if found else (0, 0))
     return _Shard(labels, np.array(places, dtype=np.int64).reshape(-1, 2))
