@@ -8,7 +8,8 @@
 First table: the milliseconds of a step at a third batch size or image size, from the line through two smaller ones; the
 cost of an image grows with its area. The sizes take turns, and each time is the median over the rounds. Second table:
 runs in processes of their own, started by the command line, beside what ``--dry-run`` says of them. Seconds are those
-in ``result.json``; memory is the largest resident set that the system saw.
+in ``result.json``; memory is the largest resident set that the system saw. Third table: a model of what this machine
+cannot measure, from rates of a GPU that are assumed and from :class:`refilled.cost.Network`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 from lightning_fabric import Fabric
 
-from refilled.cost import Line, step_cost
+from refilled.cost import Line, Network, communication, duration, step_cost
 from refilled.data import TaskSize
 from refilled.experiment import resolve
 from refilled.methods.refilled import refilled
@@ -97,16 +98,34 @@ def real_runs(folder: Path, runs: tuple[tuple[str, str, dict[str, int], str], ..
         print(f"{name:>60} " + " ".join(f"{number:13.2f}" for number in numbers), flush=True)
 
 
+def modelled(student_rate: float, teacher_rate: float) -> None:
+    """Print one-stage ReFilled from a ResNet-50 to a ResNet-18 at 224 x 224, 128 images a GPU."""
+    print(f"modelled: a GPU trains {student_rate:,.0f} and embeds {teacher_rate:,.0f} images/s; {Network()}")
+    print(f"{'classes':>8} {'images':>12} {'GPUs':>5} {'step ms':>8} {'messages':>9} {'images/s':>9} {'epoch':>14}")
+    for classes, images in ((1_000, 1_281_167), (21_841, 14_197_122)):
+        student, teacher = (create_model(name, classes, image_size=224) for name in ("timm/resnet18", "timm/resnet50"))
+        (stage,) = refilled(student, freeze(teacher), gamma=0.1)
+        for ranks in (1, 8, 64):
+            batch = 128 * ranks
+            messages = communication(student, teacher, stage, batch, ranks, Network())
+            step = 128 / student_rate + 128 / teacher_rate + messages
+            numbers = f"{1000 * step:8.0f} {1000 * messages:9.1f} {batch / step:9,.0f}"
+            print(f"{classes:8,} {images:12,} {ranks:5} {numbers} {duration(images * step / batch):>14}", flush=True)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="the smallest rows alone")
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--student-rate", type=float, default=2500.0, help="images/s of a GPU, in the third table")
+    options.add_argument("--teacher-rate", type=float, default=5000.0, help="images/s of a GPU, in the third table")
     given = options.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread; milliseconds of a step of one-stage ReFilled")
     third_from_two(1 if given.quick else given.rounds, PAIRS[:1] if given.quick else PAIRS)
     with TemporaryDirectory() as folder:
         real_runs(Path(folder), RUNS[1:2] if given.quick else RUNS)
+    modelled(given.student_rate, given.teacher_rate)
 
 
 if __name__ == "__main__":

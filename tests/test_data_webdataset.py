@@ -108,9 +108,9 @@ def test_a_hostile_shard_does_nothing(tmp_path):
             archive.addfile(member)
     part = open_webdataset(file).train
     pixels, reasons = read_pixels(part.pictures(np.arange(len(part.labels))), len(part.labels), 8)
-    assert (len(part.labels), reasons) == (7, {})
-    assert pixels[:, 0, 0, 0].tolist() == list(range(7))
-    assert all(part.name(row) == f"train-0.tar#{row}" for row in range(7))
+    assert reasons == {}
+    assert pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6]  # what begins with a dot is hidden
+    assert [part.name(row) for row in range(6)] == [f"train-0.tar#{row}" for row in range(6)]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["canary", "home", "train-0.tar"]
 
 

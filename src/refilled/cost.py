@@ -20,9 +20,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.checkpoints import State
-from refilled.data import Split, Task, TaskSize, augment, task_size
+from refilled.data import Split, Task, TaskSize, augment, free_memory, task_size
 from refilled.evaluation import SCORING_BATCH, predict
 from refilled.experiment import prepare, resolve
+from refilled.files import cache_folder
 from refilled.models import Backbone
 from refilled.run import Run
 from refilled.stages import Prepares, Stage
@@ -132,6 +133,9 @@ class Forecast:
         size, run = self.size, self.run
         counts = f"{size.train} images to train on, {size.val} to validate, {size.test} to test"
         yield "task", f"{len(size.class_names)} classes; {counts}; {size.image_size} px"
+        on_disk = sum(part for part in _image_bytes(size) if part > _image_limit(run))
+        if on_disk:
+            yield "images on disk", f"{on_disk / 2**30:.1f} GiB below {cache_folder()}"
         for name, rate in self.rates.items():
             yield name, f"{rate:,.0f} images/s"
         for stage in self.stages:
@@ -328,23 +332,36 @@ def _memory(
         return None
     if run.device != "cpu":
         return max(taken)
-    images = (size.train + size.val + size.test) * 3 * size.image_size**2
+    images = sum(part for part in _image_bytes(size) if part <= _image_limit(run))
     # Embeddings and logits of the training images, once in batches and once in one piece.
     outputs = 2 * _FLOAT * size.train * (student.embedding_dim + len(size.class_names))
     return max(taken) + images + outputs
 
 
+def _image_bytes(size: TaskSize) -> list[int]:
+    return [count * 3 * size.image_size**2 for count in (size.train, size.val, size.test)]
+
+
+def _image_limit(run: Run) -> float:
+    return free_memory() / 4 if run.image_memory is None else run.image_memory * 2**30
+
+
 def communication(
     student: Backbone, teacher: Backbone | None, stage: Stage, batch: int, ranks: int, network: Network
 ) -> float:
-    """Model the seconds of a step that pass between ranks: the outputs that the losses read are gathered, statistics
-    of batch norm are summed on the way there and back, and so are the gradients. Feature maps are not counted.
+    """Model the seconds of a step that pass between ranks.
+
+    The outputs that the losses read are gathered, but feature maps are not counted; statistics of batch norm are summed
+    on the way there and back; and so are the gradients.
     """
-    widths = {"logits": student.num_classes, "embedding": student.embedding_dim, "features": 0}
-    read = sum(widths[part] for part in {term.student for term in stage.terms.values()})
-    if teacher is not None:
-        taught = {"logits": teacher.num_classes, "embedding": teacher.embedding_dim}
-        read += sum(width for part, width in taught.items() if stage.reads(part))
+    read = 0
+    for model, parts in (
+        (student, {term.student for term in stage.terms.values()}),
+        (teacher, {term.teacher for term in stage.terms.values()}),
+    ):
+        if model is not None:
+            widths = {"logits": model.num_classes, "embedding": model.embedding_dim}
+            read += sum(width for part, width in widths.items() if part in parts)
     norms = [module.num_features for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     gradient = sum(parameter.numel() for parameter in student.parameters())
     return (

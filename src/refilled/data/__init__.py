@@ -5,7 +5,7 @@ from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.loading import TaskSize, list_datasets, load_task, task_size
 from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches
-from refilled.data.store import Pixels
+from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
 from refilled.data.transforms import Augmentation, Mixing, augment, mixing
 
@@ -21,6 +21,7 @@ __all__ = [
     "TaskSize",
     "augment",
     "epoch_batches",
+    "free_memory",
     "list_datasets",
     "list_splits",
     "load_pool",

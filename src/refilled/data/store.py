@@ -252,13 +252,11 @@ class _Store:
 
     def _checked(self, shard: int) -> _Record | None:
         rows = self._rows(shard)
-        try:
+        with suppress(OSError, ValueError):
             record = _Record.from_bytes(self._record(shard).read_bytes())
             if all(self._holds(rows[at : at + _BLOCK], record, at) for at in range(0, len(rows), _BLOCK)):
                 return record
-        except (OSError, ValueError):
-            return None
-        self._record(shard).unlink(missing_ok=True)
+        self._record(shard).unlink(missing_ok=True)  # damaged, if it is there
         return None
 
     def _holds(self, rows: Rows, record: _Record, at: int) -> bool:

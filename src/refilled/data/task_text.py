@@ -115,12 +115,13 @@ def _split_source(body: str, data_root: Path) -> tuple[str, str, str | None]:
         if not name.strip():
             raise TaskError(f"'{body}' names no data set of the hub; write for example hub:uoft-cs/cifar100")
         return "hub", name.strip(), selection_text if colon else None
-    place = tail if head in _PATHS else body
+    kind = _PATHS.get(head) if colon else None
+    place = tail if kind else body
     for path, selection in _cuts(place):
         found = _find(path, data_root)
         if found:
-            return _PATHS.get(head, "path"), str(found.absolute()), selection
-    if head in _PATHS or "/" in place:
+            return kind or "path", str(found.absolute()), selection
+    if kind or "/" in place:
         raise TaskError(f"there is no folder or file '{place}', neither here nor in {data_root}")
     raise TaskError(
         f"{unknown('data set', head, [*NAMED, *_folders(data_root)])}; or give the path of a folder of images, of a "
