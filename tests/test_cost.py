@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from refilled import cost as module
 from refilled.cli import app
-from refilled.cost import Cost, Line, Network, communication, forecast
+from refilled.cost import Cost, Line, Network, _cost_of, communication, forecast
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.experiment import distill
@@ -147,8 +147,16 @@ def test_the_command_says_what_a_run_is_and_leaves_nothing_behind(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_memory_of_a_step_is_seen_to_grow_with_its_images(teacher):
-    small, large = (forecast(replace(RUN, batch_size=batch, task="digits@size=48")) for batch in (8, 128))
-    if small.memory is None:
+def test_memory_is_seen_and_followed_to_more_images():
+    image = 4 * 2**20
+
+    def work(images: int) -> float:
+        torch.ones(images * image, dtype=torch.uint8)
+        return 1.0
+
+    start = _cost_of(lambda images: 1.0, (8, 32), torch.device("cpu")).memory
+    grown = _cost_of(work, (8, 32), torch.device("cpu")).memory
+    if start is None or grown is None:
         pytest.skip("this system does not tell the peak of a process")
-    assert large.memory > small.memory + 120 * 48 * 48 * 16 * torch.finfo(torch.float32).bits / 8
+    assert grown.each == pytest.approx(image, rel=0.02)
+    assert grown(128) == pytest.approx(start(128) + 128 * image, rel=0.02)

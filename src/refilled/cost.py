@@ -50,7 +50,7 @@ class Line:
         (fewer, less), (images, cost) = small, large
         slope = (cost - less) / (images - fewer) if images > fewer else math.inf
         each = min(max(slope, 0.0), cost / images)
-        return cls(cost - each * images, each)
+        return cls(max(cost - each * images, 0.0), each)
 
     def __call__(self, images: int) -> float:
         """Follow the line to so many images."""

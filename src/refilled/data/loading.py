@@ -223,7 +223,7 @@ def _select(source: Source, wanted: TaskText) -> tuple[Source, Sequence[int]]:
 def split_of(source: Source, wanted: TaskText) -> ClassSplit:
     """Find the class split that goes with a task's text; see :func:`split_classes`."""
     path = Path(wanted.source)
-    beside = None if wanted.kind != "path" else path if path.is_dir() else path.parent
+    beside = None if wanted.kind not in ("path", "wds") else path if path.is_dir() else path.parent
     return split_classes(source, path.name, beside, wanted.options.split)
 
 
