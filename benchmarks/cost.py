@@ -33,7 +33,7 @@ from refilled.models.backbone import freeze
 from refilled.run import Run
 
 PAIRS = (("wrn_16_1", "wrn_16_2"), ("resnet20", "wrn_40_1"), ("mobilenet_0.5", "wrn_16_2"))
-SIZES = {"batch": ((8, 32), (32, 32), (128, 32)), "image size": ((16, 24), (16, 48), (16, 96))}  # (images, pixels)
+SIZES = {"batch": ((8, 32), (32, 32), (128, 32)), "image size": ((8, 64), (8, 96), (8, 128))}  # (images, pixels)
 RUNS = (
     ("wrn_16_2", "vanilla", {"epochs": 2, "batch_size": 128}, "digits@size=32"),
     ("resnet20", "refilled", {"epochs": 2, "batch_size": 64}, "digits:5-9@size=32"),

@@ -127,7 +127,10 @@ class ParquetPart:
         """Read the encoded pictures of these rows, a bounded number at a time."""
         import pyarrow.parquet as pq
 
-        for file, start in zip(self.files, self.starts, strict=True):
+        ends = (*self.starts[1:], len(self.labels))
+        for file, start, end in zip(self.files, self.starts, ends, strict=True):
+            if not np.any((rows >= start) & (rows < end)):
+                continue
             with _readable(file):
                 found = pq.ParquetFile(file)
                 _require(self.image, found.schema_arrow.names, file)

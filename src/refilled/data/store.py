@@ -13,6 +13,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -36,7 +37,7 @@ from refilled.files import cache_folder, write_atomic
 
 _SHARD_BYTES = 2**27
 _CGROUP = Path("/sys/fs/cgroup")
-_BLOCK = 1024  # images looked at together when a shard is checked
+_BLOCK_BYTES = 2**24  # of images that are looked at together when a shard is checked
 
 
 class StoredImages:
@@ -115,18 +116,13 @@ def stored_images(part: Part, rows: Rows, size: int) -> Stored:
     """
     store = _Store(cache_folder() / "images" / _key(part, size), part, size)
     records = store.records(np.unique(rows // store.shard_rows).tolist())
-    file = store.map()
-    reasons = {
-        position: reason
-        for position, row in enumerate(rows.tolist())
-        if (reason := records[row // store.shard_rows].reasons.get(row))
-    }
-    readable = np.delete(rows, list(reasons))
-    digests = np.empty(len(readable), dtype=DIGEST)
-    for shard, record in records.items():
-        here = readable // store.shard_rows == shard
-        digests[here] = record.digests[readable[here] - shard * store.shard_rows]
-    return Stored(StoredImages(file, torch.from_numpy(readable)), reasons, digests)
+    unreadable = {row: reason for record in records.values() for row, reason in record.reasons.items()}
+    positions = np.flatnonzero(np.isin(rows, list(unreadable)))
+    readable = np.delete(rows, positions)
+    made = np.concatenate([store.rows_of(shard) for shard in records])
+    digests = np.concatenate([record.digests for record in records.values()])[np.searchsorted(made, readable)]
+    reasons = {int(position): unreadable[int(rows[position])] for position in positions}
+    return Stored(StoredImages(store.map(), torch.from_numpy(readable)), reasons, digests)
 
 
 def free_memory() -> int:
@@ -210,8 +206,13 @@ class _Store:
     def make(self, shard: int) -> None:
         """Decode a shard, unless another process has done so; if one is just doing it, wait for it."""
         with self._alone(shard):
-            if not self._record(shard).exists():
+            if self._checked(shard) is None:
                 self._decode(shard)
+
+    def rows_of(self, shard: int) -> Rows:
+        """Return the rows of a shard, ascending."""
+        start = shard * self.shard_rows
+        return np.arange(start, min(start + self.shard_rows, len(self.part.labels)))
 
     def _make_all(self, shards: Sequence[int]) -> None:
         if not shards:
@@ -225,11 +226,12 @@ class _Store:
             context = multiprocessing.get_context("spawn")
             with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as pool:
                 list(pool.map(_make_shard, shards))
-        for shard in shards:  # whatever an ended worker has left undone
-            self.make(shard)
+        for shard, record in zip(shards, self._whole(shards), strict=True):
+            if record is None:  # all of them, or what an ended worker has left undone
+                self.make(shard)
 
     def _decode(self, shard: int) -> None:
-        rows = self._rows(shard)
+        rows = self.rows_of(shard)
         pixels, reasons = read_pixels(self.part.pictures(rows), len(rows), self.size)
         readable = np.delete(np.arange(len(rows)), list(reasons))
         digests = np.zeros(len(rows), dtype=DIGEST)
@@ -251,12 +253,11 @@ class _Store:
             return list(pool.map(self._checked, shards))
 
     def _checked(self, shard: int) -> _Record | None:
-        rows = self._rows(shard)
+        rows, step = self.rows_of(shard), max(1, _BLOCK_BYTES // self._image_bytes)
         with suppress(OSError, ValueError):
             record = _Record.from_bytes(self._record(shard).read_bytes())
-            if all(self._holds(rows[at : at + _BLOCK], record, at) for at in range(0, len(rows), _BLOCK)):
+            if all(self._holds(rows[at : at + step], record, at) for at in range(0, len(rows), step)):
                 return record
-        self._record(shard).unlink(missing_ok=True)  # damaged, if it is there
         return None
 
     def _holds(self, rows: Rows, record: _Record, at: int) -> bool:
@@ -267,10 +268,6 @@ class _Store:
         images = torch.from_numpy(content).view(len(rows), self.size, self.size, 3).permute(0, 3, 1, 2)
         readable = [position for position, row in enumerate(rows.tolist()) if row not in record.reasons]
         return bool(np.array_equal(pixel_digests(images)[readable], record.digests[at : at + len(rows)][readable]))
-
-    def _rows(self, shard: int) -> Rows:
-        start = shard * self.shard_rows
-        return np.arange(start, min(start + self.shard_rows, len(self.part.labels)))
 
     def _record(self, shard: int) -> Path:
         return self.folder / f"{shard:06}.shard"
@@ -290,7 +287,16 @@ def _begin_worker(store: _Store) -> None:
     global _store
     _store = store
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _make_shard(shard: int) -> None:
     _store.make(shard)
+
+
+def _end_with_parent() -> None:
+    """End when the parent is gone, which may have been killed: a worker would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)

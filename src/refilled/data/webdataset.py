@@ -81,13 +81,10 @@ class TarPart:
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
         """Read the encoded pictures of these rows."""
-        ends = [*self.starts[1:], len(self.labels)]
-        for file, start, end in zip(self.files, self.starts, ends, strict=True):
-            wanted = rows[(start <= rows) & (rows < end)]
-            if len(wanted) == 0:
-                continue
-            with file.open("rb") as opened:
-                for offset, length in self.places[wanted].tolist():
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            with self.files[shard].open("rb") as opened:
+                for offset, length in self.places[rows[shards == shard]].tolist():
                     opened.seek(offset)
                     yield opened.read(min(length, _LARGEST_IMAGE))
 
