@@ -459,7 +459,7 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_pa
 
 def test_the_estimate_adds_up(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "images_per_second", lambda work, device: 100.0 if work.teacher else 200.0)
-    monkeypatch.setattr(module, "_size", lambda *task: TaskSize(classes=10, train=6000, image_size=32))
+    monkeypatch.setattr(module, "_size", lambda *task: TaskSize(("a", "b"), 6000, 0, 0, 32, "none", 1000.0))
     table = small_table(Row("alone", "vanilla", (None,)), Row("taught", "rkd", (None,)))
     choice = Choice("mini", seeds=(0, 1))
     every = cells(table, choice)

@@ -23,6 +23,7 @@ from refilled.errors import RefilledError, RunError, unknown
 from refilled.run import PRESETS, FewShotRun, MetaRun, Recipe, Run, with_preset
 
 if TYPE_CHECKING:
+    from refilled.benchmark import executors
     from refilled.benchmark.comparison import Comparison
     from refilled.experiment import Result
     from refilled.progress import Display
@@ -40,6 +41,15 @@ err = Console(stderr=True)
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Executor = Annotated[
+    str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
+]
+Cpus = Annotated[float, typer.Option(help="Processor cores a run, for Ray.", min=0.0)]
+Gpus = Annotated[float, typer.Option(help="Accelerators a run, for Ray; 0.5 lets two runs share one.", min=0.0)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run is and what it will cost, in time and memory, and stop.")
+]
+Ranks = Annotated[int, typer.Option(help="With --dry-run: so many processes under torchrun.", min=1)]
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
@@ -88,12 +98,17 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a model from labels alone: a teacher, or a student without one."""
     run = _configure(preset, {"task": task, "student": model, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
     _distill(run, out, overwrite, quiet, as_json)
 
 
@@ -118,6 +133,8 @@ def distill(
         Path | None, typer.Option(help="Go on with the run in this folder; nothing else is needed.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
@@ -132,7 +149,11 @@ def distill(
         raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
     settings = dict(_key_value(text) for text in set_ or ())
     named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
-    _distill(_configure(preset, {**named, **flags}), out, overwrite, quiet, as_json)
+    run = _configure(preset, {**named, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
+    _distill(run, out, overwrite, quiet, as_json)
 
 
 @app.command()
@@ -217,11 +238,15 @@ def compare(
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     preset: Preset = None,
     **flags: Any,
 ) -> None:
     """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
     from refilled.benchmark.comparison import Comparison
+    from refilled.benchmark.executors import find_executor
 
     if task.endswith(".toml"):
         comparison = Comparison.from_toml(_read(Path(task)))
@@ -231,7 +256,7 @@ def compare(
         rows = {name: _row(name) for name in methods.split(",")}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / _run_name(run)
-    _compare(comparison, out, jobs)
+    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus))
 
 
 Set = Annotated[
@@ -386,10 +411,11 @@ def demo(
     from importlib.resources import files
 
     from refilled.benchmark.comparison import Comparison
+    from refilled.benchmark.executors import processes
 
     console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
     comparison = Comparison.from_toml((files("refilled.benchmark") / "demo.toml").read_text(encoding="utf-8"))
-    _compare(comparison, out, jobs)
+    _compare(comparison, out, jobs, processes)
 
 
 @app.command()
@@ -403,6 +429,9 @@ def bench(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each cell.", min=1)] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     out: Annotated[Path, typer.Option(help="Folder that all tables share.")] = Path("runs/bench"),
     data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
@@ -412,6 +441,7 @@ def bench(
     from refilled.benchmark.bench import bench as carry_out
     from refilled.benchmark.bench import estimate_table, find_table
     from refilled.benchmark.cells import Choice
+    from refilled.benchmark.executors import find_executor
 
     if table == "list":
         console.print(_tables())
@@ -421,7 +451,7 @@ def bench(
         for line in estimate_table(find_table(table), choice, out, jobs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-    outcome = carry_out(find_table(table), choice, out, jobs, console)
+    outcome = carry_out(find_table(table), choice, out, jobs, console, find_executor(executor, cpus, gpus))
     console.print(f"page: {outcome.page}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         raise typer.Exit(1)
@@ -447,10 +477,10 @@ def _configure(preset: str | None, values: dict[str, Any]) -> Run:
     return Run(**with_preset(preset, {name: value for name, value in values.items() if value is not None}))
 
 
-def _compare(comparison: "Comparison", folder: Path, jobs: int) -> None:
+def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor") -> None:
     from refilled.benchmark.comparison import compare as carry_out
 
-    page = carry_out(comparison, folder, jobs, console)
+    page = carry_out(comparison, folder, jobs, console, executor)
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -480,6 +510,20 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_jso
     if overwrite:
         experiment.overwrite(folder)
     _carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+
+
+def _forecast(run: Run, ranks: int, as_json: bool) -> None:
+    from refilled.cost import forecast
+
+    found = forecast(run, ranks)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    console.print(found.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    for heading, text in found.rows():
+        table.add_row(heading, escape(text))
+    console.print(table)
 
 
 def _resume(folder: Path, quiet: bool, as_json: bool) -> None:

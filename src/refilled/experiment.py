@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from refilled.checkpoints import discard_states, hold
-from refilled.data import Split, Task, load_task
+from refilled.data import Pixels, Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.errors import RunError, TaskError
-from refilled.evaluation import accuracy, class_accuracies, nearest_center_accuracy, predict
-from refilled.files import write_atomic
+from refilled.evaluation import SCORING_BATCH, accuracy, class_accuracies, nearest_center_accuracy, predict
+from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
@@ -101,6 +101,15 @@ def check(run: Run) -> None:
         RefilledError: anything in the run that cannot work, as far as it can be found before training.
     """
     _Prepared(resolve(run))
+
+
+def prepare(run: Run, task: Task) -> "_Prepared":
+    """Look up all that a resolved run names but its images, for which those of a task with equal classes stand.
+
+    Raises:
+        RefilledError: anything in the run that cannot work, as far as it can be found without its images.
+    """
+    return _Prepared(run, task)
 
 
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
@@ -343,6 +352,7 @@ def _load_task(run: Run) -> Task:
         shots_seed=run.seed,
         val=run.val,
         image_size=run.image_size,
+        memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
     )
 
 
@@ -352,13 +362,13 @@ class _Prepared:
     student: Backbone
     """The network that is scored: what the stages train, or the frozen teacher itself for a readout."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
         torch.set_num_threads(run.threads or torch.get_num_threads())
         torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
-        self.task = _load_task(run)
+        self.task = _load_task(run) if task is None else task
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = _load_teacher(run)
@@ -450,11 +460,6 @@ def _cache(prepared: _Prepared, fabric: Fabric, display: Display) -> TeacherCach
     )
 
 
-def cache_folder() -> Path:
-    """Where things lie that can be made again: $REFILLED_CACHE, else ``~/.cache/refilled``."""
-    return Path(os.environ.get("REFILLED_CACHE") or "~/.cache/refilled").expanduser()
-
-
 class _Look(NamedTuple):
     """What a network says about a task's training images and about those that are scored."""
 
@@ -535,9 +540,11 @@ def _few_steps(run: Run, images: int) -> list[str]:
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
 
 
-def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+def channel_statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 images ``(N, 3, S, S)``, on the scale [0, 1]."""
-    counts = torch.stack([torch.bincount(pixels[:, channel].flatten(), minlength=256) for channel in range(3)]).double()
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for block in pixels.split(SCORING_BATCH):
+        counts += torch.stack([torch.bincount(block[:, channel].flatten(), minlength=256) for channel in range(3)])
     levels = torch.arange(256) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)

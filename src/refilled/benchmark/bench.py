@@ -11,12 +11,14 @@ from rich.console import Console
 
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.executors import Executor, processes
 from refilled.benchmark.jobs import Found, Job, accuracy
 from refilled.benchmark.measures import measure
 from refilled.benchmark.runner import run_grid
 from refilled.benchmark.summary import count_of
 from refilled.benchmark.table_report import Entry, TableReport
 from refilled.benchmark.tables import TABLES, Table
+from refilled.cost import duration
 from refilled.data import TaskSize, task_size
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.evaluation import FewShotResult
@@ -47,7 +49,14 @@ def find_table(name: str) -> Table:
     return TABLES[name]
 
 
-def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Console | None = None) -> Outcome:
+def bench(
+    table: Table,
+    choice: Choice,
+    folder: Path,
+    jobs: int = 1,
+    console: Console | None = None,
+    executor: Executor = processes,
+) -> Outcome:
     """Carry out what is missing of a table, and write it down beside the paper's numbers.
 
     Runs lie in ``folder/runs`` and are shared by all tables; what is written about the table lies in
@@ -67,7 +76,7 @@ def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Co
     for line in estimate(plan, missing, jobs):
         _say(console, line)
     failures = {cell.name: str(problem) for cell, problem in plan.problems.items() if cell in wanted}
-    failed = _carry_out(plan, missing, jobs, console)
+    failed = _carry_out(plan, missing, jobs, console, executor)
     failures |= {cell.name: failed[name] for cell in wanted if (name := plan.run_of(cell)) in failed}
     entries = [_entry(cell, plan, folder / "measures", failures) for cell in every]
     teachers = dict.fromkeys(name for cell in every if (name := plan.teacher_of(cell)) and plan.result(name))
@@ -116,11 +125,11 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
     devices = {run.device for run in trainings.values()}
     rates = {work: images_per_second(work, *devices) for work in images}
     seconds = {work: images[work] / rates[work] for work in images}
-    total = _duration(sum(seconds.values()) / jobs)
+    total = duration(sum(seconds.values()) / jobs)
     others = len(missing) - len(trainings)
     said = [
         f"{count_of(len(trainings), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
-        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {_duration(seconds[w] / runs[w])} each" for w in images),
+        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {duration(seconds[w] / runs[w])} each" for w in images),
     ]
     not_timed = [f"{others} few-shot tests and meta-trainings to do, whose time is not estimated"]
     return (said if trainings else []) + (not_timed if others else [])
@@ -138,14 +147,9 @@ def _size(task: str, shots: int | None, val: float, data_root: str | None, image
     return task_size(task, data_root=root, shots=shots, val=val, image_size=image_size)
 
 
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"
-
-
-def _carry_out(plan: Plan, missing: Mapping[str, Job], jobs: int, console: Console) -> dict[str, str]:
+def _carry_out(
+    plan: Plan, missing: Mapping[str, Job], jobs: int, console: Console, executor: Executor
+) -> dict[str, str]:
     """Carry out the missing runs; returns why runs failed, by their names."""
     failures: dict[str, str] = {}
     count = itertools.count(1)
@@ -159,7 +163,7 @@ def _carry_out(plan: Plan, missing: Mapping[str, Job], jobs: int, console: Conso
         _say(console, f"  {next(count)}/{len(missing)} {name} failed: {failures[name]}")
 
     needs = {name: [other for other in plan.needs.get(name, ()) if other in missing] for name in missing}
-    run_grid(missing, plan.folder, jobs, tell, note, needs)
+    run_grid(missing, plan.folder, jobs, tell, note, needs, executor)
     return failures
 
 

@@ -1,19 +1,15 @@
 """Carry out many runs, some at a time; a second start does only what is still missing."""
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from refilled.benchmark.executors import Executor, Pool, processes
 from refilled.benchmark.jobs import Found, Job, carry_out
 from refilled.errors import InUseError, RunError
 
-_SECONDS_TO_SAVE = 10
 _SECONDS_BETWEEN_TRIES = 2.0  # at a run that another process is at
 
 
@@ -24,8 +20,9 @@ def run_grid(
     on_result: Callable[[str, Found], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
     needs: Mapping[str, Sequence[str]] | None = None,
+    executor: Executor = processes,
 ) -> dict[str, Found]:
-    """Carry out the runs, each in ``folder/<its name>``, in ``jobs`` processes.
+    """Carry out the runs, each in ``folder/<its name>``, ``jobs`` at a time.
 
     Finished runs are not repeated, interrupted ones go on where they stood. Runs that another process is at are left
     to it: those that nobody is at are done first, then the others' results are waited for. Small models are trained
@@ -34,11 +31,12 @@ def run_grid(
     Args:
         runs: The runs by name.
         folder: Where their folders lie, or will.
-        jobs: Processes at a time.
+        jobs: Runs at a time.
         on_result: Told of each result as it comes.
         on_failure: Told of each run that fails, and of those that need it; the others go on. Without it, the first
             failure ends all.
         needs: For a run that reads the models of others, the names of those, which are carried out first.
+        executor: Where they are carried out.
 
     Returns:
         The results of the runs that did not fail, in the order of ``runs``.
@@ -48,19 +46,8 @@ def run_grid(
         RunError: the system ended a process, most often for want of memory.
     """
     grid = _Grid(runs, folder, needs or {}, on_result, on_failure)
-    # Not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
-        try:
-            grid.carry_out(pool)
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process was ended by the system, most often for want of memory; the same command goes on where it "
-                "stood, with fewer --jobs if need be"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with executor(jobs) as pool:
+        grid.carry_out(pool)
     return {name: grid.results[name] for name in runs if name in grid.results}
 
 
@@ -82,7 +69,7 @@ class _Grid:
         self._waiting = dict.fromkeys(runs, 0.0)  # not before this time
         self._under_way: dict[Future[Found], str] = {}
 
-    def carry_out(self, pool: ProcessPoolExecutor) -> None:
+    def carry_out(self, pool: Pool) -> None:
         while self._waiting or self._under_way:
             self._start(pool)
             if not self._under_way:
@@ -92,7 +79,7 @@ class _Grid:
             for future in done:
                 self._take(self._under_way.pop(future), future)
 
-    def _start(self, pool: ProcessPoolExecutor) -> None:
+    def _start(self, pool: Pool) -> None:
         for name, earliest in list(self._waiting.items()):
             needed = self.needs.get(name, ())
             if failed := [other for other in needed if other in self.failed]:
@@ -121,18 +108,3 @@ class _Grid:
             raise error
         self.failed.add(name)
         self.on_failure(name, error)
-
-
-def _begin_worker() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which has not happened yet
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Save the run under way and end when the parent is gone; else a killed grid would leave its workers behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_SECONDS_TO_SAVE)
-    os._exit(128 + signal.SIGTERM)

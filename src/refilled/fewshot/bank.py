@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refilled.data import Augmentation, Episodes, augment
+from refilled.data import Augmentation, Episodes, Pixels, augment
 from refilled.errors import MethodError
 from refilled.evaluation import predict
 from refilled.models import Backbone
@@ -34,7 +34,7 @@ class Bank:
 
     def __init__(
         self,
-        pixels: Tensor,
+        pixels: Pixels,
         model: Backbone | None = None,
         *,
         augmentation: Augmentation = "none",
