@@ -1,11 +1,11 @@
 """The teacher's embeddings on disk: what the live teacher would say, whoever built them and whatever befell them."""
 
 import json
+import multiprocessing
 import pickle
 import re
 import shutil
-import subprocess
-import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -170,67 +170,61 @@ def test_a_part_of_it_can_be_built(tmp_path):
     assert cache.shards_on_disk() == 2
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1])))
-from test_teacher_cache import colours, empty_cache, made_up
-def hanging(images):
-    if cache.shards_on_disk() == 2:
-        print("hanging", flush=True)
-        time.sleep(60)
-    return colours(images)
-cache = empty_cache(Path(sys.argv[2]))
-cache.build(made_up(), hanging)
-"""
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # a spawned process would import for seconds
+FORK = multiprocessing.get_context("fork")
 
 
+@forks
 def test_a_process_killed_at_its_work_hands_it_on(tmp_path):
-    folder = tmp_path / "cache"
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder)], stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"hanging\n"
-        cache = empty_cache(folder)
-        (folder / f".{cache.path(2).name}.{process.pid}.tmp").write_bytes(b"half")  # as a write that was cut short
-        process.kill()
+    cache = empty_cache(tmp_path)
+    at_it = FORK.Event()
+
+    def hang(images):
+        if cache.shards_on_disk() == 2:
+            at_it.set()
+            time.sleep(60)
+        return colours(images)
+
+    process = FORK.Process(target=cache.build, args=(made_up(), hang))
+    process.start()
+    assert at_it.wait(20)
+    (tmp_path / f".{cache.path(2).name}.{process.pid}.tmp").write_bytes(b"half")  # as a write that was cut short
+    process.kill()
+    process.join()
     cache.build(made_up(), colours)
     assert cache.problems() == {}
-    assert not list(folder.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
-TOGETHER = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1])))
-from test_teacher_cache import colours, empty_cache, made_up
-def slow(images):
-    time.sleep(0.02)
-    return colours(images)
-cache = empty_cache(Path(sys.argv[2]), shard_images=5)
-print("ready", flush=True)
-sys.stdin.readline()
-cache.build(made_up(), slow, say=lambda text: print(text, flush=True))
-print("whole" if not cache.problems() else "not whole")
-"""
-
-
+@forks
 def test_two_processes_share_the_work(tmp_path):
-    command = [sys.executable, "-c", TOGETHER, str(Path(__file__).parent), str(tmp_path / "together")]
-    builders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    cache, task = empty_cache(tmp_path / "together", shard_images=5), made_up()
+    start, said = FORK.Barrier(2), FORK.SimpleQueue()
+
+    def slow(images):
+        time.sleep(0.02)
+        return colours(images)
+
+    def build(name):
+        start.wait()
+        cache.build(task, slow, say=lambda text: said.put((name, re.search(r"shard (\d+) of 20", text)[1])))
+        said.put((name, "whole" if not cache.problems() else "not whole"))
+
+    builders = [FORK.Process(target=build, args=(name,)) for name in "ab"]
     for builder in builders:
-        assert builder.stdout.readline() == "ready\n"
+        builder.start()
     for builder in builders:
-        builder.stdin.write("go\n")
-        builder.stdin.flush()
-    said = [builder.communicate()[0] for builder in builders]
-    assert all(text.endswith("whole\n") and "not whole" not in text for text in said)
-    made = [re.findall(r"shard (\d+) of 20", text) for text in said]
-    assert all(made)
-    assert sorted(int(shard) for shards in made for shard in shards) == list(range(1, 21))  # each by one of them
+        builder.join()
+    lines = []
+    while not said.empty():
+        lines.append(said.get())
+    made = [(name, int(text)) for name, text in lines if text.isdigit()]
+    assert sorted(shard for _, shard in made) == list(range(1, 21))  # each by one of them
+    assert {name for name, _ in made} == {"a", "b"}
+    assert sorted(text for _, text in lines if not text.isdigit()) == ["whole", "whole"]
     alone = empty_cache(tmp_path / "alone", shard_images=5)
-    alone.build(made_up(), colours)
-    assert content(empty_cache(tmp_path / "together", shard_images=5)) == content(alone)
+    alone.build(task, colours)
+    assert content(cache) == content(alone)
 
 
 def test_the_work_can_be_sent_elsewhere_in_parts(run):
