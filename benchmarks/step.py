@@ -398,7 +398,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="small networks and one round: does it still run?")
     given = options.parse_args()
     if given.quick:
-        given.students, given.teacher, given.batch, given.rounds = ["wrn_10_1"], "wrn_10_1", 32, 1
+        given.students, given.teacher, given.batch, given.rounds = ["wrn_10_1"], "wrn_10_1", 8, 1
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # timm and torchdistill tell what they build

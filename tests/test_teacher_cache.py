@@ -273,13 +273,15 @@ def refilled(*arguments: object, code: int = 0) -> str:
 
 
 def test_the_commands_build_show_and_check(run, caches, teacher):
-    assert "cache" in refilled("cache", "info")  # an empty table, where there is none
+    assert refilled("cache", "info") == ""  # there is none
     flags = [run.task, "--teacher", teacher, "--views", 3, "--shots", 8, "--precision", "32-true", "--threads", 1]
     said = refilled("cache", "build", *flags)
     cache = find_cache(run)  # so that the flags of a run find what the command built
     assert cache.problems() == {}
     assert said.count("embedding its images") == 3
-    assert "3 of 3" in refilled("cache", "info")
+    shown = refilled("cache", "info")
+    assert "40 images x 3 views x 64 numbers, 3 of 3 shards" in shown
+    assert f"of {teacher}, in 32-true\n  on digits:5-9" in shown
     assert "embedding" not in refilled("cache", "build", *flags)
     assert f"{cache.folder.name}: 3 of 3 whole" in refilled("cache", "verify")
     cache.path(1).write_bytes(cache.path(1).read_bytes()[:-5])

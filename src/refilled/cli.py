@@ -412,14 +412,14 @@ def build(
     from refilled.experiment import build_cache
 
     run = _configure(None, {"task": task, "teacher": teacher, "views": views, **flags})
-    built = build_cache(run, say=_silent if quiet else _say)
-    console.print(_cache_table([built]))
+    _print_cache(build_cache(run, say=_silent if quiet else _say))
 
 
 @cache.command()
 def info() -> None:
     """List the caches of this machine, and what is in them."""
-    console.print(_cache_table(_open_caches()))
+    for found in _open_caches():
+        _print_cache(found)
 
 
 @cache.command()
@@ -431,7 +431,8 @@ def verify() -> None:
         damaged += len(problems)
         for shard, problem in problems.items():
             _say(f"{found.path(shard)}: {problem}")
-        console.print(f"{found.folder.name}: {found.contents.shards - len(problems)} of {found.contents.shards} whole")
+        whole = found.contents.shards - len(problems)
+        console.print(f"{found.folder.name}: {whole} of {found.contents.shards} whole", highlight=False)
     if damaged:
         raise typer.Exit(1)
 
@@ -610,14 +611,12 @@ def _open_caches() -> list["TeacherCache"]:
     return opened
 
 
-def _cache_table(caches: list["TeacherCache"]) -> Table:
-    table = Table("cache", "teacher", "task", "images x views", "numbers", "shards", "size")
-    for found in caches:
-        contents, there = found.contents, found.shards_on_disk()
-        shape = f"{contents.images:,} x {contents.views}", f"{contents.embedding_dim} {contents.precision}"
-        shards = f"{there} of {contents.shards}", f"{found.size / 2**20:,.1f} MB"
-        table.add_row(found.folder.name, *(escape(_printable(name)) for name in found.of), *shape, *shards)
-    return table
+def _print_cache(cache: "TeacherCache") -> None:
+    contents, (teacher, task) = cache.contents, cache.of
+    shape = f"{contents.images:,} images x {contents.views} views x {contents.embedding_dim} numbers"
+    made = f"{cache.shards_on_disk()} of {contents.shards} shards, {cache.size / 2**20:,.1f} MB"
+    lines = cache.folder.name, f"  {shape}, {made}", f"  of {teacher}, in {contents.precision}", f"  on {task}"
+    console.print("\n".join(map(_printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) -> None:
