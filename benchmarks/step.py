@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from refilled.checkpoints import State
 from refilled.data import Split, Task, augment, epoch_batches
-from refilled.methods import load_method
+from refilled.methods import list_methods, load_method
 from refilled.methods.refilled import TripletAlignmentLoss
 from refilled.models import Backbone, create_model, freeze
 from refilled.outputs import Outputs
@@ -50,7 +50,6 @@ from refilled.training import Position, fit, resolve_precision
 
 CLASSES = 100
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-BASELINES = ("rkd", "kd", "dkd", "fitnet", "at", "nst", "vid", "kd_vid", "sp", "regression")
 STAGE_1, STAGE_2 = {"embedding_share": 1.0}, {"embedding_share": 0.0}
 
 Step = Callable[[], None]
@@ -302,6 +301,12 @@ PEERS: Mapping[str, tuple[str, Callable[[Scene], Step]]] = {
 """Each peer's row of ours that does the same work, and its loop."""
 
 
+def baselines() -> list[str]:
+    """All other methods that train a student of a teacher."""
+    found = {name: load_method(name) for name in list_methods()}
+    return [n for n, method in found.items() if method.takes_student and method.takes_teacher and n != "refilled"]
+
+
 def contestants(scene: Scene) -> dict[str, tuple[str, Step]]:
     """Every row of the table: what it is measured against, and its step."""
     rows: dict[str, tuple[str, Step]] = {
@@ -311,7 +316,7 @@ def contestants(scene: Scene) -> dict[str, tuple[str, Step]]:
         "+ live teacher": ("both, arithmetic", Ours(scene, listening)),
     }
     methods = {"stage 1": ("refilled", STAGE_1), "stage 2": ("refilled", STAGE_2)}
-    methods |= {name: (name, {}) for name in BASELINES}
+    methods |= {name: (name, {}) for name in baselines()}
     for row, (name, settings) in methods.items():
         rows[row] = ("both, arithmetic", Ours(scene, partial(method, name, settings)))
     for row in ("stage 1", "stage 2", "rkd"):
