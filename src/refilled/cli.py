@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from refilled.benchmark.comparison import Comparison
     from refilled.experiment import Result
     from refilled.progress import Display
+    from refilled.teacher_cache import TeacherCache
     from refilled.tuning import Tuned
 
 app = typer.Typer(
@@ -418,6 +419,50 @@ def demo(
     _compare(comparison, out, jobs, processes)
 
 
+cache = typer.Typer(help="Teachers' embeddings on disk, for runs with --views.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+
+_NOT_CACHED = {f.name for f in fields(Recipe)} - {"augmentation", "precision", "seed"}
+
+
+@cache.command()
+@_run_flags("student", "method", "settings", "score", "pretrained", *_NOT_CACHED)
+def build(
+    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)],
+    views: Annotated[int, typer.Option(help="Augmented views of each image.", min=1, show_default=False)],
+    quiet: Quiet = False,
+    **flags: Any,
+) -> None:
+    """Embed views of a task's images by a teacher, for all runs that take the same; several commands share the work."""
+    from refilled.experiment import build_cache
+
+    run = _configure(None, {"task": task, "teacher": teacher, "views": views, **flags})
+    _print_cache(build_cache(run, say=_silent if quiet else _say))
+
+
+@cache.command()
+def info() -> None:
+    """List the caches of this machine, and what is in them."""
+    for found in _open_caches():
+        _print_cache(found)
+
+
+@cache.command()
+def verify() -> None:
+    """Read all caches of this machine and say what is damaged or missing; a run or 'cache build' mends it."""
+    damaged = 0
+    for found in _open_caches():
+        problems = found.problems()
+        damaged += len(problems)
+        for shard, problem in problems.items():
+            _say(f"{found.path(shard)}: {problem}")
+        whole = found.contents.shards - len(problems)
+        console.print(f"{found.folder.name}: {whole} of {found.contents.shards} whole", highlight=False)
+    if damaged:
+        raise typer.Exit(1)
+
+
 @app.command()
 def bench(
     table: Annotated[str, typer.Argument(help="'list', or a table or figure of the paper: table1, s1, figure3 ...")],
@@ -580,6 +625,13 @@ def _print_result(result: "Result", folder: Path) -> None:
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
     table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
+    cached = (result.teacher or {}).get("cache")
+    if cached:
+        accuracies = f"{cached['cached_accuracy']:.2f} % cached, {cached['live_accuracy']:.2f} % live"
+        difference = f"largest difference {cached['largest_difference']:.1g} of the root mean square"
+        table.add_row(
+            "teacher cache", f"{accuracies}, of {cached['images']} training images by class mean; {difference}"
+        )
     table.add_row("network", f"{result.parameters:,} parameters")
     table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
     if result.data["skipped"]:
@@ -588,6 +640,27 @@ def _print_result(result: "Result", folder: Path) -> None:
         table.add_row("note", escape(_printable(note)))
     console.print(table)
     console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _open_caches() -> list["TeacherCache"]:
+    from refilled.experiment import list_caches
+    from refilled.teacher_cache import TeacherCache
+
+    opened = []
+    for folder in list_caches():
+        try:
+            opened.append(TeacherCache.open(folder))
+        except RunError as error:  # of an earlier version, perhaps; the others can still be shown
+            _say(str(error))
+    return opened
+
+
+def _print_cache(cache: "TeacherCache") -> None:
+    contents, (teacher, task) = cache.contents, cache.of
+    shape = f"{contents.images:,} images x {contents.views} views x {contents.embedding_dim} numbers"
+    made = f"{cache.shards_on_disk()} of {contents.shards} shards, {cache.size / 2**20:,.1f} MB"
+    lines = cache.folder.name, f"  {shape}, {made}", f"  of {teacher}, in {contents.precision}", f"  on {task}"
+    console.print("\n".join(map(_printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) -> None:

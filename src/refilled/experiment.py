@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -416,7 +416,7 @@ class _Prepared:
 
 def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float) -> Result:
     run = prepared.run
-    fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
+    fabric = _fabric(run)
     journal = RunJournal(folder, display, seconds_between_saves)
     try:
         if prepared.readout is None:
@@ -424,6 +424,8 @@ def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_betw
             with journal.catching_signals():
                 fit(prepared.student, prepared.teacher, prepared.task, prepared.stages, run, fabric, journal, cache)
             result = _measure(prepared, folder, journal.seconds)
+            if cache is not None:
+                result = replace(result, teacher={**(result.teacher or {}), "cache": _gap(prepared, cache, fabric)})
             save_model(prepared.student, folder)
         else:
             journal.restore()  # nothing; but there is a log, if an empty one
@@ -438,26 +440,91 @@ def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_betw
 
 
 def _cache(prepared: _Prepared, fabric: Fabric, display: Display) -> TeacherCache | None:
-    run, teacher = prepared.run, prepared.teacher
+    run, teacher, task = prepared.run, prepared.teacher, prepared.task
     if run.views is None or teacher is None or not any(stage.needs_only_embedding for stage in prepared.stages):
         return None
-    teacher.to(fabric.device)
+    cache = _cache_of(run, teacher, task)
+    cache.build(task, _embedder(teacher, fabric), say=display.message)
+    return cache
+
+
+def _gap(prepared: _Prepared, cache: TeacherCache, fabric: Fabric) -> dict[str, Any]:
+    assert prepared.teacher is not None  # or there would be no cache
+    return {"views": cache.contents.views, **asdict(cache.gap(prepared.task, _embedder(prepared.teacher, fabric)))}
+
+
+def _embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
+    """The teacher's embedding of images, computed as the training loop computes it."""
+    teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad(), fabric.autocast():
             embedding: Tensor = teacher(images.to(fabric.device)).embedding
         return embedding
 
+    return embed
+
+
+def build_cache(run: Run, shards: Iterable[int] | None = None, say: Callable[[str], None] = print) -> TeacherCache:
+    """Embed the views that a run will ask its teacher for, or the part of them in some shards, before the run.
+
+    Only what decides the embeddings counts of the run: task, teacher, views, augmentation, precision, image size. All
+    that goes in can be sent to another process; any number of them, given the same run, share the work.
+
+    Args:
+        run: The run.
+        shards: Numbers of shards, below ``find_cache(run).contents.shards``; None for all.
+        say: Told of every shard that is made.
+
+    Raises:
+        RefilledError: the run has no teacher or no number of views, or names something that cannot be found.
+    """
+    run, teacher, task = _cacheable(run)
+    cache = _cache_of(run, teacher, task)
+    cache.build(task, _embedder(teacher, _fabric(run)), shards, say)
+    return cache
+
+
+def find_cache(run: Run) -> TeacherCache:
+    """Find the cache that a run would use, whether or not anything of it is built yet.
+
+    Raises:
+        RefilledError: as :func:`build_cache`.
+    """
+    return _cache_of(*_cacheable(run))
+
+
+def list_caches() -> list[Path]:
+    """Return the folders of all teacher caches of this machine."""
+    return sorted(path.parent for path in (cache_folder() / "teacher").glob("*/manifest.json"))
+
+
+def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
+    if run.views is None:
+        raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
+    run = resolve(run)
+    torch.set_num_threads(run.threads or torch.get_num_threads())
+    teacher = _load_teacher(run)
+    if teacher is None:
+        raise RunError("a cache holds what a teacher says; name one with --teacher")
+    return run, teacher, _load_task(run)
+
+
+def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
+    assert run.views is not None  # whoever asks has checked it
     return teacher_cache(
         cache_folder() / "teacher",
         teacher,
-        prepared.task,
+        task,
         views=run.views,
-        augmentation=augmentation_of(run, prepared.task),
+        augmentation=augmentation_of(run, task),
         precision=run.precision,
-        embed=embed,
-        say=display.message,
+        names=(run.teacher or "", task.name),
     )
+
+
+def _fabric(run: Run) -> Fabric:
+    return Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
 
 
 class _Look(NamedTuple):
