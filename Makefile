@@ -18,7 +18,9 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/mining.py
+	$(BIN)/python benchmarks/mining.py --sizes 128 256 512 --runs 5
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/data.py
 
 # The stamp is older than pyproject.toml only when the dependencies may have changed.
 $(STAMP): pyproject.toml

@@ -11,9 +11,10 @@ The embeddings are random, of five classes that overlap; they are the same for e
 those in a loop some tasks are timed, and tasks a second follow.
 
 ``heads``: embedding to scores. ``protonet``: from a bank of embeddings, drawing of the tasks included, as 600 tasks of
-a test. ``students``: ConvNet-4s of 32 pixels trained by ReFilled's losses; ``together`` networks as one with grouped
-convolutions, and, as ``plain loop``, one by one in the memory layout that PyTorch takes by itself. All times are
-processor time, since others may use the machine: the least of three.
+a test. ``students``: ConvNet-4s of 32 pixels trained by ReFilled's losses, one by one or so many ``together`` as one
+network with grouped convolutions, in the precision that is best for the processor; as ``float32``, one by one in that
+precision; and as ``plain loop`` besides in the memory layout that PyTorch takes by itself. All times are processor
+time, since others may use the machine: the least of three.
 """
 
 import argparse
@@ -131,12 +132,13 @@ def train_students(tasks: int, steps: int) -> None:
     bank = Bank(pixels, freeze(create_model("convnet4", 2, image_size=32)))
     refilled = methods.load_method("refilled")
     counts = (1, 2, 4, 8)
-    print(f"{'shots':>5} {'plain loop':>11} " + " ".join(f"{f'together {n}':>11}" for n in counts))
-    for shots in (1, 5):
+    titles = ("plain loop", "float32", "one by one", *(f"together {n}" for n in counts[1:]))
+    print(f"{'shots':>5} " + " ".join(f"{title:>11}" for title in titles))
+    for shots in (1, 5, 30):
         drawn = sample_episodes(labels, range(tasks), n_shot=shots, n_query=1)
 
-        def train(together: int, drawn: object = drawn) -> None:
-            recipe = students.StudentRecipe(steps=steps, views=1, together=together)
+        def train(together: int, precision: students.StudentPrecision = "auto", drawn: object = drawn) -> None:
+            recipe = students.StudentRecipe(steps=steps, views=1, together=together, precision=precision)
             students.student_learner(
                 bank,
                 lambda classes: students.with_classifier(create_model("convnet4", 2, image_size=32), classes),
@@ -145,10 +147,10 @@ def train_students(tasks: int, steps: int) -> None:
             )(drawn)
 
         train(1)  # the bank embeds
-        times = [seconds(partial(train, together)) for together in counts]
+        times = [seconds(partial(train, 1, "32-true")), *(seconds(partial(train, together)) for together in counts)]
         kept = students.students
         students.students = students.Students  # in the layout that PyTorch takes by itself
-        plain = seconds(partial(train, 1))
+        plain = seconds(partial(train, 1, "32-true"))
         students.students = kept
         cells = [1000 * time / tasks / steps for time in (plain, *times)]
         print(f"{shots:5} " + " ".join(f"{cell:11.2f}" for cell in cells), flush=True)

@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +18,23 @@ from typer.testing import CliRunner
 
 from refilled.benchmark import bench as module
 from refilled.benchmark.bench import bench, estimate, find_table
-from refilled.benchmark.cells import Choice, Plan, cells, chosen, name_of
+from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.jobs import FewShotTest, carry_out, name_of
 from refilled.benchmark.measures import added_gradients
-from refilled.benchmark.protocols import PROTOCOLS, RECIPES, SCALES
+from refilled.benchmark.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.benchmark.runner import run_grid
 from refilled.benchmark.table_report import Entry, TableReport
 from refilled.benchmark.tables import TABLES, Column, Row, Table
+from refilled.checkpoints import hold
 from refilled.cli import app
 from refilled.data import TaskSize
-from refilled.errors import RunError
+from refilled.errors import InUseError, RunError
 from refilled.evaluation import nmi
 from refilled.experiment import Result, resolve
+from refilled.fewshot.evaluation import FewShotResult
 from refilled.models import create_model
-from refilled.run import Run
+from refilled.run import MetaRun, Run
 
 ONE = Choice(seeds=(0,))
 STUDENT, REFILLED = (
@@ -82,6 +86,10 @@ def small_table(*rows: Row, columns: int = 1) -> Table:
         ("s5", "ReFilled, one stage, 0.1", "(40, 1)", 72.30),
         ("figure3", "stage 1 + CE", "all", 71.90),
         ("figure4", "without alignment", "(16, 1)", 51.77),
+        ("table7", "FEAT", "10-shot", 74.86),
+        ("table7", "ReFilled from ResNet", "30-shot", 80.33),
+        ("s3", "MAML", "5-shot", 63.11),
+        ("s3", "ReFilled from ConvNet", "1-shot", 53.44),
     ],
 )
 def test_numbers_are_those_that_the_paper_prints(table, row, column, number):
@@ -99,6 +107,7 @@ def test_numbers_that_the_paper_prints_twice_stand_here_twice():
     assert numbers("table1").items() <= numbers("s4").items()
     assert numbers("table1").items() <= numbers("s1", "hard ").items()
     assert numbers("table2").items() <= numbers("s5").items()
+    assert numbers("table7").items() <= numbers("s3").items() == numbers("s3-imagenet").items()
     hard, left = numbers("s1", "hard "), numbers("figure3")
     for name in ("Student", "RKD", "stage 1 + CE", "stage 1 + LKD, fixed weight", "ReFilled"):
         assert left[name, "all"] == hard[name, "1"]
@@ -143,15 +152,120 @@ def test_all_that_train_a_student_do_so_for_equally_many_epochs(scale, recipe):
         found = cells(table, Choice(scale, recipe))
         assert len({c.run.epochs for c in found if c.run and c.row.epochs == 1 and c.column.protocol == "cub"}) <= 1
         for cell in found:
-            if cell.row.method == "refilled" and "kd_decay" not in cell.row.settings:
+            if isinstance(cell.run, Run) and cell.run.method == "refilled" and "kd_decay" not in cell.row.settings:
                 # In a stage of any length the weight falls as far as in the paper's 200 epochs.
                 assert cell.run.settings["kd_decay"] * cell.run.epochs / 2 == pytest.approx(0.05 * 200)
 
 
 def test_every_protocol_has_data_at_every_scale_and_every_column_a_protocol():
-    for protocol in PROTOCOLS.values():
+    for protocol in (*PROTOCOLS.values(), *FEW_SHOT.values()):
         assert set(protocol.data) == set(SCALES)
-    assert {column.protocol for table in TABLES.values() for column in table.columns} == set(PROTOCOLS)
+    named = {column.protocol for table in TABLES.values() for column in table.columns}
+    assert named == {*PROTOCOLS, *FEW_SHOT}
+
+
+# Few-shot tables
+
+
+def few_shot_cell(scale: str, row: str, column: str, table: str = "s3") -> Cell:
+    found = cells(TABLES[table], Choice(scale))
+    (cell,) = [cell for cell in found if (cell.row.name, cell.column.name) == (row, column)]  # whatever the seeds
+    return cell
+
+
+def test_at_the_papers_scale_few_shot_tests_are_what_the_paper_says():
+    cell = few_shot_cell("paper", "SVM", "30-shot")
+    run = cell.run.run
+    assert (run.data, run.n_way, run.n_shot, run.n_query, run.n_episodes) == ("mini_imagenet", 5, 30, 15, 600)
+    teacher = cell.teacher
+    assert (teacher.task, teacher.student, teacher.batch_size) == ("mini_imagenet:seen", "convnet4", 128)
+    assert cell.run.search
+    cell = few_shot_cell("paper", "ReFilled from ResNet", "10-shot")
+    assert (cell.teacher.student, cell.start.student, cell.run.run.n_episodes) == ("resnet12", "convnet4", 600)
+    cell = few_shot_cell("paper", "FEAT", "10-shot")
+    assert (cell.meta.method, cell.meta.n_shot, cell.meta.n_way, cell.start) == ("feat", 10, 5, None)
+
+
+def test_a_split_among_the_options_of_a_task_stays_there():
+    cell = few_shot_cell("mini", "1NN", "1-shot", "s3-imagenet")
+    assert cell.teacher.task == "tinyimagenet64:seen@split=tiny_imagenet"
+
+
+def test_few_shot_tests_share_backbones_and_meta_training(tmp_path):
+    found = {name: cells(TABLES[name], Choice("mini")) for name in ("s3", "table7")}
+    plan = Plan([*found["s3"], *found["table7"]], tmp_path)
+    kinds = [type(job) for job in plan.runs.values()]
+    shots_of_meta_training = 2
+    assert (kinds.count(Run), kinds.count(MetaRun)) == (2, 3 * shots_of_meta_training)
+    assert kinds.count(FewShotTest) == len(found["s3"])
+    for cell in found["s3"]:
+        name = plan.run_of(cell)
+        before = list(plan.missing([cell]))
+        assert before[-1] == name
+        for needed in plan.needs[name]:
+            assert before.index(needed) < before.index(name)
+        job = plan.runs[name]
+        models = {model for model in (job.teacher, job.student) if model is not None}
+        assert models == {str(tmp_path / needed) for needed in plan.needs[name]}
+
+
+def test_a_few_shot_test_is_named_after_all_that_decides_it():
+    job = few_shot_cell("mini", "SVM", "5-shot").run
+    run = job.run
+    assert name_of(job) == name_of(replace(job, run=replace(run, device="cuda", threads=4, settings={"c": 1.0})))
+    others = [
+        replace(job, teacher="another"),
+        replace(job, student="another"),
+        replace(job, trials=7),
+        replace(job, search={"c": "1..2"}),
+        *(replace(job, run=replace(run, **change)) for change in ({"n_shot": 1}, {"seed": 1}, {"settings": {"c": 2}})),
+    ]
+    assert len({name_of(job), *map(name_of, others)}) == 1 + len(others)
+
+
+def test_a_few_shot_table_shows_the_interval_over_tasks(folder):
+    page = bench(TABLES["table7"], Choice(), folder, console=quiet()).page
+    rows = read_csv(page.parent / "results.csv")
+    assert {row["seed"] for row in rows} == {"0"}, "tasks take the place of seeds"
+    for row in rows:
+        found = FewShotResult.load(folder / "runs" / row["run"])
+        assert (row["value"], row["interval"]) == (f"{found.accuracy:.2f}", f"{found.interval:.2f}")
+        assert int(row["tasks"]) == found.n_episodes
+        assert f"{found.accuracy:.2f} ± {found.interval:.2f}" in page.read_text()
+    assert "mean over 4 or 2 tasks ± its 95 % interval" in page.read_text()
+    assert "digits:unseen" in page.read_text()
+
+
+def test_settings_that_were_searched_for_are_those_of_the_test(folder):
+    (cell,) = [c for c in cells(TABLES["table7"], ONE) if (c.row.name, c.column.name) == ("SVM", "10-shot")]
+    name = Plan([cell], folder / "runs").run_of(cell)
+    written = tomllib.loads((folder / "runs" / name / "run.toml").read_text())
+    tried = optuna_values(folder / "runs" / f"{name}.tuning" / "trials")
+    assert len(tried) == cell.run.trials
+    assert written["settings"]["c"] in [pytest.approx(value) for value in tried]
+    assert written["side"] == "unseen"
+
+
+def optuna_values(journal: Path) -> list[float]:
+    optuna = pytest.importorskip("optuna")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    (study,) = optuna.get_all_study_summaries(storage)
+    return [trial.params["c"] for trial in optuna.load_study(study_name=study.study_name, storage=storage).trials]
+
+
+def test_one_process_at_a_time_searches(tmp_path):
+    job = few_shot_cell("smoke", "SVM", "1-shot").run
+    (tmp_path / "test.tuning").mkdir()
+    with hold(tmp_path / "test.tuning"), pytest.raises(InUseError):
+        carry_out(job, tmp_path / "test")
+
+
+def test_few_shot_tests_are_counted_where_they_cannot_be_timed(tmp_path):
+    cell = few_shot_cell("smoke", "FEAT", "1-shot")
+    plan = Plan([cell], tmp_path)
+    lines = estimate(plan, plan.missing([cell]), jobs=1)
+    assert lines[0].startswith("1 run to do")
+    assert lines[-1].startswith("2 few-shot tests and meta-trainings")
 
 
 # From cells to runs
@@ -184,7 +298,7 @@ def test_teachers_and_equal_cells_are_one_run(tmp_path):
     tables = [TABLES[name] for name in ("table1", "s4", "s1", "figure3")]
     choice = Choice(scale="paper", seeds=(0, 1))
     plan = Plan([cell for table in tables for cell in cells(table, choice)], tmp_path)
-    teachers = {teacher for name, teacher in plan.needs.items() if plan.runs[name].task == "cub:100-199@test=0.3"}
+    teachers = {needed for name, needed in plan.needs.items() if plan.runs[name].task == "cub:100-199@test=0.3"}
     assert len(teachers) == 1
     students = [run for run in plan.runs.values() if run.method == "vanilla" and run.task == "cub:100-199@test=0.3"]
     widths, seeds, shots = 4, 2, 6
@@ -301,7 +415,10 @@ def test_students_of_a_teacher_that_fails_fail_with_that_reason(tmp_path):
     }
     failures = {}
     results = run_grid(
-        runs, tmp_path, on_failure=lambda name, error: failures.update({name: str(error)}), needs={"student": "teacher"}
+        runs,
+        tmp_path,
+        on_failure=lambda name, error: failures.update({name: str(error)}),
+        needs={"student": ["teacher"]},
     )
     assert failures == {"teacher": "out of luck", "student": "it needs teacher, which failed"}
     assert list(results) == ["alone"]
@@ -342,7 +459,7 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_pa
 
 def test_the_estimate_adds_up(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "images_per_second", lambda work, device: 100.0 if work.teacher else 200.0)
-    monkeypatch.setattr(module, "_size", lambda *task: TaskSize(classes=10, train=6000, image_size=32))
+    monkeypatch.setattr(module, "_size", lambda *task: TaskSize(("a", "b"), 6000, 0, 0, 32, "none", 1000.0))
     table = small_table(Row("alone", "vanilla", (None,)), Row("taught", "rkd", (None,)))
     choice = Choice("mini", seeds=(0, 1))
     every = cells(table, choice)

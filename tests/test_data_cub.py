@@ -90,10 +90,12 @@ def test_teacher_and_student_of_the_easy_split_share_no_class(home):
 
 
 @pytest.mark.parametrize("text", ["cub", "cub:0-1@shots=3", "cub@test=0.3", "digits:0-4@shots=7", "digits"])
-def test_the_size_of_a_task_is_known_without_its_pixels(home, text):
+def test_the_size_of_a_task_is_known_before_it_is_loaded(home, text):
     task = load_task(text, data_root=home.parents[1])
     size = task_size(text, data_root=home.parents[1])
-    assert (size.classes, size.train, size.image_size) == (len(task.classes), len(task.train), task.image_size)
+    assert (size.class_names, size.image_size, size.augmentation) == (task.classes, task.image_size, task.augmentation)
+    assert (size.train, size.val, size.test) == (len(task.train), len(task.val), len(task.test))
+    assert size.images_per_second > 0
 
 
 def test_pooled_parts_keep_rows_names_and_pictures_together():

@@ -193,25 +193,6 @@ def test_threads_do_not_matter(monkeypatch):
     assert torch.equal(read_pixels(pictures, 20, 80)[0], alone)
 
 
-def test_images_beyond_the_memory_limit_are_mapped_from_a_file_that_is_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    pictures = [encoded(Image.fromarray(RAMP)), b"bad", encoded(Image.fromarray(255 - RAMP))]
-    in_memory, _ = read_pixels(pictures, 3, 16)
-    mapped, _ = read_pixels(pictures, 3, 16, memory_limit=100)
-    assert torch.equal(in_memory, mapped)
-    assert mapped.is_contiguous(memory_format=torch.channels_last)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_said_at_once(monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(TaskError, match=r"TMPDIR"):
-        read_pixels([], 10, 16, memory_limit=0)
-
-
 def test_too_little_memory_is_said(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("can't allocate memory")

@@ -350,7 +350,7 @@ def test_students_trained_together_are_those_trained_one_by_one(pool, teacher, m
     bank = Bank(pixels, teacher, augmentation="crop-flip")
     found = []
     for together in (1, 3):
-        recipe = StudentRecipe(steps=4, lr=0.02, views=3, together=together)
+        recipe = StudentRecipe(steps=4, lr=0.02, views=3, together=together, precision="32-true")
         learner = student_learner(bank, double_convnet, partial_stages(methods.load_method(method)), recipe)
         found.append(learner(episodes_of(labels, shot=shot)))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
@@ -371,7 +371,7 @@ def test_a_student_equals_a_plain_loop(pool):
     drawn = episodes_of(labels, tasks=1)
     torch.manual_seed(0)
     start = create_model("convnet4", 3, image_size=16)
-    recipe = StudentRecipe(steps=5, lr=0.02, momentum=0.5, weight_decay=0.01)
+    recipe = StudentRecipe(steps=5, lr=0.02, momentum=0.5, weight_decay=0.01, precision="32-true")
     vanilla = methods.load_method("vanilla")
     bank = Bank(pixels)
     ours = student_learner(bank, lambda classes: with_classifier(start, classes), partial_stages(vanilla), recipe)(
@@ -457,14 +457,23 @@ def test_each_image_is_embedded_once(pool, teacher, monkeypatch):
     torch.testing.assert_close(first[0], teacher(pixels[drawn.support[0]]).embedding)
 
 
-@pytest.mark.parametrize("name", ["nearest_neighbour", "linear", "svm", "fine_tune", "protonet"])
-def test_an_embedding_without_information_is_near_chance(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("nearest_neighbour", "linear", "svm", "fine_tune", "protonet", "feat", "maml"),
+        *("vanilla", "rkd", "refilled", "regression"),
+    ],
+)
+def test_images_without_information_are_told_apart_by_chance(name):
     labels = torch.arange(400) % 8
     pixels = torch.randint(0, 256, (400, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     torch.manual_seed(0)
-    bank = Bank(pixels, freeze(create_model("convnet4", 2, image_size=16)))
-    drawn = sample_episodes(labels, range(60), n_way=5, n_shot=3, n_query=5)
-    accuracy = (load_few_shot_method(name).learner(bank, {})(drawn).argmax(2) == drawn.query_labels).double().mean()
+    head = {f"attention.{part}": value for part, value in SetAttention(64).state_dict().items()}
+    bank = Bank(pixels, freeze(create_model("convnet4", 5, image_size=16)), head=head)
+    drawn = sample_episodes(labels, range(30), n_way=5, n_shot=3, n_query=10)
+    method = load_few_shot_method(name)
+    learner = method.learner(bank, {"steps": 2} if "steps" in method.parameters else {})
+    accuracy = (learner(drawn).argmax(2) == drawn.query_labels).double().mean()
     assert abs(accuracy - 0.2) < 0.04  # 1,500 queries: four standard errors
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from refilled.cli import app
 from refilled.errors import MethodError, RefilledError, RunError, TaskError
-from refilled.fewshot import evaluation, meta_training
+from refilled.fewshot import bank, evaluation, meta_training
 from refilled.fewshot.evaluation import FewShotResult, evaluate_few_shot, mean_and_interval
 from refilled.fewshot.meta_training import meta_train
 from refilled.fewshot.tuning import tune
@@ -89,6 +89,21 @@ def test_a_batch_of_tasks_is_as_good_as_another(run, tmp_path):
     other = evaluate_few_shot(replace(run, batch=30), tmp_path / "b")
     assert [line["accuracy"] for line in lines(tmp_path / "a")] == [line["accuracy"] for line in lines(tmp_path / "b")]
     assert one.data["fingerprint"] == other.data["fingerprint"]
+
+
+def test_tests_of_one_process_embed_an_image_once(run, tmp_path, monkeypatch):
+    evaluation._known.cache_clear()
+    embedded, embed = [], bank.predict
+    monkeypatch.setattr(bank, "predict", lambda *given: (embedded.append(len(given[1])), embed(*given))[1])
+    alone = evaluate_few_shot(run, tmp_path / "a")
+    first = sum(embedded)
+    assert 0 < first <= alone.data["images"]
+    evaluate_few_shot(replace(run, method="svm"), tmp_path / "b")
+    assert sum(embedded) == first
+    torch.manual_seed(1)
+    save_model(create_model("convnet4_average", 5, image_size=16), tmp_path / "other")
+    evaluate_few_shot(replace(run, teacher=str(tmp_path / "other")), tmp_path / "c")
+    assert sum(embedded) == 2 * first, "another model embeds anew"
 
 
 def test_an_interrupted_test_goes_on(run, tmp_path):

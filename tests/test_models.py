@@ -210,6 +210,15 @@ def test_normalization_is_that_of_the_definition():
     torch.testing.assert_close(model.normalize(images / 255), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (2, 3, 6, 9), (1, 3, 1, 1), (0, 3, 4, 4)])
+def test_the_memory_layout_of_images_does_not_matter(shape):
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    model = create_model("wrn_10_1", 2, mean=[0.1, 0.5, 0.9], std=[0.2, 0.3, 0.4])
+    normalized = model.normalize(images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(normalized, model.normalize(images.contiguous()))
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("images", [torch.rand(2, 3, 12, 20), torch.randint(0, 256, (2, 3, 12, 20), dtype=torch.uint8)])
 def test_images_are_resized_to_the_input_size(images):
     model = create_model("wrn_10_1", 2, input_size=8)

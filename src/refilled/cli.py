@@ -23,9 +23,11 @@ from refilled.errors import RefilledError, RunError, unknown
 from refilled.run import PRESETS, FewShotRun, MetaRun, Recipe, Run, with_preset
 
 if TYPE_CHECKING:
+    from refilled.benchmark import executors
     from refilled.benchmark.comparison import Comparison
     from refilled.experiment import Result
     from refilled.progress import Display
+    from refilled.teacher_cache import TeacherCache
     from refilled.tuning import Tuned
 
 app = typer.Typer(
@@ -40,6 +42,15 @@ err = Console(stderr=True)
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Executor = Annotated[
+    str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
+]
+Cpus = Annotated[float, typer.Option(help="Processor cores a run, for Ray.", min=0.0)]
+Gpus = Annotated[float, typer.Option(help="Accelerators a run, for Ray; 0.5 lets two runs share one.", min=0.0)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run is and what it will cost, in time and memory, and stop.")
+]
+Ranks = Annotated[int, typer.Option(help="With --dry-run: so many processes under torchrun.", min=1)]
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
@@ -88,12 +99,17 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a model from labels alone: a teacher, or a student without one."""
     run = _configure(preset, {"task": task, "student": model, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
     _distill(run, out, overwrite, quiet, as_json)
 
 
@@ -118,6 +134,8 @@ def distill(
         Path | None, typer.Option(help="Go on with the run in this folder; nothing else is needed.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
@@ -132,7 +150,11 @@ def distill(
         raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
     settings = dict(_key_value(text) for text in set_ or ())
     named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
-    _distill(_configure(preset, {**named, **flags}), out, overwrite, quiet, as_json)
+    run = _configure(preset, {**named, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
+    _distill(run, out, overwrite, quiet, as_json)
 
 
 @app.command()
@@ -217,11 +239,15 @@ def compare(
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     preset: Preset = None,
     **flags: Any,
 ) -> None:
     """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
     from refilled.benchmark.comparison import Comparison
+    from refilled.benchmark.executors import find_executor
 
     if task.endswith(".toml"):
         comparison = Comparison.from_toml(_read(Path(task)))
@@ -231,7 +257,7 @@ def compare(
         rows = {name: _row(name) for name in methods.split(",")}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / _run_name(run)
-    _compare(comparison, out, jobs)
+    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus))
 
 
 Set = Annotated[
@@ -386,10 +412,55 @@ def demo(
     from importlib.resources import files
 
     from refilled.benchmark.comparison import Comparison
+    from refilled.benchmark.executors import processes
 
     console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
     comparison = Comparison.from_toml((files("refilled.benchmark") / "demo.toml").read_text(encoding="utf-8"))
-    _compare(comparison, out, jobs)
+    _compare(comparison, out, jobs, processes)
+
+
+cache = typer.Typer(help="Teachers' embeddings on disk, for runs with --views.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+
+_NOT_CACHED = {f.name for f in fields(Recipe)} - {"augmentation", "precision", "seed"}
+
+
+@cache.command()
+@_run_flags("student", "method", "settings", "score", "pretrained", *_NOT_CACHED)
+def build(
+    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)],
+    views: Annotated[int, typer.Option(help="Augmented views of each image.", min=1, show_default=False)],
+    quiet: Quiet = False,
+    **flags: Any,
+) -> None:
+    """Embed views of a task's images by a teacher, for all runs that take the same; several commands share the work."""
+    from refilled.experiment import build_cache
+
+    run = _configure(None, {"task": task, "teacher": teacher, "views": views, **flags})
+    _print_cache(build_cache(run, say=_silent if quiet else _say))
+
+
+@cache.command()
+def info() -> None:
+    """List the caches of this machine, and what is in them."""
+    for found in _open_caches():
+        _print_cache(found)
+
+
+@cache.command()
+def verify() -> None:
+    """Read all caches of this machine and say what is damaged or missing; a run or 'cache build' mends it."""
+    damaged = 0
+    for found in _open_caches():
+        problems = found.problems()
+        damaged += len(problems)
+        for shard, problem in problems.items():
+            _say(f"{found.path(shard)}: {problem}")
+        whole = found.contents.shards - len(problems)
+        console.print(f"{found.folder.name}: {whole} of {found.contents.shards} whole", highlight=False)
+    if damaged:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -403,6 +474,9 @@ def bench(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each cell.", min=1)] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     out: Annotated[Path, typer.Option(help="Folder that all tables share.")] = Path("runs/bench"),
     data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
@@ -412,6 +486,7 @@ def bench(
     from refilled.benchmark.bench import bench as carry_out
     from refilled.benchmark.bench import estimate_table, find_table
     from refilled.benchmark.cells import Choice
+    from refilled.benchmark.executors import find_executor
 
     if table == "list":
         console.print(_tables())
@@ -421,7 +496,7 @@ def bench(
         for line in estimate_table(find_table(table), choice, out, jobs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-    outcome = carry_out(find_table(table), choice, out, jobs, console)
+    outcome = carry_out(find_table(table), choice, out, jobs, console, find_executor(executor, cpus, gpus))
     console.print(f"page: {outcome.page}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         raise typer.Exit(1)
@@ -447,10 +522,10 @@ def _configure(preset: str | None, values: dict[str, Any]) -> Run:
     return Run(**with_preset(preset, {name: value for name, value in values.items() if value is not None}))
 
 
-def _compare(comparison: "Comparison", folder: Path, jobs: int) -> None:
+def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor") -> None:
     from refilled.benchmark.comparison import compare as carry_out
 
-    page = carry_out(comparison, folder, jobs, console)
+    page = carry_out(comparison, folder, jobs, console, executor)
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -480,6 +555,20 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_jso
     if overwrite:
         experiment.overwrite(folder)
     _carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+
+
+def _forecast(run: Run, ranks: int, as_json: bool) -> None:
+    from refilled.cost import forecast
+
+    found = forecast(run, ranks)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    console.print(found.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    for heading, text in found.rows():
+        table.add_row(heading, escape(text))
+    console.print(table)
 
 
 def _resume(folder: Path, quiet: bool, as_json: bool) -> None:
@@ -536,6 +625,13 @@ def _print_result(result: "Result", folder: Path) -> None:
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
     table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
+    cached = (result.teacher or {}).get("cache")
+    if cached:
+        accuracies = f"{cached['cached_accuracy']:.2f} % cached, {cached['live_accuracy']:.2f} % live"
+        difference = f"largest difference {cached['largest_difference']:.1g} of the root mean square"
+        table.add_row(
+            "teacher cache", f"{accuracies}, of {cached['images']} training images by class mean; {difference}"
+        )
     table.add_row("network", f"{result.parameters:,} parameters")
     table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
     if result.data["skipped"]:
@@ -544,6 +640,27 @@ def _print_result(result: "Result", folder: Path) -> None:
         table.add_row("note", escape(_printable(note)))
     console.print(table)
     console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _open_caches() -> list["TeacherCache"]:
+    from refilled.experiment import list_caches
+    from refilled.teacher_cache import TeacherCache
+
+    opened = []
+    for folder in list_caches():
+        try:
+            opened.append(TeacherCache.open(folder))
+        except RunError as error:  # of an earlier version, perhaps; the others can still be shown
+            _say(str(error))
+    return opened
+
+
+def _print_cache(cache: "TeacherCache") -> None:
+    contents, (teacher, task) = cache.contents, cache.of
+    shape = f"{contents.images:,} images x {contents.views} views x {contents.embedding_dim} numbers"
+    made = f"{cache.shards_on_disk()} of {contents.shards} shards, {cache.size / 2**20:,.1f} MB"
+    lines = cache.folder.name, f"  {shape}, {made}", f"  of {teacher}, in {contents.precision}", f"  on {task}"
+    console.print("\n".join(map(_printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) -> None:

@@ -3,13 +3,18 @@
 import torch
 from torch import Tensor
 
+from refilled.data import Pixels
 from refilled.distances import class_centers, pairwise_distances
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 
+SCORING_BATCH = 256  # images at a time
+
 
 @torch.no_grad()
-def predict(model: Backbone, pixels: Tensor, device: torch.device | str = "cpu", batch_size: int = 256) -> Outputs:
+def predict(
+    model: Backbone, pixels: Pixels, device: torch.device | str = "cpu", batch_size: int = SCORING_BATCH
+) -> Outputs:
     """Run a model in evaluation mode over all images ``(N, 3, H, W)``, not augmented; the outputs come on the CPU.
 
     The model's mode is put back afterwards.

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from refilled.checkpoints import discard_states, hold
-from refilled.data import Split, Task, load_task
+from refilled.data import Pixels, Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.errors import RunError, TaskError
-from refilled.evaluation import accuracy, class_accuracies, nearest_center_accuracy, predict
-from refilled.files import write_atomic
+from refilled.evaluation import SCORING_BATCH, accuracy, class_accuracies, nearest_center_accuracy, predict
+from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
@@ -101,6 +101,15 @@ def check(run: Run) -> None:
         RefilledError: anything in the run that cannot work, as far as it can be found before training.
     """
     _Prepared(resolve(run))
+
+
+def prepare(run: Run, task: Task) -> "_Prepared":
+    """Look up all that a resolved run names but its images, for which those of a task with equal classes stand.
+
+    Raises:
+        RefilledError: anything in the run that cannot work, as far as it can be found without its images.
+    """
+    return _Prepared(run, task)
 
 
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
@@ -343,6 +352,7 @@ def _load_task(run: Run) -> Task:
         shots_seed=run.seed,
         val=run.val,
         image_size=run.image_size,
+        memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
     )
 
 
@@ -352,13 +362,13 @@ class _Prepared:
     student: Backbone
     """The network that is scored: what the stages train, or the frozen teacher itself for a readout."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
         torch.set_num_threads(run.threads or torch.get_num_threads())
         torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
-        self.task = _load_task(run)
+        self.task = _load_task(run) if task is None else task
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = _load_teacher(run)
@@ -406,7 +416,7 @@ class _Prepared:
 
 def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float) -> Result:
     run = prepared.run
-    fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
+    fabric = _fabric(run)
     journal = RunJournal(folder, display, seconds_between_saves)
     try:
         if prepared.readout is None:
@@ -414,6 +424,8 @@ def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_betw
             with journal.catching_signals():
                 fit(prepared.student, prepared.teacher, prepared.task, prepared.stages, run, fabric, journal, cache)
             result = _measure(prepared, folder, journal.seconds)
+            if cache is not None:
+                result = replace(result, teacher={**(result.teacher or {}), "cache": _gap(prepared, cache, fabric)})
             save_model(prepared.student, folder)
         else:
             journal.restore()  # nothing; but there is a log, if an empty one
@@ -428,31 +440,91 @@ def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_betw
 
 
 def _cache(prepared: _Prepared, fabric: Fabric, display: Display) -> TeacherCache | None:
-    run, teacher = prepared.run, prepared.teacher
+    run, teacher, task = prepared.run, prepared.teacher, prepared.task
     if run.views is None or teacher is None or not any(stage.needs_only_embedding for stage in prepared.stages):
         return None
-    teacher.to(fabric.device)
+    cache = _cache_of(run, teacher, task)
+    cache.build(task, _embedder(teacher, fabric), say=display.message)
+    return cache
+
+
+def _gap(prepared: _Prepared, cache: TeacherCache, fabric: Fabric) -> dict[str, Any]:
+    assert prepared.teacher is not None  # or there would be no cache
+    return {"views": cache.contents.views, **asdict(cache.gap(prepared.task, _embedder(prepared.teacher, fabric)))}
+
+
+def _embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
+    """The teacher's embedding of images, computed as the training loop computes it."""
+    teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad(), fabric.autocast():
             embedding: Tensor = teacher(images.to(fabric.device)).embedding
         return embedding
 
+    return embed
+
+
+def build_cache(run: Run, shards: Iterable[int] | None = None, say: Callable[[str], None] = print) -> TeacherCache:
+    """Embed the views that a run will ask its teacher for, or the part of them in some shards, before the run.
+
+    Only what decides the embeddings counts of the run: task, teacher, views, augmentation, precision, image size. All
+    that goes in can be sent to another process; any number of them, given the same run, share the work.
+
+    Args:
+        run: The run.
+        shards: Numbers of shards, below ``find_cache(run).contents.shards``; None for all.
+        say: Told of every shard that is made.
+
+    Raises:
+        RefilledError: the run has no teacher or no number of views, or names something that cannot be found.
+    """
+    run, teacher, task = _cacheable(run)
+    cache = _cache_of(run, teacher, task)
+    cache.build(task, _embedder(teacher, _fabric(run)), shards, say)
+    return cache
+
+
+def find_cache(run: Run) -> TeacherCache:
+    """Find the cache that a run would use, whether or not anything of it is built yet.
+
+    Raises:
+        RefilledError: as :func:`build_cache`.
+    """
+    return _cache_of(*_cacheable(run))
+
+
+def list_caches() -> list[Path]:
+    """Return the folders of all teacher caches of this machine."""
+    return sorted(path.parent for path in (cache_folder() / "teacher").glob("*/manifest.json"))
+
+
+def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
+    if run.views is None:
+        raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
+    run = resolve(run)
+    torch.set_num_threads(run.threads or torch.get_num_threads())
+    teacher = _load_teacher(run)
+    if teacher is None:
+        raise RunError("a cache holds what a teacher says; name one with --teacher")
+    return run, teacher, _load_task(run)
+
+
+def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
+    assert run.views is not None  # whoever asks has checked it
     return teacher_cache(
         cache_folder() / "teacher",
         teacher,
-        prepared.task,
+        task,
         views=run.views,
-        augmentation=augmentation_of(run, prepared.task),
+        augmentation=augmentation_of(run, task),
         precision=run.precision,
-        embed=embed,
-        say=display.message,
+        names=(run.teacher or "", task.name),
     )
 
 
-def cache_folder() -> Path:
-    """Where things lie that can be made again: $REFILLED_CACHE, else ``~/.cache/refilled``."""
-    return Path(os.environ.get("REFILLED_CACHE") or "~/.cache/refilled").expanduser()
+def _fabric(run: Run) -> Fabric:
+    return Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
 
 
 class _Look(NamedTuple):
@@ -535,9 +607,11 @@ def _few_steps(run: Run, images: int) -> list[str]:
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
 
 
-def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+def channel_statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 images ``(N, 3, S, S)``, on the scale [0, 1]."""
-    counts = torch.stack([torch.bincount(pixels[:, channel].flatten(), minlength=256) for channel in range(3)]).double()
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for block in pixels.split(SCORING_BATCH):
+        counts += torch.stack([torch.bincount(block[:, channel].flatten(), minlength=256) for channel in range(3)])
     levels = torch.arange(256) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)

@@ -52,5 +52,10 @@ def paired_maps(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tu
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Average the larger of two maps ``(N, C, H, W)`` down to the size of the smaller, in float32 or better."""
     height, width = (min(sides) for sides in zip(a.shape[-2:], b.shape[-2:], strict=True))
-    a, b = at_least_float32(a), at_least_float32(b)
-    return F.adaptive_avg_pool2d(a, (height, width)), F.adaptive_avg_pool2d(b, (height, width))
+    return _shrink(at_least_float32(a), height, width), _shrink(at_least_float32(b), height, width)
+
+
+def _shrink(maps: Tensor, height: int, width: int) -> Tensor:
+    if maps.shape[-2:] == (height, width):  # pooling would copy them, and its backward pass is as slow as a network's
+        return maps
+    return F.adaptive_avg_pool2d(maps, (height, width))

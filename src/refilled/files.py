@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where things lie that can be made again: $REFILLED_CACHE, else ``~/.cache/refilled``."""
+    return Path(os.environ.get("REFILLED_CACHE") or "~/.cache/refilled").expanduser()
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a machine that loses power, finds the old bytes or the new, never a mixture.
 

@@ -104,6 +104,8 @@ class Run(Recipe):
         teacher_std: Standard deviations likewise.
         teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
         data_root: Folder that holds the data sets.
+        image_memory: GiB of decoded images that a part of the task may hold in memory; a larger part lies on disk,
+            decoded once for all runs, and nothing else changes. None for a quarter of the memory that is free.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         threads: Processor threads; None for as many as torch chooses. Results are bit-identical at equal threads.
     """
@@ -122,6 +124,7 @@ class Run(Recipe):
     teacher_std: tuple[float, float, float] | None = None
     teacher_size: int | None = None
     data_root: str | None = None
+    image_memory: float | None = None
     device: str = "auto"
     threads: int | None = None
 

@@ -11,14 +11,17 @@ from rich.console import Console
 
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.executors import Executor, processes
+from refilled.benchmark.jobs import Found, Job, accuracy
 from refilled.benchmark.measures import measure
 from refilled.benchmark.runner import run_grid
 from refilled.benchmark.summary import count_of
 from refilled.benchmark.table_report import Entry, TableReport
 from refilled.benchmark.tables import TABLES, Table
+from refilled.cost import duration
 from refilled.data import TaskSize, task_size
 from refilled.errors import RefilledError, RunError, unknown
-from refilled.experiment import Result
+from refilled.fewshot.evaluation import FewShotResult
 from refilled.run import Run
 
 
@@ -46,7 +49,14 @@ def find_table(name: str) -> Table:
     return TABLES[name]
 
 
-def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Console | None = None) -> Outcome:
+def bench(
+    table: Table,
+    choice: Choice,
+    folder: Path,
+    jobs: int = 1,
+    console: Console | None = None,
+    executor: Executor = processes,
+) -> Outcome:
     """Carry out what is missing of a table, and write it down beside the paper's numbers.
 
     Runs lie in ``folder/runs`` and are shared by all tables; what is written about the table lies in
@@ -61,11 +71,12 @@ def bench(table: Table, choice: Choice, folder: Path, jobs: int = 1, console: Co
     plan = Plan(every, folder / "runs")
     wanted = chosen(table, every, choice.only)
     missing = plan.missing(wanted)
-    _say(console, f"{table.title}: scale {choice.scale}, recipe {choice.recipe}, {count_of(len(choice.seeds), 'seed')}")
+    seeds = count_of(len({cell.seed for cell in every}), "seed")
+    _say(console, f"{table.title}: scale {choice.scale}, recipe {choice.recipe}, {seeds}")
     for line in estimate(plan, missing, jobs):
         _say(console, line)
     failures = {cell.name: str(problem) for cell, problem in plan.problems.items() if cell in wanted}
-    failed = _carry_out(plan, missing, jobs, console)
+    failed = _carry_out(plan, missing, jobs, console, executor)
     failures |= {cell.name: failed[name] for cell in wanted if (name := plan.run_of(cell)) in failed}
     entries = [_entry(cell, plan, folder / "measures", failures) for cell in every]
     teachers = dict.fromkeys(name for cell in every if (name := plan.teacher_of(cell)) and plan.result(name))
@@ -91,7 +102,7 @@ def estimate_table(table: Table, choice: Choice, folder: Path, jobs: int = 1) ->
     return estimate(plan, plan.missing(chosen(table, every, choice.only)), jobs)
 
 
-def estimate(plan: Plan, missing: Mapping[str, Run], jobs: int) -> list[str]:
+def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
     """Say how long the missing runs of a plan will take on this machine, from a few steps of each kind.
 
     Raises:
@@ -101,23 +112,33 @@ def estimate(plan: Plan, missing: Mapping[str, Run], jobs: int) -> list[str]:
         return ["nothing is left to do"]
     runs: Counter[Work] = Counter()
     images: Counter[Work] = Counter()
-    for name, run in missing.items():
+    trainings = {name: job for name, job in missing.items() if isinstance(job, Run)}
+    for name, run in trainings.items():
         size = _size(run.task, run.shots, run.val, run.data_root, run.image_size)
-        teacher = plan.runs[plan.needs[name]].student if name in plan.needs else None
+        teacher = _network(plan, *plan.needs[name]) if name in plan.needs else None
         # A method without a student of its own trains the teacher's network, or nothing: that costs no more.
         network, taught_by = (run.student, teacher) if run.student else (teacher, None)
         assert network is not None  # every run has one of the two
         work = Work(network, taught_by, size.image_size, run.batch_size)
         runs[work] += 1
         images[work] += run.epochs * size.train
-    device = next(iter(missing.values())).device
-    rates = {work: images_per_second(work, device) for work in images}
+    devices = {run.device for run in trainings.values()}
+    rates = {work: images_per_second(work, *devices) for work in images}
     seconds = {work: images[work] / rates[work] for work in images}
-    total = _duration(sum(seconds.values()) / jobs)
-    return [
-        f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
-        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {_duration(seconds[w] / runs[w])} each" for w in images),
+    total = duration(sum(seconds.values()) / jobs)
+    others = len(missing) - len(trainings)
+    said = [
+        f"{count_of(len(trainings), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
+        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {duration(seconds[w] / runs[w])} each" for w in images),
     ]
+    not_timed = [f"{others} few-shot tests and meta-trainings to do, whose time is not estimated"]
+    return (said if trainings else []) + (not_timed if others else [])
+
+
+def _network(plan: Plan, name: str) -> str | None:
+    job = plan.runs[name]
+    assert isinstance(job, Run)  # what teaches in a run has been trained in one
+    return job.student
 
 
 @cache
@@ -126,37 +147,34 @@ def _size(task: str, shots: int | None, val: float, data_root: str | None, image
     return task_size(task, data_root=root, shots=shots, val=val, image_size=image_size)
 
 
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"
-
-
-def _carry_out(plan: Plan, missing: Mapping[str, Run], jobs: int, console: Console) -> dict[str, str]:
+def _carry_out(
+    plan: Plan, missing: Mapping[str, Job], jobs: int, console: Console, executor: Executor
+) -> dict[str, str]:
     """Carry out the missing runs; returns why runs failed, by their names."""
     failures: dict[str, str] = {}
     count = itertools.count(1)
 
-    def tell(name: str, result: Result) -> None:
-        _say(console, f"  {next(count)}/{len(missing)} {name}: {result.accuracy:.2f} %")
+    def tell(name: str, found: Found) -> None:
+        _say(console, f"  {next(count)}/{len(missing)} {name}: {accuracy(found):.2f} %")
 
     def note(name: str, error: Exception) -> None:
         # Of a failure that is no mistake of the user's, the kind says more than the words.
         failures[name] = str(error) if isinstance(error, RefilledError) else f"{type(error).__name__}: {error}"
         _say(console, f"  {next(count)}/{len(missing)} {name} failed: {failures[name]}")
 
-    needs = {name: teacher for name, teacher in plan.needs.items() if teacher in missing}
-    run_grid(missing, plan.folder, jobs, tell, note, needs)
+    needs = {name: [other for other in plan.needs.get(name, ()) if other in missing] for name in missing}
+    run_grid(missing, plan.folder, jobs, tell, note, needs, executor)
     return failures
 
 
 def _entry(cell: Cell, plan: Plan, kept: Path, failures: dict[str, str]) -> Entry:
     name = plan.run_of(cell)
-    if name is None or plan.result(name) is None:
+    found = plan.result(name)
+    if name is None or found is None:
         return Entry(cell)
+    interval = found.interval if isinstance(found, FewShotResult) else None
     try:
-        return Entry(cell, plan.folder / name, measure(cell, plan.folder / name, kept))
+        return Entry(cell, plan.folder / name, measure(cell, plan.folder / name, kept), interval)
     except RefilledError as error:
         failures[cell.name] = str(error)
         return Entry(cell)

@@ -1,26 +1,20 @@
-"""From a table to the runs that fill it: what each cell carries out, and where it finds it done already.
+"""From a table to the jobs that fill it: what each cell carries out, and where it finds it done already."""
 
-A run's folder is named after a digest of its configuration, its teacher's among it. So teachers are trained once,
-equal cells of several tables are one run, and a changed setting is another run instead of a wrong one.
-"""
-
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from refilled.benchmark.protocols import PROTOCOLS, RECIPES, SCALES, Data, Optimisation, Protocol
-from refilled.benchmark.tables import Column, Row, Table
+from refilled.benchmark.jobs import FewShotTest, Found, Job, load, name_of
+from refilled.benchmark.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, Optimisation, Protocol
+from refilled.benchmark.tables import Column, FewShotRow, Row, Table
 from refilled.errors import RefilledError, RunError, unknown
-from refilled.experiment import Result
+from refilled.fewshot.methods import list_meta_learners
 from refilled.methods import load_method
-from refilled.run import Recipe, Run
+from refilled.run import FewShotRun, MetaRun, Recipe, Run
 
 _EPOCHS_OF_THE_PAPER = 400  # two stages of 200
 _DECAY_OF_THE_PAPER = 0.05  # of the weight of local distillation, each epoch
-_WHERE = ("data_root", "device", "threads")  # where a run takes place, which is not what it is
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Choice:
     Attributes:
         scale: One of :data:`~refilled.benchmark.protocols.SCALES`.
         recipe: One of :data:`~refilled.benchmark.protocols.RECIPES`.
-        seeds: One run of every cell for each.
+        seeds: One run of every cell for each; the first alone where tasks take the place of seeds.
         only: Rows, columns and cells to carry out, as ``ROW``, ``/COLUMN`` or ``ROW/COLUMN``; all if empty.
         data_root: As in a run.
         device: As in a run.
@@ -62,9 +56,13 @@ class Cell:
     paper: float | None
     student: str
     """Architecture at this scale."""
-    run: Run | None
-    """None where the teacher is all there is; its own teacher is not filled in."""
+    run: Run | FewShotTest | None
+    """None where the teacher is all there is; the models that it takes are not filled in."""
     teacher: Run | None
+    meta: MetaRun | None = None
+    """Meta-training of the teacher that comes before a few-shot test."""
+    start: Run | None = None
+    """The model from which the students of few-shot tasks start."""
 
     @property
     def name(self) -> str:
@@ -75,10 +73,12 @@ class Cell:
 def cells(table: Table, choice: Choice) -> list[Cell]:
     """Return all cells of a table, row by row, whatever ``choice.only`` says."""
     return [
-        _cell(table, row, column, seed, choice)
+        _few_shot_cell(table, row, column, seed, choice)
+        if isinstance(row, FewShotRow)
+        else _cell(table, row, column, seed, choice)
         for row in table.rows
         for column in table.columns
-        for seed in choice.seeds
+        for seed in (choice.seeds if table.mean_over == "seeds" else choice.seeds[:1])
         if row.columns is None or column.name in row.columns
     ]
 
@@ -112,14 +112,7 @@ def chosen(table: Table, found: Sequence[Cell], only: Sequence[str]) -> list[Cel
 def _cell(table: Table, row: Row, column: Column, seed: int, choice: Choice) -> Cell:
     protocol, scale = PROTOCOLS[column.protocol], SCALES[choice.scale]
     data, recipe = protocol.data[choice.scale], RECIPES[choice.recipe]
-    shared: dict[str, Any] = {
-        **recipe.fields,
-        "image_size": data.image_size,
-        "val": 0.0,
-        "threads": 1,
-        "data_root": choice.data_root,
-        "device": choice.device,
-    }
+    shared: dict[str, Any] = {**recipe.fields, "image_size": data.image_size, "val": 0.0, **_where(choice)}
     teacher = Run(
         **{**shared, "epochs": data.epochs or recipe.teacher_epochs},
         task=data.teacher_task,
@@ -141,6 +134,63 @@ def _cell(table: Table, row: Row, column: Column, seed: int, choice: Choice) -> 
     return Cell(row, column, seed, paper, student, run, None if row.method == "vanilla" else teacher)
 
 
+def _few_shot_cell(table: Table, row: FewShotRow, column: Column, seed: int, choice: Choice) -> Cell:
+    data, recipe = FEW_SHOT[column.protocol].data[choice.scale], RECIPES[choice.recipe]
+    where = _where(choice)
+
+    def backbone(network: str) -> Run:
+        return Run(
+            **{**recipe.fields, "epochs": data.epochs or recipe.teacher_epochs},
+            task=data.seen,
+            student=SCALES[choice.scale].network(network),
+            val=0.0,
+            **where,
+        )
+
+    assert row.method is not None
+    assert column.shots is not None
+    meta = None
+    if row.method in list_meta_learners():
+        meta = MetaRun(
+            data=data.pool,
+            method=row.method,
+            n_way=data.ways,
+            n_shot=min(column.shots, data.meta_shots),
+            n_episodes=data.meta_tasks,
+            lr=data.meta_lr,
+            validate_every=max(1, data.meta_tasks // 5),
+            n_validation=data.tune_tasks,
+            **where,
+        )
+    run = FewShotRun(
+        data=data.pool,
+        method=row.method,
+        settings={**row.settings, **({"steps": data.steps} if row.trains else {})},
+        n_way=data.ways,
+        n_shot=column.shots,
+        n_episodes=data.costly_tasks if row.costly else data.tasks,
+        seed=seed,
+        **where,
+    )
+    trials = data.costly_trials if row.costly else data.trials
+    searched = bool(row.search) and trials > 0
+    return Cell(
+        row,
+        column,
+        seed,
+        row.paper[table.columns.index(column)],
+        SCALES[choice.scale].network(column.student),
+        FewShotTest(run, row.search, trials, data.tune_tasks) if searched else FewShotTest(run),
+        backbone(row.backbone),
+        meta,
+        backbone(column.student) if row.trains == "student" else None,
+    )
+
+
+def _where(choice: Choice) -> dict[str, Any]:
+    return {"threads": 1, "data_root": choice.data_root, "device": choice.device}
+
+
 def _epochs(row: Row, data: Data, recipe: Optimisation) -> int:
     return max(1, round(row.epochs * (data.epochs or recipe.fields["epochs"])))
 
@@ -159,21 +209,21 @@ def _settings(row: Row, protocol: Protocol, data: Data, recipe: Optimisation) ->
 
 
 class Plan:
-    """The runs behind some cells, and where they lie.
+    """The jobs behind some cells, and where they lie.
 
     Args:
         cells: Cells of one table or of several.
-        folder: Each run lies in a folder of its own below ``folder``.
+        folder: Each job lies in a folder of its own below ``folder``.
     """
 
     def __init__(self, cells: Sequence[Cell], folder: Path) -> None:
         self.folder = folder
-        self.runs: dict[str, Run] = {}
-        self.needs: dict[str, str] = {}
-        """The name of the run whose student is the teacher, for those runs that have one."""
+        self.runs: dict[str, Job] = {}
+        self.needs: dict[str, tuple[str, ...]] = {}
+        """The jobs whose models a job reads, by its name."""
         self.problems: dict[Cell, RefilledError] = {}
-        """Cells whose runs cannot even be described."""
-        self._names: dict[Cell, tuple[str, str | None]] = {}  # of a cell's run and of its teacher's
+        """Cells whose jobs cannot even be described."""
+        self._names: dict[Cell, tuple[str, str | None]] = {}  # of a cell's job and of its teacher's
         for cell in cells:
             try:
                 self._names[cell] = self._add(cell)
@@ -181,39 +231,53 @@ class Plan:
                 self.problems[cell] = error
 
     def run_of(self, cell: Cell) -> str | None:
-        """Name the run that a cell is about: the student's, or the teacher's where there is no student."""
+        """Name the job that a cell is about: the student's, or the teacher's where there is no student."""
         return None if cell in self.problems else self._names[cell][0]
 
     def teacher_of(self, cell: Cell) -> str | None:
         """Name the run of a cell's teacher."""
         return None if cell in self.problems else self._names[cell][1]
 
-    def result(self, name: str | None) -> Result | None:
-        """Load the result of a run, if it is finished."""
+    def result(self, name: str | None) -> Found | None:
+        """Load the result of a job, if it is finished."""
         if name is None or not (self.folder / name / "DONE").exists():
             return None
-        return Result.load(self.folder / name)
+        return load(self.runs[name], self.folder / name)
 
-    def missing(self, cells: Iterable[Cell]) -> dict[str, Run]:
-        """Return the runs behind some cells that are not finished, a teacher before those that it teaches."""
-        names = dict.fromkeys(name for cell in cells for name in (self.teacher_of(cell), self.run_of(cell)) if name)
+    def missing(self, cells: Iterable[Cell]) -> dict[str, Job]:
+        """Return the jobs behind some cells that are not finished, each after those that it needs."""
+        about = [name for cell in cells if (name := self.run_of(cell))]
+        names = dict.fromkeys(needed for name in about for needed in self._with_needs(name))
         return {name: self.runs[name] for name in names if self.result(name) is None}
 
-    def _add(self, cell: Cell) -> tuple[str, str | None]:
-        teacher = None if cell.teacher is None else self._add_run(cell.teacher)
-        if cell.run is None:
-            assert teacher is not None  # or the cell would be about nothing
-            return teacher, teacher
-        run = cell.run if load_method(cell.run.method).takes_student else replace(cell.run, student=None)
-        return self._add_run(run, teacher), teacher
+    def _with_needs(self, name: str) -> list[str]:
+        return [before for need in self.needs.get(name, ()) for before in self._with_needs(need)] + [name]
 
-    def _add_run(self, run: Run, teacher: str | None = None) -> str:
-        name = name_of(replace(run, teacher=teacher))
+    def _add(self, cell: Cell) -> tuple[str, str | None]:
+        teacher = None if cell.teacher is None else self._add_job(cell.teacher)
+        match cell.run:
+            case None:
+                assert teacher is not None  # or the cell would be about nothing
+                return teacher, teacher
+            case Run():
+                run = cell.run if load_method(cell.run.method).takes_student else replace(cell.run, student=None)
+                return self._add_job(run, teacher=teacher), teacher
+            case FewShotTest():
+                start = None if cell.start is None else self._add_job(cell.start)
+                model = teacher if cell.meta is None else self._add_job(cell.meta, start=teacher)
+                return self._add_job(cell.run, teacher=model, student=start), teacher
+
+    def _add_job(self, job: Job, **models: str | None) -> str:
+        """Add a job that takes some models, which are given by field and by the name of the job that makes them."""
+        needed: dict[str, Any] = {at: name for at, name in models.items() if name is not None}
+        name = name_of(replace(job, **needed))
         if name not in self.runs:
-            self._refuse_outdated(name, run)
-            self.runs[name] = run if teacher is None else replace(run, teacher=str(self.folder / teacher))
-            if teacher is not None:
-                self.needs[name] = teacher
+            if isinstance(job, Run):
+                self._refuse_outdated(name, job)
+            found: dict[str, Any] = {at: str(self.folder / other) for at, other in needed.items()}
+            self.runs[name] = replace(job, **found)
+            if needed:
+                self.needs[name] = tuple(dict.fromkeys(needed.values()))
         return name
 
     def _refuse_outdated(self, name: str, run: Run) -> None:
@@ -221,23 +285,6 @@ class Plan:
         path = self.folder / name / "run.toml"
         if path.exists() and _in_full(Run.from_toml(path.read_text(encoding="utf-8"))) != _in_full(run):
             raise RunError(f"{path.parent} was run when other defaults held; remove it, or choose another --out")
-
-
-def name_of(run: Run) -> str:
-    """Name a run after what it is, with a digest of all that decides its outcome; not of where it takes place.
-
-    Defaults are left out of the digest, so that a parameter that is added later does not rename the runs before it.
-
-    Raises:
-        MethodError: The method or one of its parameters is unknown.
-    """
-    method = load_method(run.method)
-    settings = method.settle(run.settings)
-    unusual = {key: value for key, value in settings.items() if value != method.parameters[key]}
-    named = [f for f in fields(run) if f.name not in (*_WHERE, "settings") and getattr(run, f.name) != f.default]
-    decisive = {f.name: getattr(run, f.name) for f in named} | {"settings": unusual}
-    digest = sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{(run.student or 'teacher').replace('/', '_')}-{Path(run.method).stem}-s{run.seed}-{digest}"
 
 
 def _in_full(run: Run) -> dict[str, Any]:

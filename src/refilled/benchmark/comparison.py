@@ -32,6 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from refilled.benchmark.executors import Executor, processes
+from refilled.benchmark.jobs import accuracy
 from refilled.benchmark.report import Row, on_the_teacher, table, verdict, write_report
 from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
@@ -91,7 +93,13 @@ class Comparison:
         }
 
 
-def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Console | None = None) -> Path:
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    jobs: int = 1,
+    console: Console | None = None,
+    executor: Executor = processes,
+) -> Path:
     """Carry out what is missing of a comparison, and write its table and page.
 
     Returns:
@@ -100,15 +108,13 @@ def compare(comparison: Comparison, folder: Path, jobs: int = 1, console: Consol
     console = console or Console()
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)
-        teacher = run_grid({"teacher": comparison.teacher}, folder)["teacher"]
-        console.print(f"  teacher: {teacher.accuracy:.2f} % on its own classes", highlight=False)
+        teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor)["teacher"]
+        console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
     grid = comparison.grid(folder)
     runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
-    found = run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, result))
-    rows = [
-        Row(name, [found[_place(name, s)] for s in row], [folder / _place(name, s) for s in row])
-        for name, row in grid.items()
-    ]
+    run_grid(runs, folder, jobs, lambda name, found: _tell(console, name, accuracy(found)), executor=executor)
+    places = {name: [folder / _place(name, seed) for seed in row] for name, row in grid.items()}
+    rows = [Row(name, [Result.load(place) for place in own], own) for name, own in places.items()]
     baseline, shown = rows[0], rows[-1]
     lines = table(rows, baseline)
     console.print(_terminal_table(lines, f"{comparison.title}: {len(comparison.seeds)} seeds, last epoch, percent"))
@@ -138,8 +144,8 @@ def _place(row: str, seed: int) -> str:
     return f"{letters}-s{seed}"
 
 
-def _tell(console: Console, name: str, result: Result) -> None:
-    console.print(f"  {name}: {result.accuracy:.2f} %", markup=False, highlight=False)
+def _tell(console: Console, name: str, reached: float) -> None:
+    console.print(f"  {name}: {reached:.2f} %", markup=False, highlight=False)
 
 
 def _terminal_table(lines: Sequence[Mapping[str, str]], title: str) -> Table:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from refilled.benchmark.cells import Cell
+from refilled.benchmark.jobs import accuracy, load
 from refilled.benchmark.protocols import PROTOCOLS
 from refilled.benchmark.tables import Measure
 from refilled.evaluation import nmi, predict
-from refilled.experiment import Result, network_of, task_of
+from refilled.experiment import network_of, task_of
 from refilled.files import write_atomic
 from refilled.methods.kd import softened_kl
 from refilled.methods.refilled import local_kd
@@ -32,7 +33,8 @@ def measure(cell: Cell, run: Path, kept: Path) -> float | None:
     """
     kind = cell.row.measure
     if kind == "accuracy":
-        return Result.load(run).accuracy
+        assert cell.run is not None  # or there would be nothing that reaches one
+        return accuracy(load(cell.run, run))
     about = f"{cell.student}-{cell.column.classes}-s{cell.seed}" if cell.column.classes else ""
     path = kept / f"{run.name}-{kind}-{about}.json".replace(" ", "_").replace("/", "_")
     if not path.exists():

@@ -39,6 +39,46 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class FewShotData:
+    """Images and tasks of a few-shot experiment at one scale. The defaults are the paper's, where it says."""
+
+    pool: str
+    """Images with a class split."""
+    epochs: int | None = None
+    """Of the backbones on the seen classes; None for those of the recipe."""
+    ways: int = 5
+    tasks: int = 600
+    costly_tasks: int = 600
+    """Tasks of methods that take long for each."""
+    steps: int = 100
+    """Of a network that is trained for a task."""
+    tune_tasks: int = 100
+    """Tasks of the validation classes to try settings, or a meta-trained model, on."""
+    trials: int = 30
+    """Settings to try."""
+    costly_trials: int = 30
+    """Settings to try of methods that take long for each task; with 0, those of the row stay."""
+    meta_tasks: int = 20000
+    meta_shots: int = 30
+    """The most shots of tasks in meta-training; what learned from these is tested on more."""
+    meta_lr: float = 1e-4
+
+    @property
+    def seen(self) -> str:
+        """The task of the seen classes."""
+        source, at, options = self.pool.partition("@")
+        return f"{source}:seen{at}{options}"
+
+
+@dataclass(frozen=True)
+class FewShotProtocol:
+    """A few-shot experiment of the paper: its data at each scale."""
+
+    summary: str
+    data: Mapping[str, FewShotData]
+
+
+@dataclass(frozen=True)
 class Scale:
     """How much of the paper is done."""
 
@@ -68,6 +108,7 @@ SCALES: Mapping[str, Scale] = {
             **dict.fromkeys(("mobilenet_1", "mobilenet_0.75", "mobilenet_0.5", "mobilenet_0.25"), "mobilenet_0.125"),
             "resnet110": "resnet8",
             "timm/resnet34": "timm/resnet10t",
+            "resnet12": "resnet12_0.0625",
         },
     ),
     "mini": Scale(
@@ -83,6 +124,7 @@ SCALES: Mapping[str, Scale] = {
             "mobilenet_0.25": "mobilenet_0.125",
             "resnet110": "resnet20",
             "timm/resnet34": "timm/resnet10t",
+            "resnet12": "resnet12_0.25",
         },
     ),
     "paper": Scale("the paper: all classes, images and epochs, its own networks", {}),
@@ -154,4 +196,45 @@ PROTOCOLS: Mapping[str, Protocol] = {
     ),
     "cub": Protocol("CUB, standard split", "mobilenet_1", _CUB, temperature=4.0, kd_weight=10.0),
     "cub, another family": Protocol("CUB, standard split", "timm/resnet34", _CUB, temperature=4.0, kd_weight=10.0),
+}
+
+_FEW_DIGITS = FewShotData(
+    "digits",
+    epochs=2,
+    ways=3,
+    tasks=4,
+    costly_tasks=2,
+    steps=4,
+    tune_tasks=2,
+    trials=2,
+    costly_trials=0,
+    meta_tasks=2,
+    meta_shots=5,
+)
+_MINI_IMAGENET = FewShotData("mini_imagenet")
+_MINI: Mapping[str, Any] = {
+    "epochs": 12,
+    "costly_tasks": 30,
+    "steps": 50,
+    "trials": 10,
+    "costly_trials": 0,
+    "tune_tasks": 60,
+    "meta_tasks": 400,
+    "meta_shots": 5,
+    "meta_lr": 5e-4,  # for a fiftieth of the tasks
+}
+
+FEW_SHOT: Mapping[str, FewShotProtocol] = {
+    "few-shot": FewShotProtocol(
+        "MiniImageNet, 64 seen, 16 validation and 20 unseen classes, 15 queries a class; at scale mini CIFAR-FS",
+        {"smoke": _FEW_DIGITS, "mini": FewShotData("cifar_fs", **_MINI), "paper": _MINI_IMAGENET},
+    ),
+    "few-shot, Tiny-ImageNet": FewShotProtocol(
+        "MiniImageNet, 64 seen, 16 validation and 20 unseen classes, 15 queries a class; at scale mini Tiny-ImageNet",
+        {
+            "smoke": _FEW_DIGITS,
+            "mini": FewShotData("tinyimagenet64@split=tiny_imagenet", **_MINI),
+            "paper": _MINI_IMAGENET,
+        },
+    ),
 }

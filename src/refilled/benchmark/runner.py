@@ -1,32 +1,28 @@
 """Carry out many runs, some at a time; a second start does only what is still missing."""
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from refilled.benchmark.executors import Executor, Pool, processes
+from refilled.benchmark.jobs import Found, Job, carry_out
 from refilled.errors import InUseError, RunError
-from refilled.experiment import Result, complete
-from refilled.run import Run
 
-_SECONDS_TO_SAVE = 10
 _SECONDS_BETWEEN_TRIES = 2.0  # at a run that another process is at
 
 
 def run_grid(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Job],
     folder: Path,
     jobs: int = 1,
-    on_result: Callable[[str, Result], None] | None = None,
+    on_result: Callable[[str, Found], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
-    needs: Mapping[str, str] | None = None,
-) -> dict[str, Result]:
-    """Carry out the runs, each in ``folder/<its name>``, in ``jobs`` processes.
+    needs: Mapping[str, Sequence[str]] | None = None,
+    executor: Executor = processes,
+) -> dict[str, Found]:
+    """Carry out the runs, each in ``folder/<its name>``, ``jobs`` at a time.
 
     Finished runs are not repeated, interrupted ones go on where they stood. Runs that another process is at are left
     to it: those that nobody is at are done first, then the others' results are waited for. Small models are trained
@@ -35,11 +31,12 @@ def run_grid(
     Args:
         runs: The runs by name.
         folder: Where their folders lie, or will.
-        jobs: Processes at a time.
+        jobs: Runs at a time.
         on_result: Told of each result as it comes.
         on_failure: Told of each run that fails, and of those that need it; the others go on. Without it, the first
             failure ends all.
-        needs: For a run that reads another one's student, the name of that one, which is carried out first.
+        needs: For a run that reads the models of others, the names of those, which are carried out first.
+        executor: Where they are carried out.
 
     Returns:
         The results of the runs that did not fail, in the order of ``runs``.
@@ -49,19 +46,8 @@ def run_grid(
         RunError: the system ended a process, most often for want of memory.
     """
     grid = _Grid(runs, folder, needs or {}, on_result, on_failure)
-    # Not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
-        try:
-            grid.carry_out(pool)
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process was ended by the system, most often for want of memory; the same command goes on where it "
-                "stood, with fewer --jobs if need be"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with executor(jobs) as pool:
+        grid.carry_out(pool)
     return {name: grid.results[name] for name in runs if name in grid.results}
 
 
@@ -70,20 +56,20 @@ class _Grid:
 
     def __init__(
         self,
-        runs: Mapping[str, Run],
+        runs: Mapping[str, Job],
         folder: Path,
-        needs: Mapping[str, str],
-        on_result: Callable[[str, Result], None] | None,
+        needs: Mapping[str, Sequence[str]],
+        on_result: Callable[[str, Found], None] | None,
         on_failure: Callable[[str, Exception], None] | None,
     ) -> None:
         self.runs, self.folder, self.needs = runs, folder, needs
         self.on_result, self.on_failure = on_result, on_failure
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, Found] = {}
         self.failed: set[str] = set()
         self._waiting = dict.fromkeys(runs, 0.0)  # not before this time
-        self._under_way: dict[Future[Result], str] = {}
+        self._under_way: dict[Future[Found], str] = {}
 
-    def carry_out(self, pool: ProcessPoolExecutor) -> None:
+    def carry_out(self, pool: Pool) -> None:
         while self._waiting or self._under_way:
             self._start(pool)
             if not self._under_way:
@@ -93,17 +79,17 @@ class _Grid:
             for future in done:
                 self._take(self._under_way.pop(future), future)
 
-    def _start(self, pool: ProcessPoolExecutor) -> None:
+    def _start(self, pool: Pool) -> None:
         for name, earliest in list(self._waiting.items()):
-            needed = self.needs.get(name)
-            if needed in self.failed:
+            needed = self.needs.get(name, ())
+            if failed := [other for other in needed if other in self.failed]:
                 del self._waiting[name]
-                self._fail(name, RunError(f"it needs {needed}, which failed"))
-            elif time.monotonic() >= earliest and (needed is None or needed in self.results):
+                self._fail(name, RunError(f"it needs {failed[0]}, which failed"))
+            elif time.monotonic() >= earliest and all(other in self.results for other in needed):
                 del self._waiting[name]
-                self._under_way[pool.submit(complete, self.runs[name], self.folder / name)] = name
+                self._under_way[pool.submit(carry_out, self.runs[name], self.folder / name)] = name
 
-    def _take(self, name: str, future: Future[Result]) -> None:
+    def _take(self, name: str, future: Future[Found]) -> None:
         try:
             result = future.result()
         except InUseError:
@@ -122,18 +108,3 @@ class _Grid:
             raise error
         self.failed.add(name)
         self.on_failure(name, error)
-
-
-def _begin_worker() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which has not happened yet
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Save the run under way and end when the parent is gone; else a killed grid would leave its workers behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_SECONDS_TO_SAVE)
-    os._exit(128 + signal.SIGTERM)

@@ -16,15 +16,21 @@ from rich.text import Text
 from scipy.stats import spearmanr
 
 from refilled.benchmark.cells import Cell, Choice
+from refilled.benchmark.jobs import load
 from refilled.benchmark.measures import embed_test_images
 from refilled.benchmark.pictures import Line, address, draw_lines, draw_scatter, svg, tsne
-from refilled.benchmark.protocols import PROTOCOLS, RECIPES, SCALES
+from refilled.benchmark.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.benchmark.summary import count_of, mean_and_spread, spread
 from refilled.benchmark.tables import Column, Row, Table
 from refilled.experiment import Result, task_of
+from refilled.fewshot.evaluation import FewShotResult
 from refilled.files import write_atomic
 
 _FEWEST_ROWS = 3  # whose order says anything
+_FIGURE = {
+    "seeds": "the last epoch; the test images are looked at once, at the end",
+    "tasks": "the last epoch, or the best on validation tasks in meta-training; the unseen classes are looked at once",
+}
 _RANKS = "order of the rows against the paper's (Spearman)"
 
 
@@ -36,11 +42,23 @@ class Entry:
         cell: The cell.
         run: Folder of the run that it is about, where there is one.
         value: What the cell shows; None where it was not run.
+        interval: Half the width of its 95 % interval over tasks; None where it is about one task.
     """
 
     cell: Cell
     run: Path | None = None
     value: float | None = None
+    interval: float | None = None
+
+    @property
+    def result(self) -> Result | FewShotResult | None:
+        """What the run found."""
+        job = self.cell.run or self.cell.teacher
+        if self.run is None or job is None:
+            return None
+        found = load(job, self.run)
+        assert isinstance(found, Result | FewShotResult)  # no cell is about meta-training alone
+        return found
 
 
 @dataclass(frozen=True)
@@ -114,10 +132,9 @@ class TableReport:
     def sentences(self) -> list[str]:
         """Say what a reader must know in order to read the table."""
         scale, recipe = SCALES[self.choice.scale], RECIPES[self.choice.recipe]
-        seeds = count_of(len(self.choice.seeds), "seed")
         said = [
-            f"Each cell: ours, mean ± standard deviation over {seeds}; then the paper's number "
-            f"and the difference. {self.table.unit[0].upper()}{self.table.unit[1:]}.",
+            f"Each cell: ours, {self._mean()}; then the paper's number and the difference. "
+            f"{self.table.unit[0].upper()}{self.table.unit[1:]}.",
             f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
             *self._on_teachers(),
         ]
@@ -146,7 +163,9 @@ class TableReport:
             return Shown("failed" if failed else "not run", paper)
         partly = "" if len(values) == len(entries) else f", {len(values)} of {len(entries)} seeds"
         difference = "" if number is None else f"{mean(values) - number:+.2f}"
-        return Shown(mean_and_spread(values) + partly, paper, difference)
+        interval = entries[0].interval
+        ours = mean_and_spread(values) if interval is None else f"{values[0]:.2f} ± {interval:.2f}"
+        return Shown(ours + partly, paper, difference)
 
     def ranks(self) -> list[str]:
         """Correlate the order of the rows with the paper's, for each column; empty where too few rows have both."""
@@ -179,20 +198,24 @@ class TableReport:
             for result in (Result.load(folder),)
         ]
 
-    def _results(self) -> list[Result]:
-        return [Result.load(entry.run) for entry in self.entries if entry.run is not None]
+    def _mean(self) -> str:
+        if self.table.mean_over == "seeds":
+            return f"mean ± standard deviation over {count_of(len(self.choice.seeds), 'seed')}"
+        numbers = {found.n_episodes for entry in self.entries if isinstance(found := entry.result, FewShotResult)}
+        tasks = " or ".join(map(str, sorted(numbers, reverse=True)))
+        return f"mean over {tasks or 'no'} tasks ± its 95 % interval"
 
     def _provenance(self) -> dict[str, str]:
-        results = self._results()
-        protocols = dict.fromkeys(PROTOCOLS[column.protocol].summary for column in self.table.columns)
-        data = {f"{r.data['task']}, {_listed(r.data['images'])} images, {r.data['fingerprint'][:16]}" for r in results}
+        results = [found for entry in self.entries if (found := entry.result)]
+        summaries = {name: protocol.summary for kind in (PROTOCOLS, FEW_SHOT) for name, protocol in kind.items()}
+        protocols = dict.fromkeys(summaries[column.protocol] for column in self.table.columns)
         return {
             "command": shlex.join(self.command),
             "protocol": "; ".join(protocols),
             "recipe": f"{self.choice.recipe}: {RECIPES[self.choice.recipe].summary}",
-            "seeds": _words(self.choice.seeds),
-            "figure": "the last epoch; the test images are looked at once, at the end",
-            "data": "; ".join(sorted(data)) or "nothing was run",
+            "seeds": _words(dict.fromkeys(entry.cell.seed for entry in self.entries)),
+            "figure": _FIGURE[self.table.mean_over],
+            "data": "; ".join(sorted({_data(result) for result in results})) or "nothing was run",
             "hardware": "; ".join(sorted({_listed(result.hardware) for result in results})),
             "versions": "; ".join(sorted({_listed(result.versions) for result in results})),
         }
@@ -201,13 +224,18 @@ class TableReport:
         lines: list[list[Any]] = [
             ["table", "row", "column", "seed", "measure", "value", "paper", "run", "data", "scale", "recipe"]
         ]
+        if self.table.mean_over == "tasks":
+            lines[0] += ["interval", "tasks", "tasks a second"]
         for entry in self.entries:
             cell = entry.cell
-            data = "" if entry.run is None else Result.load(entry.run).data["fingerprint"][:16]
+            result = entry.result
+            data = "" if result is None else result.data["fingerprint"][:16]
             value = "" if entry.value is None else f"{entry.value:.2f}"
             paper = "" if cell.paper is None else f"{cell.paper:.2f}"
             found = [value, paper, entry.run.name if entry.run else "", data, self.choice.scale, self.choice.recipe]
             lines.append([self.table.name, cell.row.name, cell.column.name, cell.seed, cell.row.measure, *found])
+            if isinstance(result, FewShotResult):
+                lines[-1] += [f"{entry.interval:.2f}", result.n_episodes, f"{result.tasks_per_second:.3g}"]
         return lines
 
     def _markdown(self) -> str:
@@ -287,6 +315,13 @@ def _csv(lines: Iterable[Sequence[Any]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(lines)
     return text.getvalue().encode()
+
+
+def _data(result: Result | FewShotResult) -> str:
+    found, print_ = result.data, result.data["fingerprint"][:16]
+    if isinstance(result, FewShotResult):
+        return f"{found['pool']}, {found['images']} images of {found['classes']} classes, {print_}"
+    return f"{found['task']}, {_listed(found['images'])} images, {print_}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Numbers = tuple[float | None, ...]
@@ -47,6 +47,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class FewShotRow(Row):
+    """A row of a table about tasks of few images."""
+
+    backbone: str = "convnet4"
+    """Architecture of the frozen model, as in the paper."""
+    search: Mapping[str, str] = field(default_factory=dict)
+    """What to try on the validation classes for parameters of the method."""
+    trains: Literal["student", "backbone"] | None = None
+    """Which network is trained for each task: a student, which starts from one of the seen classes, or the backbone."""
+    costly: bool = False
+    """Whether tasks take so long that a small scale has fewer of them."""
+
+
+@dataclass(frozen=True)
 class Table:
     """A table or figure of the paper."""
 
@@ -57,6 +71,8 @@ class Table:
     unit: str = "test accuracy in percent, after the last epoch"
     teacher: float | None = None
     """Accuracy of the teacher on its own classes, where the paper prints it."""
+    mean_over: Literal["seeds", "tasks"] = "seeds"
+    """What a cell's number is a mean of."""
     picture: Literal["lines", "t-SNE"] | None = None
     columns_are: str = ""
     """What the columns are, for the axis of a picture."""
@@ -126,6 +142,45 @@ _BY_SPLIT_AND_WIDTH = (
     *_columns("cross-task easy", _WIDTHS, "easy "),
     *_columns("cross-task hard", _WIDTHS, "hard "),
 )
+
+_STUDENT: Mapping[str, Any] = {}
+_STUDENT_OF_A_TASK: Mapping[str, Any] = {"trains": "student", "costly": True}
+
+
+def _shots(protocol: str, *numbers: int) -> tuple[Column, ...]:
+    return tuple(Column(f"{number}-shot", protocol, "convnet4", shots=number) for number in numbers)
+
+
+_TABLE_S3 = (
+    FewShotRow("1NN", "nearest_neighbour", (49.73, 63.11, 66.56, 69.80)),
+    FewShotRow("SVM", "svm", (51.61, 69.17, 74.24, 77.87), search={"c": "0.01..100:log"}),
+    FewShotRow("LR", "linear", (None,) * 4, search={"c": "0.01..100:log"}),
+    FewShotRow(
+        "Fine-Tune",
+        "fine_tune",
+        (45.89, 68.61, 74.95, 78.62),
+        {"layers": "all", "lr": 0.01},
+        search={"lr": "1e-4..0.1:log"},
+        trains="backbone",
+        costly=True,
+    ),
+    FewShotRow("MAML", "maml", (48.70, 63.11, None, None), columns=("1-shot", "5-shot"), costly=True),
+    FewShotRow("ProtoNet", "protonet", (51.79, 70.38, 74.42, 78.10)),
+    FewShotRow("FEAT", "feat", (55.15, 71.61, 74.86, 78.84)),
+    FewShotRow("1NN on ResNet", "nearest_neighbour", (None,) * 4, backbone="resnet12"),
+    FewShotRow("LR on ResNet", "linear", (None,) * 4, backbone="resnet12", search={"c": "0.01..100:log"}),
+    FewShotRow("RKD from ResNet", "rkd", (None,) * 4, _STUDENT, backbone="resnet12", **_STUDENT_OF_A_TASK),
+    FewShotRow(
+        "ReFilled from ResNet",
+        "refilled",
+        (54.82, 71.97, 76.42, 80.33),
+        _STUDENT,
+        backbone="resnet12",
+        **_STUDENT_OF_A_TASK,
+    ),
+    FewShotRow("ReFilled from ConvNet", "refilled", (53.44, 70.60, 75.37, 78.94), _STUDENT, **_STUDENT_OF_A_TASK),
+)
+_TASKS = "accuracy in percent on the query images of tasks of the unseen classes"
 
 TABLES: Mapping[str, Table] = {
     table.name: table
@@ -307,6 +362,30 @@ TABLES: Mapping[str, Table] = {
             note="At initialisation, in batches of 128 images of classes drawn at random. The paper prints no numbers "
             "and does not name the student; here it is a WRN-16-2, and every term has weight 1.",
         ),
+        Table(
+            "table7",
+            "Table 7: tasks of 10 and 30 images a class",
+            _shots("few-shot", 10, 30),
+            tuple(replace(row, paper=row.paper[2:]) for row in _TABLE_S3 if row.columns is None),
+            unit=_TASKS,
+            mean_over="tasks",
+        ),
+        Table(
+            "s3",
+            "Table S3: tasks of few images",
+            _shots("few-shot", 1, 5, 10, 30),
+            _TABLE_S3,
+            unit=_TASKS,
+            mean_over="tasks",
+        ),
+        Table(
+            "s3-imagenet",
+            "Table S3 again, with ImageNet's pictures at scale mini",
+            _shots("few-shot, Tiny-ImageNet", 1, 5, 10, 30),
+            _TABLE_S3,
+            unit=_TASKS,
+            mean_over="tasks",
+        ),
     )
 }
-"""In the paper's order; Tables 7 and S3 (few-shot learning) are another protocol and another command."""
+"""In the paper's order, figures after tables; few-shot tables, another protocol, at the end."""

@@ -1,10 +1,11 @@
-"""Data: tasks from text, decoded images in memory, augmentation and batches as pure functions of the seed."""
+"""Data: tasks from text, images in memory or on disk, augmentation and batches as pure functions of the seed."""
 
 from refilled.data.class_split import Side, list_splits
 from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.loading import TaskSize, list_datasets, load_task, task_size
 from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches
+from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
 from refilled.data.transforms import Augmentation, Mixing, augment, mixing
 
@@ -12,6 +13,7 @@ __all__ = [
     "Augmentation",
     "Episodes",
     "Mixing",
+    "Pixels",
     "Sampler",
     "Side",
     "Split",
@@ -19,6 +21,7 @@ __all__ = [
     "TaskSize",
     "augment",
     "epoch_batches",
+    "free_memory",
     "list_datasets",
     "list_splits",
     "load_pool",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refilled.data.source import Crop, Picture, Rows, Source
+from refilled.data.source import Crop, Picture, Rows, Source, stamp_of
 from refilled.errors import TaskError
 
 SUMMARY = "11,788 photographs of 200 bird species, cut out by their bounding boxes; the authors' folder CUB_200_2011"
@@ -76,6 +76,10 @@ class CropPart:
     def pictures(self, rows: Rows) -> Iterator[Picture]:
         """Give the crops of these rows."""
         return (self.crops[row] for row in rows)
+
+    def stamp(self) -> str:
+        """Digest the states of the files, and the boxes."""
+        return stamp_of((crop.path for crop in self.crops), *(str(crop.box) for crop in self.crops))
 
 
 def _read_table(path: Path, fields: int) -> dict[str, list[str]]:

@@ -4,9 +4,7 @@ A picture that cannot be read is left out with a reason and never stops the run:
 nothing but the listed formats is tried, and the number of pixels is read from the header before any is decoded.
 """
 
-import os
 import stat
-import tempfile
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +32,6 @@ SUFFIXES = frozenset(
 """File names that promise one of the formats."""
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of a decompression bomb
-MEMORY_LIMIT = 4 * 2**30
 
 _BATCH = 128  # encoded pictures held in memory at a time
 _LARGE = 4_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
@@ -86,25 +83,22 @@ def short_side(picture: Picture) -> int | None:
         return None
 
 
-def read_pixels(
-    pictures: Iterable[Picture], count: int, size: int, memory_limit: int = MEMORY_LIMIT
-) -> tuple[Tensor, dict[int, str]]:
+def read_pixels(pictures: Iterable[Picture], count: int, size: int) -> tuple[Tensor, dict[int, str]]:
     """Decode ``count`` pictures into one tensor.
 
     Args:
         pictures: The encoded pictures.
         count: How many there are, N.
         size: Side length S of the images.
-        memory_limit: Bytes above which the images lie in a temporary file, mapped into memory, and not in memory.
 
     Returns:
         uint8 ``(M, 3, S, S)`` in channels-last memory, of the M readable ones in their order, and for each other one
         its position and the reason.
 
     Raises:
-        TaskError: There is no room for the temporary file.
+        TaskError: There is no room for them in memory.
     """
-    pixels = _allocate(count, size, memory_limit)
+    pixels = _allocate(count, size)
     array = pixels.numpy()
     reasons: dict[int, str] = {}
 
@@ -213,20 +207,13 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels // 257).astype(np.uint8))
 
 
-def _allocate(count: int, size: int, memory_limit: int) -> Tensor:
-    """Return room for ``(N, S, S, 3)`` bytes, in memory or in an unnamed file that vanishes with the process."""
-    shape = (count, size, size, 3)
-    wanted = count * size * size * 3
+def _allocate(count: int, size: int) -> Tensor:
+    """Return room for ``(N, S, S, 3)`` bytes."""
     try:
-        if wanted <= memory_limit:
-            return torch.empty(shape, dtype=torch.uint8)
-        with tempfile.NamedTemporaryFile(prefix="refilled-") as file:
-            if hasattr(os, "posix_fallocate"):  # claim the room now: a disk full later would kill the process
-                os.posix_fallocate(file.fileno(), 0, wanted)
-            return torch.from_file(file.name, shared=True, size=wanted, dtype=torch.uint8).view(shape)
-    except (OSError, RuntimeError) as error:
+        return torch.empty((count, size, size, 3), dtype=torch.uint8)
+    except RuntimeError as error:
         raise TaskError(
-            f"{count} images of {size}x{size} need {wanted / 2**30:.1f} GiB, for which there is no room in memory or "
-            f"in {tempfile.gettempdir()} ({describe(error)}); ask for a smaller image size or fewer shots, or point "
-            "TMPDIR at a larger disk"
+            f"{count} images of {size}x{size} need {count * size * size * 3 / 2**30:.1f} GiB, for which there is no "
+            f"room in memory ({describe(error)}); keep them on disk with --image-memory 0, or ask for a smaller image "
+            "size or fewer shots"
         ) from error

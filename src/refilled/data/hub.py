@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refilled.data.parquet import as_picture, choose_column, number_labels
-from refilled.data.source import PART_NAMES, Picture, Rows, Source
+from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
 from refilled.errors import TaskError, unknown
 
 _BATCH = 256  # rows read at a time
@@ -87,3 +87,7 @@ class HubPart:
         for start in range(0, len(rows), _BATCH):
             for value in column[rows[start : start + _BATCH]][self.image]:
                 yield as_picture(value, Path())
+
+    def stamp(self) -> str:
+        """Digest what `datasets` knows the table by, and the column's name."""
+        return stamp_of((), self.table._fingerprint, self.image)

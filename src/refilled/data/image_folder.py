@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from refilled.data.decode import SUFFIXES
-from refilled.data.source import PART_NAMES, Picture, Rows, Source
+from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
 from refilled.errors import TaskError
 
 
@@ -56,6 +56,10 @@ class FolderPart:
     def pictures(self, rows: Rows) -> Iterator[Picture]:
         """Give the files of these rows."""
         return (self.files[row] for row in rows)
+
+    def stamp(self) -> str:
+        """Digest the states of the files."""
+        return stamp_of(self.files)
 
 
 def _part_roots(root: Path) -> dict[str, Path]:

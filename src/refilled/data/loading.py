@@ -4,31 +4,35 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from refilled.data import cifar100, cub, digits
 from refilled.data.cifar100 import open_cifar100
 from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
 from refilled.data.csv_folder import is_csv_folder, open_csv_folder
 from refilled.data.cub import open_cub
-from refilled.data.decode import MEMORY_LIMIT, keep, read_pixels, short_side
+from refilled.data.decode import keep, read_pixels, short_side
 from refilled.data.digits import open_digits
 from refilled.data.hub import open_hub
 from refilled.data.image_folder import open_image_folder
 from refilled.data.parquet import is_parquet, open_parquet
-from refilled.data.partition import draw_shots, first_copies, hold_out, pixel_digests
+from refilled.data.partition import DIGEST, Digests, draw_shots, first_copies, hold_out, pixel_digests
 from refilled.data.selection import select_classes
-from refilled.data.source import Part, Rows, Source, pool
+from refilled.data.source import Names, Part, Rows, Source, pool
+from refilled.data.store import Pixels, StoredImages, free_memory, stored_images
 from refilled.data.task import Split, Task, fingerprint
 from refilled.data.task_text import TaskOptions, TaskText, expand_home, parse_task_text
+from refilled.data.transforms import Augmentation
+from refilled.data.webdataset import open_webdataset
 from refilled.errors import TaskError
 
 TEST_FRACTION = 0.2  # cut from a source that has no test part
 MAX_BAD_FRACTION = 0.01
 LARGEST_AUTOMATIC_SIZE = 224
+NO_DIGESTS: Digests = np.empty(0, dtype=DIGEST)
 _LOOKED_AT = 256  # images whose size is looked at to find the automatic size
 
 
@@ -42,6 +46,7 @@ def list_datasets() -> list[tuple[str, str]]:
         ("folder:PATH", "class folders of images, with or without train, val and test above them; PATH alone will do"),
         ("NAME", "a folder of this name below the data root: class folders, or train.parquet and test.parquet"),
         ("FILE.parquet", "a table with a column of encoded images and one of labels"),
+        ("wds:PATH", "WebDataset shards: a tar file, or a folder of them, with a .cls member beside each image"),
         ("hub:NAME", "a data set of the Hugging Face hub"),
     ]
 
@@ -55,7 +60,7 @@ def load_task(
     val: float = 0.1,
     image_size: int | None = None,
     allow_bad: bool = False,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
 ) -> Task:
     """Load a task from its text form, ``SOURCE[:SELECTION][@key=value,...]``.
 
@@ -82,7 +87,7 @@ def load_task(
         val: Fraction of the training part to validate on; 0 for none at all.
         image_size: Side length S; found from the images if None.
         allow_bad: Go on although more than 1 % of the images cannot be read.
-        memory_limit: Bytes above which a part's images are mapped from a temporary file.
+        memory_limit: Bytes above which a part's images lie on disk; a quarter of the memory that is free if None.
 
     Raises:
         TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
@@ -119,13 +124,18 @@ def load_task(
 
 @dataclass(frozen=True)
 class TaskSize:
-    """How large a task is."""
+    """How large a task is; the numbers of images include those that may turn out unreadable or copies."""
 
-    classes: int
+    class_names: tuple[str, ...]
     train: int
-    """Training images, those that may turn out unreadable or copies included."""
+    val: int
+    test: int
     image_size: int
     """Side length S in pixels."""
+    augmentation: Augmentation
+    """What suits the source."""
+    images_per_second: float
+    """How fast they are decoded here, found from a few of them."""
 
 
 def task_size(
@@ -136,7 +146,7 @@ def task_size(
     val: float = 0.1,
     image_size: int | None = None,
 ) -> TaskSize:
-    """Find out how large a task is without decoding it; the arguments are those of :func:`load_task`.
+    """Find out how large a task is from a few of its images; the arguments are those of :func:`load_task`.
 
     Raises:
         TaskError: As :func:`load_task`, but for what only the pixels tell.
@@ -147,7 +157,16 @@ def task_size(
     counts = np.bincount(plan.parts["train"].labels[plan.rows["train"]])
     if wanted.options.shots is not None:
         counts = counts.clip(max=wanted.options.shots)
-    return TaskSize(len(plan.classes), int(counts.sum()), _size(wanted, source))
+    size = _size(wanted, source)
+    return TaskSize(
+        class_names=tuple(source.classes[position] for position in plan.classes),
+        train=int(counts.sum()),
+        val=len(plan.rows["val"]),
+        test=len(plan.rows["test"]),
+        image_size=size,
+        augmentation=wanted.options.augment or source.augmentation,
+        images_per_second=_decoding_rate(plan.parts["train"], plan.rows["train"], size),
+    )
 
 
 @dataclass(frozen=True)
@@ -167,8 +186,8 @@ class Decoded:
 
     part: Part
     rows: Rows
-    pixels: Tensor
-    digests: tuple[bytes, ...]  # of the pixels
+    pixels: Pixels
+    digests: Digests  # of the pixels
     skipped: tuple[tuple[str, str], ...]
     copies: int  # left out since they equal an image that was held out
 
@@ -204,7 +223,7 @@ def _select(source: Source, wanted: TaskText) -> tuple[Source, Sequence[int]]:
 def split_of(source: Source, wanted: TaskText) -> ClassSplit:
     """Find the class split that goes with a task's text; see :func:`split_classes`."""
     path = Path(wanted.source)
-    beside = None if wanted.kind != "path" else path if path.is_dir() else path.parent
+    beside = None if wanted.kind not in ("path", "wds") else path if path.is_dir() else path.parent
     return split_classes(source, path.name, beside, wanted.options.split)
 
 
@@ -223,6 +242,8 @@ def open_source(wanted: TaskText, data_root: Path) -> Source:
         return open_cifar100(data_root, *columns)
     if wanted.kind == "hub":
         return open_hub(wanted.source, *columns)
+    if wanted.kind == "wds":
+        return open_webdataset(Path(wanted.source), *columns)
     if wanted.kind == "path" and is_parquet(Path(wanted.source)):
         return open_parquet(Path(wanted.source), *columns)
     if any(columns):
@@ -303,7 +324,15 @@ def automatic_size(part: Part) -> int:
     return min(LARGEST_AUTOMATIC_SIZE, int(np.median(sides))) if sides else LARGEST_AUTOMATIC_SIZE
 
 
-def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> dict[str, Decoded]:
+def _decoding_rate(part: Part, rows: Rows, size: int) -> float:
+    """Time how many images a second are decoded, on some spread evenly over the rows."""
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(np.int64))]
+    start = perf_counter()
+    read_pixels(part.pictures(some), len(some), size)
+    return len(some) / (perf_counter() - start)
+
+
+def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int | None) -> dict[str, Decoded]:
     """Decode every part.
 
     A cut keeps copies of a file together. Pictures that are stored differently and turn out to be equal only when
@@ -317,18 +346,18 @@ def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int) -> 
         return draw_shots(pool, labels, options.shots, seed=options.seed, shots_seed=options.shots_seed)
 
     decoded: dict[str, Decoded] = {}
-    held_out: set[bytes] = set()
+    held_out = NO_DIGESTS
     for name in ("test", "val", "train"):
-        avoid = held_out if name in plan.cut or name == "train" else set()
+        avoid = held_out if name in plan.cut or name == "train" else NO_DIGESTS
         choose = draw if name == "train" else lambda pool: pool
         decoded[name] = decode_part(plan.parts[name], plan.rows[name], choose, avoid, size, memory_limit)
         if name in plan.cut:
-            held_out.update(decoded[name].digests)
+            held_out = np.concatenate([held_out, decoded[name].digests])
     return decoded
 
 
 def decode_part(
-    part: Part, pool: Rows, choose: Callable[[Rows], Rows], avoid: set[bytes], size: int, memory_limit: int
+    part: Part, pool: Rows, choose: Callable[[Rows], Rows], avoid: Digests, size: int, memory_limit: int | None
 ) -> Decoded:
     """Decode what is chosen from a pool of rows; for what turns out unusable, choose again from the others.
 
@@ -338,15 +367,15 @@ def decode_part(
         choose: Takes rows and returns some of them.
         avoid: Digests of pixels that must not occur.
         size: Side length of the images.
-        memory_limit: Bytes above which the images are mapped from a temporary file.
+        memory_limit: Bytes above which the images lie on disk; a quarter of the memory that is free if None.
     """
+    limit = free_memory() // 4 if memory_limit is None else memory_limit
     skipped: dict[int, str] = {}
     copies = 0
     while True:
         rows = choose(pool)
-        pixels, reasons = read_pixels(part.pictures(rows), len(rows), size, memory_limit)
-        digests = pixel_digests(pixels)
-        fresh = np.array([digest not in avoid for digest in digests], dtype=bool)
+        pixels, reasons, digests = _read(part, rows, size, limit)
+        fresh = ~np.isin(digests, avoid)
         usable = np.delete(rows, list(reasons))[fresh]
         skipped.update({int(rows[position]): reason for position, reason in reasons.items()})
         copies += int((~fresh).sum())
@@ -356,11 +385,19 @@ def decode_part(
     return Decoded(
         part=part,
         rows=usable,
-        pixels=keep(pixels, fresh),
-        digests=tuple(digest for digest, is_fresh in zip(digests, fresh, strict=True) if is_fresh),
+        pixels=pixels.keep(fresh) if isinstance(pixels, StoredImages) else keep(pixels, fresh),
+        digests=digests[fresh],
         skipped=tuple((part.name(row), reason) for row, reason in sorted(skipped.items())),
         copies=copies,
     )
+
+
+def _read(part: Part, rows: Rows, size: int, limit: int) -> tuple[Pixels, dict[int, str], Digests]:
+    """Read some rows into memory, or map them from disk where they would take more than ``limit`` bytes."""
+    if 3 * size**2 * len(rows) > limit:
+        return stored_images(part, rows, size)
+    pixels, reasons = read_pixels(part.pictures(rows), len(rows), size)
+    return pixels, reasons, pixel_digests(pixels)
 
 
 def refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
@@ -389,15 +426,14 @@ def _check_train(train: Decoded, plan: _Plan, source: Source, shots: int | None)
 
 def _split(part: Decoded, plan: _Plan) -> Split:
     labels = np.searchsorted(plan.classes, part.part.labels[part.rows])
-    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), tuple(map(part.part.name, part.rows.tolist())))
+    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows))
 
 
 def _copies_notes(decoded: dict[str, Decoded]) -> list[str]:
     left_out = {name: part.copies for name, part in decoded.items() if part.copies}
     notes = [f"{count} images of {name} left out: they equal held-out ones" for name, count in left_out.items()]
-    trained = set(decoded["train"].digests)
     for name in ("val", "test"):
-        shared = sum(digest in trained for digest in decoded[name].digests)
+        shared = int(np.isin(decoded[name].digests, decoded["train"].digests).sum())
         if shared:
             notes.append(f"{shared} images of {name} are in train too")
     return notes

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refilled.data.source import PART_NAMES, Picture, Rows, Source
+from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
 from refilled.errors import TaskError, unknown
 
 _COLUMN_NAMES = {
@@ -127,7 +127,10 @@ class ParquetPart:
         """Read the encoded pictures of these rows, a bounded number at a time."""
         import pyarrow.parquet as pq
 
-        for file, start in zip(self.files, self.starts, strict=True):
+        ends = (*self.starts[1:], len(self.labels))
+        for file, start, end in zip(self.files, self.starts, ends, strict=True):
+            if not np.any((rows >= start) & (rows < end)):
+                continue
             with _readable(file):
                 found = pq.ParquetFile(file)
                 _require(self.image, found.schema_arrow.names, file)
@@ -136,6 +139,10 @@ class ParquetPart:
                     if np.any((rows >= start) & (rows < start + length)):
                         yield from self._pictures_of_group(found, group, rows - start, file.parent)
                     start += length
+
+    def stamp(self) -> str:
+        """Digest the states of the files, and the column's name."""
+        return stamp_of(self.files, self.image)
 
     def _pictures_of_group(self, file: Any, group: int, rows: Rows, folder: Path) -> Iterator[Picture]:
         start = 0

@@ -13,6 +13,10 @@ from refilled.data.decode import regular_file_size
 from refilled.data.keyed import keyed_bits
 from refilled.data.source import Crop, Picture, Rows
 
+DIGEST = np.dtype("S16")
+Digests = NDArray[np.bytes_]
+"""Digests of N pictures, as an array: it takes a fifth of what a tuple of bytes does."""
+
 
 def hold_out(rows: Rows, labels: Rows, firsts: Rows, fraction: float, *, seed: int, purpose: str) -> tuple[Rows, Rows]:
     """Cut a fraction off every class; returns the rows that stay and the rows that are held out, ascending.
@@ -64,9 +68,9 @@ def first_copies(rows: Rows, pictures: Iterable[Picture]) -> Rows:
     )
 
 
-def pixel_digests(pixels: Tensor) -> list[bytes]:
+def pixel_digests(pixels: Tensor) -> Digests:
     """Digest each of the uint8 images ``(N, 3, S, S)``; equal digests mean equal pixels."""
-    return [_digest(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    return np.array([_digest(image) for image in pixels.permute(0, 2, 3, 1).numpy()], dtype=DIGEST)
 
 
 def _rank_in_class(labels: Rows, keys: NDArray[np.uint64]) -> tuple[Rows, Rows]:
@@ -81,7 +85,7 @@ def _rank_in_class(labels: Rows, keys: NDArray[np.uint64]) -> tuple[Rows, Rows]:
 def _digest(content: bytes | NDArray[np.uint8]) -> bytes:
     if isinstance(content, np.ndarray):
         content = content.tobytes()
-    return blake2b(content, digest_size=16).digest()
+    return blake2b(content, digest_size=DIGEST.itemsize).digest()
 
 
 def _file_digest(path: Path) -> Hashable:

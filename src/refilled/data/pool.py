@@ -7,9 +7,16 @@ import numpy as np
 import torch
 
 from refilled.data.class_split import SIDES, Side
-from refilled.data.decode import MEMORY_LIMIT
-from refilled.data.loading import automatic_size, data_folder, decode_part, open_source, refuse_bad, split_of
-from refilled.data.source import pool
+from refilled.data.loading import (
+    NO_DIGESTS,
+    automatic_size,
+    data_folder,
+    decode_part,
+    open_source,
+    refuse_bad,
+    split_of,
+)
+from refilled.data.source import Names, pool
 from refilled.data.task import Split, Task, fingerprint
 from refilled.data.task_text import TaskOptions, parse_task_text
 from refilled.errors import TaskError, unknown
@@ -21,7 +28,7 @@ def load_pool(
     *,
     data_root: Path | None = None,
     image_size: int | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
 ) -> Task:
     """Load all images of the classes on one side of a class split, from whatever part of the source they are in.
 
@@ -31,7 +38,7 @@ def load_pool(
         side: ``"seen"``, ``"val"`` or ``"unseen"``.
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         image_size: Side length S; what the split or the source says, else found from the images, if None.
-        memory_limit: Bytes above which the images are mapped from a temporary file.
+        memory_limit: Bytes above which the images lie on disk; a quarter of the memory that is free if None.
 
     Returns:
         A task whose images are all in ``train``; ``val`` and ``test`` are empty.
@@ -54,11 +61,11 @@ def load_pool(
     part = pool(source).train
     size = wanted.options.size or split.image_size or source.image_size or automatic_size(source.train)
     found = decode_part(
-        part, np.flatnonzero(np.isin(part.labels, classes)), lambda rows: rows, set(), size, memory_limit
+        part, np.flatnonzero(np.isin(part.labels, classes)), lambda rows: rows, NO_DIGESTS, size, memory_limit
     )
     refuse_bad(found.skipped, len(found.rows))
     labels = np.searchsorted(classes, part.labels[found.rows])
-    images = Split(found.pixels, torch.from_numpy(labels), tuple(map(part.name, found.rows.tolist())))
+    images = Split(found.pixels, torch.from_numpy(labels), Names(part, found.rows))
     nothing = Split(found.pixels[:0], images.labels[:0], ())
     names = tuple(source.classes[position] for position in classes)
     return Task(

@@ -1,10 +1,12 @@
 """What a source of images offers before anything is decoded: classes, labels, and a way to the pictures."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,48 @@ class Part(Protocol):
     def pictures(self, rows: Rows) -> Iterator[Picture]:
         """Give the pictures of these rows, which ascend, one after the other."""
 
+    def stamp(self) -> str:
+        """Say in a digest which pictures these are; when a file is changed or another one added, so is this."""
+
+
+@dataclass(frozen=True)
+class Names(Sequence[str]):
+    """Where images came from, said when asked: texts for millions of images would fill the memory."""
+
+    part: Part
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        """Say where one image came from, or some."""
+        if isinstance(index, slice):
+            return tuple(map(self.part.name, self.rows[index].tolist()))
+        return self.part.name(int(self.rows[index]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def stamp_of(files: Iterable[Path], *more: str) -> str:
+    """Digest the names of files, their sizes, and when each was last changed, together with some texts."""
+    digest = sha256(json.dumps(more).encode())
+    for file in files:
+        try:
+            found = file.stat()
+            state = [found.st_size, found.st_ctime_ns]  # not the time of modification: it is the same after a chmod
+        except OSError:
+            state = []
+        digest.update(json.dumps([str(file), *state]).encode())
+    return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Source:
@@ -93,6 +137,10 @@ class PooledPart:
         for part, start, end in zip(self.parts, self._starts(), self._ends(), strict=True):
             yield from part.pictures(rows[(start <= rows) & (rows < end)] - start)
 
+    def stamp(self) -> str:
+        """Digest the stamps of the parts."""
+        return stamp_of((), *(part.stamp() for part in self.parts))
+
     def _ends(self) -> list[int]:
         return list(accumulate(len(part.labels) for part in self.parts))
 
@@ -115,3 +163,7 @@ class ArrayPart:
     def pictures(self, rows: Rows) -> Iterator[Picture]:
         """Give the pixels of these rows."""
         return (self.pixels[row] for row in rows)
+
+    def stamp(self) -> str:
+        """Digest the pixels."""
+        return sha256(self.pixels.tobytes()).hexdigest()

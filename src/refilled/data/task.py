@@ -1,25 +1,29 @@
 """A task: the images of some classes of a data set, divided into train, val and test, decoded and ready."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 from torch import Tensor
 
+from refilled.data.store import Pixels
 from refilled.data.transforms import Augmentation
+
+_BLOCK = 256  # images that are brought to memory at a time
 
 
 @dataclass(frozen=True)
 class Split:
     """The images of one part of a task."""
 
-    pixels: Tensor
-    """uint8 ``(N, 3, S, S)`` in channels-last memory; mapped from a temporary file where it is too large."""
+    pixels: Pixels
+    """uint8 ``(N, 3, S, S)`` in channels-last memory, or on disk where that is too large."""
 
     labels: Tensor
     """int64 ``(N,)``, class ids 0 .. C-1."""
 
-    sources: tuple[str, ...]
+    sources: Sequence[str]
     """Where each image came from: a path within the folder, or ``train.parquet#17``."""
 
     def __len__(self) -> int:
@@ -64,5 +68,6 @@ def fingerprint(classes: tuple[str, ...], splits: tuple[Split, ...]) -> str:
     for split in splits:
         digest.update(json.dumps(list(split.pixels.shape)).encode())
         digest.update(split.labels.numpy().tobytes())
-        digest.update(split.pixels.permute(0, 2, 3, 1).contiguous().numpy().reshape(-1).data)
+        for block in split.pixels.split(_BLOCK):
+            digest.update(block.permute(0, 2, 3, 1).contiguous().numpy().reshape(-1).data)
     return digest.hexdigest()

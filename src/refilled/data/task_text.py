@@ -13,6 +13,8 @@ from refilled.errors import TaskError, unknown
 NAMED = ("digits", "cifar100", "cub", "cifar_fs", "fc100")
 """Sources that are known by name alone."""
 
+_PATHS = {"folder": "path", "wds": "wds"}
+"""What may stand before the path of a source, and the kind that it makes of it."""
 _OPTIONS = re.compile(r"\w+=[^,=@:/]*(,\w+=[^,=@:/]*)*")
 
 
@@ -50,7 +52,7 @@ class TaskOptions:
 class TaskText:
     """A task's text, taken apart."""
 
-    kind: str  # one of NAMED, "hub" or "path"
+    kind: str  # one of NAMED, "hub", "wds" or "path"
     source: str  # the same name, the hub's name, or the path
     selection: str | None  # which classes; None for all
     options: TaskOptions
@@ -60,10 +62,11 @@ class TaskText:
 
         A path is absolute, unless it lies directly below the data root.
         """
-        text = f"hub:{self.source}" if self.kind == "hub" else self.source
-        name = Path(text).name
-        if self.kind == "path" and Path(text) == data_root.absolute() / name and name not in NAMED:
+        text, name = self.source, Path(self.source).name
+        if self.kind in _PATHS and Path(text) == data_root.absolute() / name and name not in NAMED:
             text = name
+        if self.kind in ("hub", "wds"):
+            text = f"{self.kind}:{text}"
         if self.selection is not None:
             text += f":{self.selection}"
         said = [f"{key}={value}" for key, value in asdict(self.options).items() if value != _DEFAULTS[key]]
@@ -87,7 +90,9 @@ def parse_task_text(text: str, data_root: Path, options: TaskOptions) -> TaskTex
     if not text:
         raise TaskError("a task needs a text such as 'digits', 'cifar100:0-49' or the path of a folder of images")
     body, at, said = text.rpartition("@")
-    if not at or not _OPTIONS.fullmatch(said) or _find(text.removeprefix("folder:"), data_root):
+    prefix = text.partition(":")[0]
+    path = text.removeprefix(f"{prefix}:") if prefix in _PATHS else text
+    if not at or not _OPTIONS.fullmatch(said) or _find(path, data_root):
         body, said = text, ""
     kind, source, selection = _split_source(body, data_root)
     if selection is not None and not selection.strip():
@@ -110,16 +115,17 @@ def _split_source(body: str, data_root: Path) -> tuple[str, str, str | None]:
         if not name.strip():
             raise TaskError(f"'{body}' names no data set of the hub; write for example hub:uoft-cs/cifar100")
         return "hub", name.strip(), selection_text if colon else None
-    place = tail if head == "folder" else body
+    kind = _PATHS.get(head) if colon else None
+    place = tail if kind else body
     for path, selection in _cuts(place):
         found = _find(path, data_root)
         if found:
-            return "path", str(found.absolute()), selection
-    if head == "folder" or "/" in place:
+            return kind or "path", str(found.absolute()), selection
+    if kind or "/" in place:
         raise TaskError(f"there is no folder or file '{place}', neither here nor in {data_root}")
     raise TaskError(
         f"{unknown('data set', head, [*NAMED, *_folders(data_root)])}; or give the path of a folder of images, of a "
-        f".parquet file, or hub:NAME (data root: {data_root})"
+        f".parquet file, wds:PATH of tar shards, or hub:NAME (data root: {data_root})"
     )
 
 

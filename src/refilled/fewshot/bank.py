@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refilled.data import Augmentation, Episodes, augment
+from refilled.data import Augmentation, Episodes, Pixels, augment
 from refilled.errors import MethodError
 from refilled.evaluation import predict
 from refilled.models import Backbone
@@ -14,6 +14,10 @@ from refilled.teacher_cache import VIEW_SEED
 
 Learner = Callable[[Episodes], Tensor]
 """Scores ``(T, N Q, N)`` of the query images of T tasks, learned from their support images."""
+
+
+Known = dict[int | None, tuple[Tensor, Tensor]]
+"""Embeddings ``(M, d)`` and which of them there are ``(M,)``, by view."""
 
 
 class Bank:
@@ -25,21 +29,23 @@ class Bank:
         augmentation: What the views of an image differ by.
         device: Where the model runs; embeddings stay on the CPU.
         head: Weights besides the model's that meta-training learned, by name.
+        known: Embeddings, by view, that another bank of the same images and model has found, and what this one finds.
     """
 
     def __init__(
         self,
-        pixels: Tensor,
+        pixels: Pixels,
         model: Backbone | None = None,
         *,
         augmentation: Augmentation = "none",
         device: torch.device | str = "cpu",
         head: Mapping[str, Tensor] | None = None,
+        known: Known | None = None,
     ) -> None:
         self.pixels, self.augmentation, self.device = pixels, augmentation, torch.device(device)
         self.head = head or {}
         self._model = None if model is None else model.to(self.device)
-        self._known: dict[int | None, tuple[Tensor, Tensor]] = {}  # embeddings and which there are, by view
+        self._known: Known = {} if known is None else known
 
     @property
     def has_model(self) -> bool:

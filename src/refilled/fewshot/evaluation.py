@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Self
@@ -21,7 +22,7 @@ from refilled.checkpoints import hold
 from refilled.data import Side, Task, load_pool, queries_left, sample_episodes
 from refilled.errors import RunError
 from refilled.experiment import device_name, find_device, versions
-from refilled.fewshot.bank import Bank, Learner
+from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import write_atomic
 from refilled.models import load_teacher
@@ -136,13 +137,25 @@ def load_side(run: FewShotRun, side: Side | None = None) -> Task:
 
 def make_bank(run: FewShotRun, pool: Task) -> Bank:
     """Put the pool's images together with the run's frozen model, if it names one."""
-    model, head = None, {}
-    if run.teacher is not None:
-        name = os.path.expandvars(run.teacher)
-        model = load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
-        beside = Path(name) / HEAD
-        head = load_file(beside) if beside.is_file() else {}
-    return Bank(pool.train.pixels, model, augmentation=pool.augmentation, device=run.device, head=head)
+    if run.teacher is None:
+        return Bank(pool.train.pixels, augmentation=pool.augmentation, device=run.device)
+    name = os.path.expandvars(run.teacher)
+    model = load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+    beside = Path(name) / HEAD
+    return Bank(
+        pool.train.pixels,
+        model,
+        augmentation=pool.augmentation,
+        device=run.device,
+        head=load_file(beside) if beside.is_file() else {},
+        known=_known(name, fingerprint(model), pool.fingerprint, pool.augmentation, run.device),
+    )
+
+
+@lru_cache(maxsize=2)  # of the unseen and the validation classes
+def _known(name: str, model: str, images: str, augmentation: str, device: str) -> Known:
+    """Share embeddings among the tests of a process that are of the same images and model."""
+    return {}
 
 
 def task_accuracies(learner: Learner, labels: Tensor, numbers: range, run: FewShotRun) -> list[float]:

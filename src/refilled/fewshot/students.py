@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from refilled.data import Episodes
 from refilled.data.keyed import keyed_integers
+from refilled.distances import at_least_float32
 from refilled.errors import NonFiniteError, RunError
 from refilled.fewshot.bank import Bank, Learner
 from refilled.models import Backbone
@@ -22,9 +23,10 @@ from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, glob
 from refilled.outputs import ModelShape, Outputs
 from refilled.run import Recipe
 from refilled.stages import Prepares, Stage
-from refilled.training import learning_rate, share_epochs
+from refilled.training import learning_rate, resolve_precision, share_epochs
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
+StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class StudentRecipe:
             image has no positives.
         views: Augmented views that an image takes turns in; the frozen model embeds each once, for all tasks.
         together: Networks trained as one; None for 1 on a CPU and 64 elsewhere.
+        precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights.
     """
 
@@ -50,6 +53,7 @@ class StudentRecipe:
     copies: int | None = None
     views: int = 8
     together: int | None = None
+    precision: StudentPrecision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -243,7 +247,8 @@ class _Group:
         support, labels = self.episodes.support, self.episodes.labels.repeat(copies).to(self.bank.device)
         images = torch.cat([self.bank.images(support, view) for view in views], 1).to(self.bank.device)
         features = any(term.student == "features" for term in stages[0].terms.values())
-        seen = self.students(images, features=features)
+        with self._autocast():
+            seen = [_for_losses(outputs) for outputs in self.students(images, features=features)]
         taught = self._teach(stages[0], images, views)
         return torch.stack(
             [
@@ -252,6 +257,10 @@ class _Group:
                 for term in stage.terms.values()
             ]
         ).sum()
+
+    def _autocast(self) -> torch.autocast:
+        precision = resolve_precision(self.recipe.precision, self.bank.device)
+        return torch.autocast(self.bank.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
     def _teach(self, stage: Stage, images: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
         if not stage.needs_teacher:
@@ -287,6 +296,12 @@ class _Group:
     def _seeds(self, purpose: str) -> list[int]:
         drawn: list[int] = keyed_integers(2**31, self.recipe.seed, purpose, self.episodes.numbers.numpy()).tolist()
         return drawn
+
+
+def _for_losses(outputs: Outputs) -> Outputs:
+    """Bring outputs to a type in which losses can be computed."""
+    logits, embedding, *features = map(at_least_float32, (outputs.logits, outputs.embedding, *outputs.features))
+    return Outputs(logits, embedding, tuple(features))
 
 
 @contextmanager

@@ -43,11 +43,11 @@ FAMILIES = (
         lambda name, classes, size, pretrained: ConvNet4(classes, "average" if name[1] else "max", size),
     ),
     Family(
-        "resnet12",
-        "ResNet-12 of few-shot learning, 640-d, 16 pixels and more",
-        r"resnet12",  # before the CIFAR ResNets, which know no depth 12
-        ("resnet12",),
-        lambda name, classes, size, pretrained: ResNet12(classes, size),
+        "resnet12, resnet12_<width>",
+        "ResNet-12 of few-shot learning, 640-d, 16 pixels and more, width such as 0.5, 0.25",
+        r"resnet12(?:_(\d{1,2}(?:\.\d{1,6})?))?",  # before the CIFAR ResNets, which know no depth 12
+        ("resnet12", "resnet12_0.5"),
+        lambda name, classes, size, pretrained: ResNet12(classes, size, float(name[1] or 1)),
     ),
     Family(
         "resnet<depth>",

@@ -19,24 +19,28 @@ class ResNet12(Backbone):
     Args:
         num_classes: Number of classes.
         image_size: Side length in pixels of the images that it will see.
+        width: Multiplies the channels.
 
     Raises:
-        ModelError: when the images are too small to be halved four times.
+        ModelError: when the images are too small to be halved four times, or the width leaves a block no channel.
     """
 
-    def __init__(self, num_classes: int, image_size: int = 84) -> None:
+    def __init__(self, num_classes: int, image_size: int = 84, width: float = 1.0) -> None:
         if image_size < SMALLEST_IMAGE:
             raise ModelError(
                 f"resnet12 halves the images {len(CHANNELS)} times, so they need {SMALLEST_IMAGE} pixels or more, not "
                 f"{image_size}; choose a larger image size"
             )
-        super().__init__(CHANNELS[-1], CHANNELS, num_classes)
-        inputs = (3, *CHANNELS[:-1])
-        self.blocks = nn.ModuleList(TripleBlock(i, o) for i, o in zip(inputs, CHANNELS, strict=True))
+        channels = tuple(round(number * width) for number in CHANNELS)
+        if channels[0] < 1:
+            raise ModelError(f"resnet12 has no channels left at width {width}; give {1 / CHANNELS[0]} or more")
+        super().__init__(channels[-1], channels, num_classes)
+        inputs = (3, *channels[:-1])
+        self.blocks = nn.ModuleList(TripleBlock(i, o) for i, o in zip(inputs, channels, strict=True))
         initialize_convolutions(self)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map normalised images to ``(N, 640)`` and the ends of the four blocks."""
+        """Map normalised images to ``(N, 640 width)`` and the ends of the four blocks."""
         maps = [images]
         for block in self.blocks:
             maps.append(block(maps[-1]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from refilled.errors import ModelError
 from refilled.fewshot.bank import Bank, Learner
-from refilled.fewshot.students import Stages, StudentRecipe, student_learner, with_classifier
+from refilled.fewshot.students import Stages, StudentPrecision, StudentRecipe, student_learner, with_classifier
 from refilled.models import Backbone, create_model, load_model
 
 
@@ -26,6 +26,7 @@ def student(
     copies: int | None = None,
     views: int = 8,
     together: int | None = None,
+    precision: StudentPrecision = "auto",
     seed: int = 0,
 ) -> Learner:
     """Train a student for each task.
@@ -42,6 +43,7 @@ def student(
         copies: Likewise.
         views: Likewise.
         together: Likewise.
+        precision: Likewise.
         seed: Likewise.
     """
     recipe = StudentRecipe(
@@ -52,6 +54,7 @@ def student(
         copies=copies,
         views=views,
         together=together,
+        precision=precision,
         seed=seed,
     )
     if Path(student).is_dir():

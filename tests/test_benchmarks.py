@@ -1,0 +1,39 @@
+"""The benchmarks still run, and show what they promise."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refilled.methods import list_methods, load_method
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def output_of(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(FOLDER / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_step_benchmark_has_a_row_for_every_method_that_trains_a_student_of_a_teacher():
+    rows = {line[:24].strip() for line in output_of("step.py", "--quick").splitlines()}
+    methods = {name: load_method(name) for name in list_methods()}
+    of_a_teacher = {name for name, method in methods.items() if method.takes_student and method.takes_teacher}
+    assert of_a_teacher - rows == {"refilled"}
+    assert rows >= {"student alone", "stage 1", "stage 2", "stage 1, cache", "stage 1, float32", "authors' stage 1"}
+
+
+@pytest.mark.parametrize("kind", ["small", "photographs"])
+def test_the_data_benchmark_compares_with_torchvision(kind):
+    lines = output_of("data.py", "--quick", "--kinds", kind).splitlines()
+    rates = {line[:24].strip(): line.split() for line in lines if line.startswith(("first", "later", "torchvision"))}
+    assert list(rates) == ["first epoch", "later epochs", "torchvision, 0 workers"]
+    assert float(rates["later epochs"][-1]) > 0
+
+
+def test_the_mining_benchmark_runs():
+    lines = output_of("mining.py", "--sizes", "32", "--dims", "8", "--runs", "1").splitlines()
+    assert lines[-1].split()[:2] == ["32", "8"]

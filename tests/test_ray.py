@@ -1,0 +1,75 @@
+"""Grids carried out by Ray on this machine: a lost worker is made good, and errors are those of the runs."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from refilled.benchmark.executors import find_executor
+from refilled.benchmark.runner import run_grid
+from refilled.errors import MethodError, RunError
+from refilled.experiment import Result, distill
+from refilled.run import Run
+
+RUN = Run(task="digits:5-9", student="wrn_10_1", epochs=1, batch_size=20, shots=8, threads=1, device="cpu")
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+from torch import nn
+from refilled.stages import Stage, Term
+
+def deadly(student, teacher, *, grave: str = ""):
+    "Kill the process that builds it, the first time."
+    if not Path(grave).exists():
+        Path(grave).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())})]
+"""
+
+
+def test_a_killed_worker_loses_nothing_and_a_failed_run_leaves_the_others_alone(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    Path("deadly.py").write_text(DEADLY)
+    runs = {
+        "alive": RUN,
+        "killed": replace(RUN, method="deadly.py", settings={"grave": "grave"}),
+        "wrong": replace(RUN, method="rkd"),
+    }
+    failures: dict[str, Exception] = {}
+    found = run_grid(
+        runs,
+        Path("runs"),
+        2,
+        on_failure=lambda name, error: failures.update({name: error}),
+        executor=find_executor("ray"),
+    )
+    assert list(found) == ["alive", "killed"]
+    assert int(Path("grave").read_text()) != os.getpid()
+    assert found["killed"].accuracy == found["alive"].accuracy == distill(RUN, tmp_path / "here").accuracy
+    assert Result.load(Path("runs/killed")) == found["killed"]
+    assert isinstance(failures["wrong"], MethodError)
+    assert "learns from a teacher" in str(failures["wrong"]).splitlines()[0]
+
+
+def test_a_missing_ray_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RunError, match=r"pip install 'refilled\[ray\]'"):
+        find_executor("ray")
+
+
+def test_an_unknown_executor_is_said():
+    with pytest.raises(RunError, match="unknown executor 'rya'; did you mean 'ray'"):
+        find_executor("rya")
+
+
+def test_ray_is_not_loaded_unless_it_is_asked_for():
+    script = (
+        "import sys; from refilled.benchmark.executors import find_executor; import refilled.benchmark.runner;"
+        "find_executor('local'); assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
