@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
-from refilled import cost as module
+from refilled import forecast as module
 from refilled.cli import app
-from refilled.cost import Cost, Line, Network, _cost_of, communication, forecast
+from refilled.cost import Cost, Line, Network, _cost_of
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.experiment import distill
+from refilled.forecast import communication, forecast
 from refilled.models import create_model
 from refilled.run import Run
 from refilled.stages import Stage, Term
@@ -35,8 +36,8 @@ def teacher(tmp_path_factory) -> str:
 
 @pytest.fixture
 def known(monkeypatch):
-    """Steps of 1 s and 0.1 s an image, passes of 0.01 s an image, 2 GB for a step and 1 GB for a pass."""
-    step, look = Cost(Line(1.0, 0.1), Line(2e9, 0.0)), Cost(Line(0.0, 0.01), Line(1e9, 0.0))
+    """Steps of 1 s and 0.1 s an image, passes of 0.01 s an image, 2 GB for a step and 1 MB an image of a pass."""
+    step, look = Cost(Line(1.0, 0.1), Line(2e9, 0.0)), Cost(Line(0.0, 0.01), Line(1e9, 1e6))
     monkeypatch.setattr(module, "step_cost", lambda *of, **more: step)
     monkeypatch.setattr(module, "scoring_cost", lambda *of, **more: look)
     monkeypatch.setattr(module, "task_size", lambda *of, **more: SIZE)
@@ -102,11 +103,24 @@ def test_a_forecast_adds_up(teacher):
     assert all(stage.seconds == pytest.approx(1 + 0.1 * 16) for stage in found.stages)
     validation = 10 * 100 * 0.01
     assert found.seconds == pytest.approx(
-        {"loading": 1300 / 50, "training": 10 * steps * 2.6 + validation, "scoring": 2 * 1200 * 0.01}
+        {
+            "loading": 1300 / 50,
+            "embedding by the teacher": 0,
+            "training": 10 * steps * 2.6 + validation,
+            "scoring": 2 * 1200 * 0.01,
+        }
     )
     assert found.total == pytest.approx(sum(found.seconds.values()))
     outputs = 2 * 4 * 1000 * (64 + 5)
-    assert found.memory == pytest.approx(2e9 + 1300 * 16 * 16 * 3 + outputs)
+    assert found.memory == pytest.approx(2e9 + 256 * 1e6 + 1300 * 16 * 16 * 3 + outputs)
+
+
+@pytest.mark.usefixtures("known")
+def test_images_on_disk_take_no_memory():
+    memory, disk = forecast(RUN), forecast(replace(RUN, image_memory=0.0))
+    assert memory.memory - disk.memory == 1300 * 16 * 16 * 3
+    assert "images on disk" in dict(disk.rows())
+    assert "images on disk" not in dict(memory.rows())
 
 
 @pytest.mark.usefixtures("known")
