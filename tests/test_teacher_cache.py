@@ -73,7 +73,7 @@ def content(cache: TeacherCache) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_it_says_what_the_live_teacher_says_about_the_same_views(run, precision):
-    cache = build_cache(replace(run, precision=precision), say=lambda text: None)
+    cache = build_cache(replace(run, precision=precision))
     task = load_task(run.task, shots=run.shots)
     live = experiment._embedder(load_teacher(run.teacher), Fabric(accelerator="cpu", precision=precision))
     for view in range(3):
@@ -231,12 +231,12 @@ def test_the_work_can_be_sent_elsewhere_in_parts(run):
     cache = find_cache(run)
     for shard in range(cache.contents.shards):
         elsewhere, shards = pickle.loads(pickle.dumps((run, [shard])))
-        assert build_cache(elsewhere, shards, say=lambda text: None).problem(shard) is None
+        assert build_cache(elsewhere, shards).problem(shard) is None
         assert len(cache.problems()) == cache.contents.shards - shard - 1
 
 
 def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_from_live(run, tmp_path):
-    cache = build_cache(run, say=lambda text: None)
+    cache = build_cache(run)
     before = {path: path.stat().st_mtime_ns for path in cache.folder.glob("*.f32")}
     result = distill(run, tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in cache.folder.glob("*.f32")} == before
