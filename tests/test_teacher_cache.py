@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from typer.testing import CliRunner
 
 from refilled import experiment
+from refilled.benchmark.report import Row, on_the_cache
 from refilled.cli import app
 from refilled.data import Split, Task, augment, load_task
 from refilled.errors import RunError
@@ -245,6 +246,9 @@ def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_fro
     assert gap["largest_difference"] < 1e-4
     assert gap["live_accuracy"] == gap["cached_accuracy"] > 0
     assert Result.load(tmp_path / "run") == result
+    (said,) = on_the_cache(Row("RKD", [result], [tmp_path / "run"]))
+    assert "3 views" in said
+    assert f"{gap['live_accuracy']:.1f} % with the live teacher" in said
 
 
 def test_the_gap_shows_what_is_lost(run):
