@@ -1,7 +1,9 @@
 """The teacher's embeddings on disk: what the live teacher would say, whoever built them and whatever befell them."""
 
+import errno
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -162,6 +164,20 @@ def test_a_build_that_broke_off_goes_on_where_it_stood(tmp_path):
     cache.build(task, breaking)
     assert content(cache) == content(whole)
     assert sum(calls) == 2 * 50 + calls[3]  # nothing but the shard that broke off was embedded twice
+
+
+def test_a_full_disk_is_said_and_leaves_what_is_whole(tmp_path, monkeypatch):
+    cache, task = empty_cache(tmp_path), made_up()
+    cache.build(task, colours, shards=[0])
+    whole = content(cache)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("refilled.teacher_cache.write_atomic", full)
+    with pytest.raises(RunError, match=r"No space left on device\. The cache needs 0\.0 MB; make room"):
+        cache.build(task, colours)
+    assert content(cache) == whole
 
 
 def test_a_part_of_it_can_be_built(tmp_path):

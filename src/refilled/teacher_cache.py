@@ -179,6 +179,9 @@ class TeacherCache:
             embed: The teacher's embedding ``(B, d)`` of images ``(B, 3, S, S)``.
             shards: Numbers of shards.
             say: Told of every shard that is made, and why.
+
+        Raises:
+            RunError: there is no room, or no right to write.
         """
         self._write_manifest()
         wanted = range(self.contents.shards) if shards is None else shards
@@ -233,7 +236,7 @@ class TeacherCache:
         body = torch.cat([self._embed(task, embed, view, indices) for indices in batches]).numpy()
         for left_behind in self.folder.glob(f".{self.path(shard).name}.*.tmp"):
             left_behind.unlink(missing_ok=True)
-        write_atomic(self.path(shard), body.tobytes() + self._digest(shard, body))
+        self._write(self.path(shard), body.tobytes() + self._digest(shard, body))
         self._mapped.pop(shard, None)
 
     def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
@@ -244,8 +247,17 @@ class TeacherCache:
     def _write_manifest(self) -> None:
         teacher, task = self.of
         manifest = {"contents": asdict(self.contents), "teacher": teacher, "task": task}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        self._write(self.folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, data)
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written: {error.strerror}. The cache needs {self.size / 2**20:,.1f} MB; make room, or "
+                "name another folder in REFILLED_CACHE"
+            ) from error
 
     def _map(self, shard: int) -> NDArray[np.float32]:
         if shard not in self._mapped:
