@@ -255,8 +255,8 @@ class TeacherCache:
             write_atomic(path, data)
         except OSError as error:
             raise RunError(
-                f"{path} cannot be written: {error.strerror}. The cache needs {self.size / 2**20:,.1f} MB; make room, or "
-                "name another folder in REFILLED_CACHE"
+                f"{path} cannot be written: {error.strerror}. The cache needs {self.size / 2**20:,.1f} MB; make room, "
+                "or name another folder in REFILLED_CACHE"
             ) from error
 
     def _map(self, shard: int) -> NDArray[np.float32]:
