@@ -1,7 +1,9 @@
 """The teacher's embeddings on disk: what the live teacher would say, whoever built them and whatever befell them."""
 
+import errno
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -15,6 +17,7 @@ from lightning_fabric import Fabric
 from typer.testing import CliRunner
 
 from refilled import experiment
+from refilled.benchmark.report import Row, on_the_cache
 from refilled.cli import app
 from refilled.data import Split, Task, augment, load_task
 from refilled.errors import RunError
@@ -73,7 +76,7 @@ def content(cache: TeacherCache) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_it_says_what_the_live_teacher_says_about_the_same_views(run, precision):
-    cache = build_cache(replace(run, precision=precision), say=lambda text: None)
+    cache = build_cache(replace(run, precision=precision))
     task = load_task(run.task, shots=run.shots)
     live = experiment._embedder(load_teacher(run.teacher), Fabric(accelerator="cpu", precision=precision))
     for view in range(3):
@@ -163,6 +166,20 @@ def test_a_build_that_broke_off_goes_on_where_it_stood(tmp_path):
     assert sum(calls) == 2 * 50 + calls[3]  # nothing but the shard that broke off was embedded twice
 
 
+def test_a_full_disk_is_said_and_leaves_what_is_whole(tmp_path, monkeypatch):
+    cache, task = empty_cache(tmp_path), made_up()
+    cache.build(task, colours, shards=[0])
+    whole = content(cache)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("refilled.teacher_cache.write_atomic", full)
+    with pytest.raises(RunError, match=r"No space left on device\. The cache needs 0\.0 MB; make room"):
+        cache.build(task, colours)
+    assert content(cache) == whole
+
+
 def test_a_part_of_it_can_be_built(tmp_path):
     cache, task = empty_cache(tmp_path), made_up()
     cache.build(task, colours, shards=[6, 1])
@@ -231,12 +248,12 @@ def test_the_work_can_be_sent_elsewhere_in_parts(run):
     cache = find_cache(run)
     for shard in range(cache.contents.shards):
         elsewhere, shards = pickle.loads(pickle.dumps((run, [shard])))
-        assert build_cache(elsewhere, shards, say=lambda text: None).problem(shard) is None
+        assert build_cache(elsewhere, shards).problem(shard) is None
         assert len(cache.problems()) == cache.contents.shards - shard - 1
 
 
 def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_from_live(run, tmp_path):
-    cache = build_cache(run, say=lambda text: None)
+    cache = build_cache(run)
     before = {path: path.stat().st_mtime_ns for path in cache.folder.glob("*.f32")}
     result = distill(run, tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in cache.folder.glob("*.f32")} == before
@@ -245,6 +262,9 @@ def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_fro
     assert gap["largest_difference"] < 1e-4
     assert gap["live_accuracy"] == gap["cached_accuracy"] > 0
     assert Result.load(tmp_path / "run") == result
+    (said,) = on_the_cache(Row("RKD", [result], [tmp_path / "run"]))
+    assert "3 views" in said
+    assert f"{gap['live_accuracy']:.1f} % with the live teacher" in said
 
 
 def test_the_gap_shows_what_is_lost(run):

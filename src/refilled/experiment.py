@@ -465,7 +465,9 @@ def _embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
     return embed
 
 
-def build_cache(run: Run, shards: Iterable[int] | None = None, say: Callable[[str], None] = print) -> TeacherCache:
+def build_cache(
+    run: Run, shards: Iterable[int] | None = None, say: Callable[[str], None] = lambda text: None
+) -> TeacherCache:
     """Embed the views that a run will ask its teacher for, or the part of them in some shards, before the run.
 
     Only what decides the embeddings counts of the run: task, teacher, views, augmentation, precision, image size. All

@@ -179,11 +179,13 @@ class TeacherCache:
             embed: The teacher's embedding ``(B, d)`` of images ``(B, 3, S, S)``.
             shards: Numbers of shards.
             say: Told of every shard that is made, and why.
+
+        Raises:
+            RunError: there is no room, or no right to write.
         """
         self._write_manifest()
-        pending = [
-            shard for shard in (range(self.contents.shards) if shards is None else shards) if self.problem(shard)
-        ]
+        wanted = range(self.contents.shards) if shards is None else shards
+        pending = [shard for shard in wanted if self.problem(shard)]
         with (self.folder / ".shards").open("w") as claims:
             for wait in (False, True):  # first those that nobody is at, then those of the others
                 pending = [shard for shard in pending if not self._make(shard, task, embed, claims, wait, say)]
@@ -193,23 +195,18 @@ class TeacherCache:
 
         Both embeddings are classified by the same class means, those of the first view in the cache.
         """
-        views, kind = self.contents.views, self.contents.augmentation
-        compared = _spread(self.contents.images, _COMPARED)
-        live, cached = [], []
-        for view in range(min(views, len(compared))):
-            indices = compared[view::views]
-            pixels = augment(task.train.pixels[indices], indices, seed=VIEW_SEED, view=view, kind=kind)  # type: ignore[arg-type]
-            live.append(embed(pixels).float().cpu())
-            cached.append(self(view, indices))
-        labels = task.train.labels[torch.cat([compared[view::views] for view in range(len(live))])]
+        compared, views = _spread(self.contents.images, _COMPARED), self.contents.views
+        turns = [(view, compared[view::views]) for view in range(min(views, len(compared)))]
+        live = torch.cat([self._embed(task, embed, view, indices) for view, indices in turns])
+        cached = torch.cat([self(view, indices) for view, indices in turns])
+        labels = task.train.labels[torch.cat([indices for _, indices in turns])]
         some = _spread(self.contents.images, _CENTERED)
         centers = self(0, some), task.train.labels[some]
-        theirs, mine = torch.cat(live), torch.cat(cached)
         return Gap(
             images=len(compared),
-            largest_difference=((theirs - mine).abs().max() / theirs.square().mean().sqrt().clamp_min(1e-12)).item(),
-            live_accuracy=nearest_center_accuracy(*centers, theirs, labels),
-            cached_accuracy=nearest_center_accuracy(*centers, mine, labels),
+            largest_difference=((live - cached).abs().max() / live.square().mean().sqrt().clamp_min(1e-12)).item(),
+            live_accuracy=nearest_center_accuracy(*centers, live, labels),
+            cached_accuracy=nearest_center_accuracy(*centers, cached, labels),
         )
 
     def path(self, shard: int) -> Path:
@@ -235,22 +232,32 @@ class TeacherCache:
 
     def _write_shard(self, shard: int, task: Task, embed: Embed) -> None:
         view, images = self.contents.part(shard)
-        kind = self.contents.augmentation
-        embeddings = []
-        for indices in torch.arange(images.start, images.stop).split(_BATCH):
-            pixels = augment(task.train.pixels[indices], indices, seed=VIEW_SEED, view=view, kind=kind)  # type: ignore[arg-type]
-            embeddings.append(embed(pixels).float().cpu())
-        body = torch.cat(embeddings).numpy()
+        batches = torch.arange(images.start, images.stop).split(_BATCH)
+        body = torch.cat([self._embed(task, embed, view, indices) for indices in batches]).numpy()
         for left_behind in self.folder.glob(f".{self.path(shard).name}.*.tmp"):
             left_behind.unlink(missing_ok=True)
-        write_atomic(self.path(shard), body.tobytes() + self._digest(shard, body))
+        self._write(self.path(shard), body.tobytes() + self._digest(shard, body))
         self._mapped.pop(shard, None)
+
+    def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
+        kind = self.contents.augmentation
+        pixels = augment(task.train.pixels[indices], indices, seed=VIEW_SEED, view=view, kind=kind)  # type: ignore[arg-type]
+        return embed(pixels).float().cpu()
 
     def _write_manifest(self) -> None:
         teacher, task = self.of
         manifest = {"contents": asdict(self.contents), "teacher": teacher, "task": task}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+        self._write(self.folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, data)
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written: {error.strerror}. The cache needs {self.size / 2**20:,.1f} MB; make room, "
+                "or name another folder in REFILLED_CACHE"
+            ) from error
 
     def _map(self, shard: int) -> NDArray[np.float32]:
         if shard not in self._mapped:

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from refilled.benchmark.executors import Executor, processes
 from refilled.benchmark.jobs import accuracy
-from refilled.benchmark.report import Row, on_the_teacher, table, verdict, write_report
+from refilled.benchmark.report import Row, on_the_cache, on_the_teacher, table, verdict, write_report
 from refilled.benchmark.runner import run_grid
 from refilled.errors import RunError, unknown
 from refilled.experiment import Result, resolve
@@ -118,7 +118,7 @@ def compare(
     baseline, shown = rows[0], rows[-1]
     lines = table(rows, baseline)
     console.print(_terminal_table(lines, f"{comparison.title}: {len(comparison.seeds)} seeds, last epoch, percent"))
-    sentences = [verdict(shown, baseline), on_the_teacher(shown, baseline)]
+    sentences = [verdict(shown, baseline), on_the_teacher(shown, baseline), *on_the_cache(shown)]
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     write_atomic(folder / "results.csv", _csv(rows, comparison.seeds).encode())

@@ -78,6 +78,18 @@ def on_the_teacher(row: Row, baseline: Row) -> str:
     )
 
 
+def on_the_cache(row: Row) -> list[str]:
+    """Say how far the teacher's cached embeddings are from the live ones, where there was a cache."""
+    cache = (row.results[0].teacher or {}).get("cache")
+    if cache is None:
+        return []
+    return [
+        f"The teacher's embeddings of {cache['views']} views of each image came from disk: by the nearest class mean "
+        f"{cache['cached_accuracy']:.1f} % of {cache['images']} training images are right with them, "
+        f"{cache['live_accuracy']:.1f} % with the live teacher."
+    ]
+
+
 def write_report(
     path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, sentences: Sequence[str]
 ) -> None:

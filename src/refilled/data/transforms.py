@@ -47,9 +47,11 @@ def augment(pixels: Tensor, indices: Tensor, *, seed: int, view: int, kind: Augm
     if kind == "crop-flip":
         mirrored = torch.from_numpy(keyed_integers(2, seed, "mirror", view, keys)).bool()
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    # One look-up of whole pixels; on a CPU it is four times as fast as indexing with rows and columns.
-    image = torch.arange(count)[:, None, None] * side * side
-    source = (image + rows[:, :, None] * side + columns[:, None, :]).flatten()  # (N S S,)
+    # One look-up of whole pixels; on a CPU it is four times as fast as indexing with rows and columns, and twice as
+    # fast again for large images if the numbers of the pixels are short.
+    number = torch.int32 if count * side * side < 2**31 else torch.int64
+    image = torch.arange(count, dtype=number)[:, None, None] * side * side
+    source = (image + rows.to(number)[:, :, None] * side + columns.to(number)[:, None, :]).flatten()  # (N S S,)
     flat = pixels.permute(0, 2, 3, 1).reshape(-1, channels)  # (N S S, 3), no copy if channels-last
     return flat.index_select(0, source.to(pixels.device)).view(count, side, side, channels).permute(0, 3, 1, 2)
 
