@@ -59,7 +59,7 @@ class World:
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """Put all ranks' parts ``(n, ...)`` together to ``(count, ...)``; the gradient comes back to the own part."""
-        return rows if self.size == 1 else cast(Tensor, _Gather.apply(rows, count, self))
+        return rows if self.size == 1 or count == 0 else cast(Tensor, _Gather.apply(rows, count, self))
 
     def gather_outputs(self, outputs: Outputs, count: int, parts: Container[object] = Outputs._fields) -> Outputs:
         """Gather those parts of the outputs; the others, which nobody reads, become ``(count, 0)``, or no maps."""
