@@ -515,16 +515,45 @@ def main() -> None:
     """Run the command line; a known error becomes one red line, and ``--debug`` shows where it came from."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if _rank() > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 alone prints results
     try:
+        _refuse_torchrun(arguments)
         app(arguments, prog_name="refilled", standalone_mode=True)
     except RefilledError as error:
         if debug:
             raise
-        err.print(f"[red]error:[/red] {escape(_printable(str(error)))}", highlight=False, soft_wrap=True)
+        if _first_to_tell(str(error)):
+            err.print(f"[red]error:[/red] {escape(_printable(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no further complaint
         sys.exit(141)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or 0)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _refuse_torchrun(arguments: list[str]) -> None:
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if _processes() > 1 and command not in (None, "train", "distill"):
+        raise RunError(
+            f"torchrun is for 'refilled train' and 'refilled distill', one run in several processes; start 'refilled "
+            f"{command}' once, without torchrun. Commands that carry out many runs share them among processes by --jobs"
+        )
+
+
+def _first_to_tell(message: str) -> bool:
+    if _processes() == 1:
+        return True
+    from refilled.distributed import first_to_tell
+
+    return first_to_tell(message)
 
 
 def _configure(preset: str | None, values: dict[str, Any]) -> Run:
@@ -561,7 +590,7 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_jso
     from refilled import experiment
 
     folder = folder or Path("runs") / _run_name(run)
-    if overwrite:
+    if overwrite and _rank() == 0:
         experiment.overwrite(folder)
     _carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
 
@@ -593,7 +622,8 @@ def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, a
         result = call(_display(quiet))
     except Interrupted as interruption:
         command = shlex.join(["refilled", "distill", "--resume", str(folder)])
-        err.print(f"interrupted; the state is saved. Go on with: {command}", markup=False, soft_wrap=True)
+        if _rank() == 0:
+            err.print(f"interrupted; the state is saved. Go on with: {command}", markup=False, soft_wrap=True)
         sys.exit(128 + interruption.number)
     if as_json:
         print((folder / "result.json").read_text(encoding="utf-8"), end="")
@@ -604,7 +634,7 @@ def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, a
 def _display(quiet: bool) -> "Display":
     from refilled.progress import Bars, Display, Lines
 
-    return Display() if quiet else Bars(err) if err.is_terminal else Lines(err)
+    return Display() if quiet or _rank() > 0 else Bars(err) if err.is_terminal else Lines(err)
 
 
 def _say(text: str) -> None:

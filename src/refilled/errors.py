@@ -8,7 +8,8 @@
     ├── MethodError      a method, its parameters, or label spaces that it cannot work with
     ├── RunError         a run's configuration or folder
     │   ├── InUseError        another process is at the run
-    │   └── CheckpointError   a saved training state that cannot be used
+    │   ├── CheckpointError   a saved training state that cannot be used
+    │   └── RankError         another process of a run under torchrun has ended
     └── NonFiniteError   a loss or gradient became NaN or infinite
 """
 
@@ -42,6 +43,10 @@ class InUseError(RunError):
 
 class CheckpointError(RunError):
     """A saved training state that cannot be used."""
+
+
+class RankError(RunError):
+    """Another process of a run under torchrun has ended."""
 
 
 class NonFiniteError(RefilledError):

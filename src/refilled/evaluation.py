@@ -5,6 +5,7 @@ from torch import Tensor
 
 from refilled.data import Pixels
 from refilled.distances import class_centers, pairwise_distances
+from refilled.distributed import ALONE, World
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 
@@ -13,24 +14,25 @@ SCORING_BATCH = 256  # images at a time
 
 @torch.no_grad()
 def predict(
-    model: Backbone, pixels: Pixels, device: torch.device | str = "cpu", batch_size: int = SCORING_BATCH
+    model: Backbone,
+    pixels: Pixels,
+    device: torch.device | str = "cpu",
+    batch_size: int = SCORING_BATCH,
+    world: World = ALONE,
 ) -> Outputs:
     """Run a model in evaluation mode over all images ``(N, 3, H, W)``, not augmented; the outputs come on the CPU.
 
-    The model's mode is put back afterwards.
+    The model's mode is put back afterwards. Of several processes each runs it on a part, and gets all outputs.
     """
     training = model.training
     model.eval()
     try:
-        outputs = [model(batch.to(device)) for batch in pixels.split(batch_size)]
+        outputs = [model(batch.to(device)) for batch in pixels[world.part(len(pixels))].split(batch_size)]
     finally:
         model.train(training)
-    if not outputs:
-        return Outputs(torch.empty(0, model.num_classes), torch.empty(0, model.embedding_dim))
-    return Outputs(
-        torch.cat([output.logits.float().cpu() for output in outputs]),
-        torch.cat([output.embedding.float().cpu() for output in outputs]),
-    )
+    logits = [output.logits.float().cpu() for output in outputs] or [torch.empty(0, model.num_classes)]
+    embedding = [output.embedding.float().cpu() for output in outputs] or [torch.empty(0, model.embedding_dim)]
+    return world.gather_outputs(Outputs(torch.cat(logits), torch.cat(embedding)), len(pixels))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

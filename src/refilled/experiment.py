@@ -11,8 +11,10 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -26,6 +28,7 @@ from torch.nn.functional import one_hot
 from refilled.checkpoints import discard_states, hold
 from refilled.data import Pixels, Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
+from refilled.distributed import ALONE, World, joined
 from refilled.errors import RunError, TaskError
 from refilled.evaluation import SCORING_BATCH, accuracy, class_accuracies, nearest_center_accuracy, predict
 from refilled.files import cache_folder, write_atomic
@@ -82,16 +85,25 @@ class Result:
 def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Train a student as the run says, test it once, and leave everything in a new folder.
 
+    Processes that torchrun started train it together; rank 0 writes, and each returns the result.
+
     Raises:
         RunError: the folder already holds a run; it is left as it is.
         RefilledError: anything in the run that cannot work, found before training begins where it can be.
     """
-    _refuse_used(folder)
-    prepared = _Prepared(resolve(run))  # fails before anything is written, if it fails
+    with joined() as world, ExitStack() as held:
+        world.lead(lambda: _refuse_used(folder))
+        prepared = _Prepared(resolve(run))  # fails before anything is written, if it fails
+        world.lead(lambda: held.enter_context(_new(folder)))
+        return _begin(prepared, folder, display or Display(), seconds_between_saves, world)
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
         _refuse_used(folder)  # again, since another process may have been quicker
-        return _begin(prepared, folder, display or Display(), seconds_between_saves)
+        yield
 
 
 def check(run: Run) -> None:
@@ -115,16 +127,24 @@ def prepare(run: Run, task: Task) -> "_Prepared":
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
 
+    Processes that torchrun started go on together, however many there were before; exact is then what they do up to
+    rounding.
+
     Raises:
         RunError: there is no run in the folder, or another process is at it.
         CheckpointError: its saved states are damaged.
     """
+    with joined() as world, ExitStack() as held:
+        world.lead(lambda: held.enter_context(_begun(folder)))
+        return _go_on(folder, display or Display(), seconds_between_saves, world)
+
+
+@contextmanager
+def _begun(folder: Path) -> Iterator[None]:
     if not (folder / "run.toml").exists():
         raise RunError(f"{folder} holds no run to go on with")
-    if (folder / "DONE").exists():
-        return Result.load(folder)
-    with hold(folder):
-        return _go_on(folder, display or Display(), seconds_between_saves)
+    with nullcontext() if (folder / "DONE").exists() else hold(folder):
+        yield
 
 
 def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
@@ -148,15 +168,19 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
         return _go_on(folder, display, seconds_between_saves)
 
 
-def _begin(prepared: "_Prepared", folder: Path, display: Display, seconds_between_saves: float) -> Result:
-    write_atomic(folder / "run.toml", prepared.run.to_toml().encode())
-    return _carry_out(prepared, folder, display, seconds_between_saves)
+def _begin(
+    prepared: "_Prepared", folder: Path, display: Display, seconds_between_saves: float, world: World = ALONE
+) -> Result:
+    world.lead(lambda: write_atomic(folder / "run.toml", prepared.run.to_toml().encode()))
+    return _carry_out(prepared, folder, display, seconds_between_saves, world)
 
 
-def _go_on(folder: Path, display: Display, seconds_between_saves: float) -> Result:
-    if (folder / "DONE").exists():
-        return Result.load(folder)
-    return _carry_out(_Prepared(_load_run(folder)), folder, display, seconds_between_saves)
+def _go_on(folder: Path, display: Display, seconds_between_saves: float, world: World = ALONE) -> Result:
+    finished = world.lead(lambda: Result.load(folder) if (folder / "DONE").exists() else None)
+    if finished is not None:
+        return finished
+    prepared = _Prepared(world.lead(lambda: _load_run(folder)))
+    return _carry_out(prepared, folder, display, seconds_between_saves, world)
 
 
 def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:
@@ -414,25 +438,35 @@ class _Prepared:
         return student
 
 
-def _carry_out(prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float) -> Result:
-    run = prepared.run
-    fabric = _fabric(run)
-    journal = RunJournal(folder, display, seconds_between_saves)
+def _carry_out(
+    prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float, world: World = ALONE
+) -> Result:
+    run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
+    if world.size > 1:
+        models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
+        world.check_same(images=task.fingerprint, **models)
+    fabric = _fabric(run, world)
+    journal = RunJournal(folder, display, seconds_between_saves, world)
     try:
         if prepared.readout is None:
             cache = _cache(prepared, fabric, display)
             with journal.catching_signals():
-                fit(prepared.student, prepared.teacher, prepared.task, prepared.stages, run, fabric, journal, cache)
-            result = _measure(prepared, folder, journal.seconds)
+                fit(student, teacher, task, prepared.stages, run, fabric, journal, cache, world)
+            result = _measure(prepared, folder, journal.seconds, world)
             if cache is not None:
                 result = replace(result, teacher={**(result.teacher or {}), "cache": _gap(prepared, cache, fabric)})
-            save_model(prepared.student, folder)
         else:
             journal.restore()  # nothing; but there is a log, if an empty one
-            prepared.student.to(fabric.device)
-            result = replace(_measure(prepared, folder, 0.0), seconds=journal.seconds)
+            student.to(fabric.device)
+            result = replace(_measure(prepared, folder, 0.0, world), seconds=journal.seconds)
     finally:
         display.close()
+    return world.lead(lambda: _conclude(prepared, folder, result))
+
+
+def _conclude(prepared: _Prepared, folder: Path, result: Result) -> Result:
+    if prepared.readout is None:
+        save_model(prepared.student, folder)
     write_atomic(folder / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
     write_atomic(folder / "DONE", b"")
     discard_states(folder)
@@ -525,8 +559,9 @@ def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
     )
 
 
-def _fabric(run: Run) -> Fabric:
-    return Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
+def _fabric(run: Run, world: World = ALONE) -> Fabric:
+    devices = [world.local_rank] if run.device == "cuda" else 1
+    return Fabric(accelerator=run.device, devices=devices, precision=run.precision)  # type: ignore[arg-type]
 
 
 class _Look(NamedTuple):
@@ -538,7 +573,12 @@ class _Look(NamedTuple):
 
 
 def _look(
-    network: Backbone, task: Task, scored: Split, device: torch.device | str = "cpu", centered: bool = False
+    network: Backbone,
+    task: Task,
+    scored: Split,
+    device: torch.device | str = "cpu",
+    centered: bool = False,
+    world: World = ALONE,
 ) -> _Look:
     """Run a network over both parts, and score its embedding by the nearest class mean, in percent.
 
@@ -548,8 +588,9 @@ def _look(
         scored: The images that are scored.
         device: Where to compute.
         centered: Whether the mean of the training embeddings is taken away first.
+        world: The processes that share the work.
     """
-    train, others = (predict(network, split.pixels, device) for split in (task.train, scored))
+    train, others = (predict(network, split.pixels, device, world=world) for split in (task.train, scored))
     mean = train.embedding.mean(0) if centered else 0
     accuracy = nearest_center_accuracy(
         train.embedding - mean, task.train.labels, others.embedding - mean, scored.labels
@@ -557,11 +598,11 @@ def _look(
     return _Look(train, others, accuracy)
 
 
-def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
+def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) -> Result:
     """Look at the images that are to be scored, for the only time."""
     run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
     device, labels = torch.device(run.device), prepared.scored.labels
-    seen = _look(student, task, prepared.scored, device)
+    seen = _look(student, task, prepared.scored, device, world=world)
     logits = seen.scored.logits
     if prepared.readout is not None:
         classes = prepared.readout.classify(seen.train.embedding, task.train.labels, seen.scored.embedding)
@@ -570,7 +611,7 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
         accuracy=accuracy(logits, labels),
         ncm_accuracy=seen.ncm_accuracy,
         class_accuracies=_by_class(task, class_accuracies(logits, labels, len(task.classes))),
-        stages=_measure_stages(prepared, folder),
+        stages=_measure_stages(prepared, folder, world),
         seconds=seconds,
         parameters=sum(p.numel() for p in student.parameters()),
         data={
@@ -584,22 +625,32 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float) -> Result:
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
         versions=versions(),
-        hardware={"device": device_name(device), "threads": run.threads, "precision": run.precision},
+        hardware={
+            "device": device_name(device),
+            "processes": world.size,
+            "threads": run.threads,
+            "precision": run.precision,
+        },
     )
 
 
-def _measure_stages(prepared: _Prepared, folder: Path) -> dict[str, dict[str, float]]:
+def _measure_stages(prepared: _Prepared, folder: Path, world: World) -> dict[str, dict[str, float]]:
     """Score the student as each stage but the last left it."""
     student, found = prepared.student, {}
     final = {name: value.clone() for name, value in student.state_dict().items()}
     for stage in prepared.stages[:-1]:
-        path = folder / "stages" / f"{stage.name}.safetensors"
-        if path.exists():
-            student.load_state_dict(load_file(path))
-            seen = _look(student, prepared.task, prepared.scored, prepared.run.device)
+        weights = world.lead(partial(_weights_after, stage, folder))
+        if weights is not None:
+            student.load_state_dict(weights)
+            seen = _look(student, prepared.task, prepared.scored, prepared.run.device, world=world)
             found[stage.name] = {"ncm_accuracy": seen.ncm_accuracy}
     student.load_state_dict(final)
     return found
+
+
+def _weights_after(stage: Stage, folder: Path) -> dict[str, Tensor] | None:
+    path = folder / "stages" / f"{stage.name}.safetensors"
+    return load_file(path) if path.exists() else None
 
 
 def _few_steps(run: Run, images: int) -> list[str]:

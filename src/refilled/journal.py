@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from refilled.checkpoints import State, load_state, save_state
+from refilled.distributed import ALONE, World
 from refilled.files import write_atomic
 from refilled.models import Backbone
 from refilled.progress import Display
@@ -39,15 +40,19 @@ class RunJournal:
         folder: The run's folder.
         display: Where progress is shown.
         seconds_between_saves: A state is saved when this time has passed since the last one.
+        world: The processes that train together. Each has a journal; that of rank 0 alone touches the folder.
     """
 
-    def __init__(self, folder: Path, display: Display, seconds_between_saves: float = 60.0) -> None:
-        self.folder, self.display, self.interval = folder, display, seconds_between_saves
+    def __init__(
+        self, folder: Path, display: Display, seconds_between_saves: float = 60.0, world: World = ALONE
+    ) -> None:
+        self.folder, self.display, self.interval, self.world = folder, display, seconds_between_saves, world
         self.warnings: list[str] = []
         self._log_path = folder / "log.jsonl"
         self._seconds_before = 0.0  # of training, in earlier processes
         self._started = self._saved = time.monotonic()
-        self._signal = 0
+        self._signal = 0  # that came to this process
+        self._ending = 0  # that came to some process, and all have agreed to end by
 
     @property
     def seconds(self) -> float:
@@ -56,25 +61,34 @@ class RunJournal:
 
     def restore(self) -> State | None:
         """Load the newest whole state and cut the log back to where it stood then."""
-        state, self.warnings = load_state(self.folder)
-        self._log_path.touch()
-        os.truncate(self._log_path, state.data["log_bytes"] if state else 0)
+        state = self.world.lead(self._load)
         if state:
             self._seconds_before = state.data["seconds"]
         self._started = self._saved = time.monotonic()
         return state
 
+    def _load(self) -> State | None:
+        state, self.warnings = load_state(self.folder)
+        self._log_path.touch()
+        os.truncate(self._log_path, state.data["log_bytes"] if state else 0)
+        return state
+
     def checkpoint_due(self) -> bool:
-        """Whether a signal came or enough time has passed."""
-        return bool(self._signal) or time.monotonic() - self._saved >= self.interval
+        """Whether a signal came or enough time has passed, here or in another process."""
+        late = time.monotonic() - self._saved >= self.interval
+        self._ending, due = self.world.largest(self._signal, self._signal > 0 or late)
+        return bool(due)
 
     def save(self, state: State) -> None:
         """Write the state; after a signal, end the run."""
+        self.world.lead(lambda: self._write(state))
+        self._saved = time.monotonic()
+        if self._ending:
+            raise Interrupted(self._ending)
+
+    def _write(self, state: State) -> None:
         data = {"log_bytes": self._log_path.stat().st_size, "seconds": self.seconds}
         save_state(self.folder, state.tensors, {**state.data, **data})
-        self._saved = time.monotonic()
-        if self._signal:
-            raise Interrupted(self._signal)
 
     def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None:
         """Show it."""
@@ -86,12 +100,16 @@ class RunJournal:
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the log."""
+        if not self.world.leads:
+            return
         with self._log_path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
         self.display.epoch(entry)
 
     def end_stage(self, stage: Stage, student: Backbone) -> None:
         """Keep the student as this stage leaves it, for measures and pictures of what the stage did."""
+        if not self.world.leads:
+            return
         stages = self.folder / "stages"
         stages.mkdir(exist_ok=True)
         weights = {name: value.contiguous() for name, value in student.state_dict().items()}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from refilled.checkpoints import State
 from refilled.data import Augmentation, Mixing, Task, augment, epoch_batches, mixing
+from refilled.data.keyed import keyed_bits
+from refilled.distributed import ALONE, World
 from refilled.errors import NonFiniteError, RunError
 from refilled.evaluation import accuracy, predict
 from refilled.models import Backbone
@@ -111,13 +113,18 @@ def fit(
     fabric: Fabric,
     journal: Journal,
     cache: TeacherCache | None = None,
+    world: World = ALONE,
 ) -> None:
     """Train the student through the stages, from where the journal's state stands.
 
+    Of several processes each hands over the same, a journal of its own excepted; they take every step together.
+
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the step is not taken.
+        RunError: there are more processes than images in a batch.
+        RankError: another process has ended.
     """
-    _Training(student, teacher, task, recipe, fabric, journal, cache).run(stages)
+    _Training(student, teacher, task, recipe, fabric, journal, cache, world).run(stages)
 
 
 class _Training:
@@ -132,8 +139,9 @@ class _Training:
         fabric: Fabric,
         journal: Journal,
         cache: TeacherCache | None,
+        world: World,
     ) -> None:
-        self.student, self.teacher, self.cache = student, teacher, cache
+        self.student, self.teacher, self.cache, self.world = student, teacher, cache, world
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
         self.augmentation = augmentation_of(recipe, task)
         student.to(memory_format=torch.channels_last)
@@ -172,6 +180,8 @@ class _Training:
         )
 
     def _train_stage(self) -> None:
+        self._check_batches()
+        self._vary_random_numbers()
         steps = len(self._batches(0))
         self.journal.begin_stage(self.stage, self.epochs, steps, self.position.epoch * steps + self.position.step)
         for epoch in range(self.position.epoch, self.epochs):
@@ -179,6 +189,20 @@ class _Training:
             self.journal.epoch(self._entry(epoch))
             self.sums = {}
             self.position = Position(self.position.stage, epoch + 1)
+
+    def _check_batches(self) -> None:
+        smallest = min(len(batch) for batch in self._batches(0))
+        if smallest < self.world.size:
+            raise RunError(
+                f"{self.world.size} processes need as many images in every batch, but one has {smallest}; start fewer "
+                "processes, or raise --batch-size"
+            )
+
+    def _vary_random_numbers(self) -> None:
+        """Let dropout differ between ranks; rank 0 goes on with the numbers of a process on its own."""
+        if not self.world.leads:
+            keys = (self.position.stage, self.position.epoch, self.position.step)
+            torch.manual_seed(int(keyed_bits(self.recipe.seed, "rank", self.world.rank, *keys)))
 
     def _batches(self, epoch: int) -> list[Tensor]:
         return epoch_batches(
@@ -193,27 +217,29 @@ class _Training:
     def _train_epoch(self, epoch: int, batches: Sequence[Tensor]) -> None:
         terms, fabric = self.stage.terms, self.fabric
         weights = {name: term.weight(epoch) for name, term in terms.items()}
-        features = any(term.student == "features" for term in terms.values())
         self.student.train()
         for step in range(self.position.step, len(batches)):
-            images, labels = self._load(batches[step], epoch)
-            taught = self._teach(images, batches[step], epoch)
-            mix = self._mixing(images, epoch, step)
-            seen = self.learner(mix(images) if mix else images, features=features)
+            batch = batches[step]
+            images, labels = self._load(batch, epoch)  # of this process's part, and of the whole batch
+            taught = self._teach(images, batch, epoch)
+            mix = self._mixing(len(batch), images.shape[-1], epoch, step)
+            seen = self._learn(images, mix, len(batch))
             losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
             if mix:
                 losses = _blend(mix, losses, terms, seen, taught, labels)
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
+            self.world.sum_gradients(self.student.parameters(), self.losses.parameters())
             self._check_finite(losses, epoch, step)
             self._set_learning_rate(epoch + step / len(batches))
             self.optimizer.step()
-            self._record(losses, len(batches[step]), Position(self.position.stage, epoch, step + 1))
+            self._record(losses, len(batch), Position(self.position.stage, epoch, step + 1))
 
     def _load(self, batch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         seed, view = self._view(epoch)
+        part = batch[self.world.part(len(batch))]
         images = augment(
-            self.task.train.pixels.index_select(0, batch), batch, seed=seed, view=view, kind=self.augmentation
+            self.task.train.pixels.index_select(0, part), part, seed=seed, view=view, kind=self.augmentation
         )
         device = self.fabric.device
         return images.to(device, non_blocking=True), self.task.train.labels[batch].to(device, non_blocking=True)
@@ -230,16 +256,26 @@ class _Training:
             embedding = self.cache(self._view(epoch)[1], batch).to(self.fabric.device)
             return Outputs(embedding.new_empty(len(batch), 0), embedding)
         with torch.no_grad(), self.fabric.autocast():
-            taught = self.teacher(images, features=self.stage.reads("features"))
-        return cast(Outputs, taught)
+            taught = cast(Outputs, self.teacher(images, features=self.stage.reads("features")))
+        return self.world.gather_outputs(taught, len(batch), {term.teacher for term in self.stage.terms.values()})
 
-    def _mixing(self, images: Tensor, epoch: int, step: int) -> Mixing | None:
+    def _learn(self, images: Tensor, mix: Mixing | None, count: int) -> Outputs:
+        """Run the student on this process's images; returns its outputs for the whole batch of ``count``."""
+        if mix:
+            partners = mix.partner[self.world.part(count)].to(images.device)
+            images = mix.mix(images, self.world.gather(images, count)[partners])
+        parts = {term.student for term in self.stage.terms.values()}
+        with self.world.global_batch_norm():
+            seen = cast(Outputs, self.learner(images, features="features" in parts))
+        return self.world.gather_outputs(seen, count, parts)
+
+    def _mixing(self, count: int, side: int, epoch: int, step: int) -> Mixing | None:
         recipe = self.recipe
         if recipe.mixup == recipe.cutmix == 0:
             return None
         return mixing(
-            len(images),
-            images.shape[-1],
+            count,
+            side,
             mixup=recipe.mixup,
             cutmix=recipe.cutmix,
             seed=recipe.seed,
@@ -285,7 +321,7 @@ class _Training:
         classifies = any(term.student == "logits" for term in self.stage.terms.values())
         if classifies and len(self.task.val) > 0:
             with self.fabric.autocast():
-                logits = predict(self.student, self.task.val.pixels, self.fabric.device).logits
+                logits = predict(self.student, self.task.val.pixels, self.fabric.device, world=self.world).logits
             entry["val_accuracy"] = accuracy(logits, self.task.val.labels)
         return entry
 
@@ -297,7 +333,9 @@ class _Training:
         curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
         if curious and self.teacher is not None:
             with self.fabric.autocast():
-                embedding = predict(self.teacher, self.task.train.pixels, self.fabric.device).embedding
+                embedding = predict(
+                    self.teacher, self.task.train.pixels, self.fabric.device, world=self.world
+                ).embedding
             for loss in curious:
                 loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
 

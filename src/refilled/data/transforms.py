@@ -68,7 +68,10 @@ class Mixing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Mix images ``(N, 3, S, S)``; a blend of uint8 images comes out as float on the scale [0, 1]."""
-        partners = images[self.partner.to(images.device)]
+        return self.mix(images, images[self.partner.to(images.device)])
+
+    def mix(self, images: Tensor, partners: Tensor) -> Tensor:
+        """Mix some of the batch's images ``(n, 3, S, S)`` with their partners, which are handed over."""
         if self.patch is None:
             scale = 255 if images.dtype == torch.uint8 else 1
             return torch.lerp(partners / scale, images / scale, self.share)
