@@ -77,7 +77,7 @@ class Forecast:
             yield "images on disk", f"{on_disk / 2**30:.1f} GiB below {cache_folder()}"
         for name, rate in self.rates.items():
             yield name, f"{rate:,.0f} images/s"
-        for stage in self.stages:
+        for stage in (stage for stage in self.stages if stage.epochs > 0):
             rate = min(run.batch_size, size.train) / stage.seconds
             epochs = f"{stage.epochs} epochs of {stage.steps} steps"
             yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms a step, {rate:,.0f} images/s"
@@ -86,7 +86,8 @@ class Forecast:
                 yield "", f"{share}, modelled and not measured"
         for name, seconds in self.seconds.items():
             yield name, duration(seconds)
-        where = f"{run.threads} threads of the processor" if run.device == "cpu" else run.device
+        threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
+        where = f"{threads} of the processor" if run.device == "cpu" else run.device
         yield "in all", f"about {duration(self.total)} on {where}"
         yield "memory", "cannot be predicted here" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at most"
 

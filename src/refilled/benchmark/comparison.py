@@ -36,6 +36,7 @@ from refilled.benchmark.executors import Executor, processes
 from refilled.benchmark.jobs import accuracy
 from refilled.benchmark.report import Row, on_the_cache, on_the_teacher, table, verdict, write_report
 from refilled.benchmark.runner import run_grid
+from refilled.benchmark.summary import count_of
 from refilled.errors import RunError, unknown
 from refilled.experiment import Result, resolve
 from refilled.files import write_atomic
@@ -117,7 +118,8 @@ def compare(
     rows = [Row(name, [Result.load(place) for place in own], own) for name, own in places.items()]
     baseline, shown = rows[0], rows[-1]
     lines = table(rows, baseline)
-    console.print(_terminal_table(lines, f"{comparison.title}: {len(comparison.seeds)} seeds, last epoch, percent"))
+    seeds = count_of(len(comparison.seeds), "seed")
+    console.print(_terminal_table(lines, f"{comparison.title}: {seeds}, last epoch, percent"))
     sentences = [verdict(shown, baseline), on_the_teacher(shown, baseline), *on_the_cache(shown)]
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
