@@ -36,9 +36,9 @@ PAIRS = (("wrn_16_1", "wrn_16_2"), ("resnet20", "wrn_40_1"), ("mobilenet_0.5", "
 SIZES = {"batch": ((8, 32), (32, 32), (128, 32)), "image size": ((8, 64), (8, 96), (8, 128))}  # (images, pixels)
 RUNS = (
     ("wrn_16_2", "vanilla", {"epochs": 2, "batch_size": 128}, "digits@size=32"),
-    ("resnet20", "refilled", {"epochs": 2, "batch_size": 64}, "digits:5-9@size=32"),
+    ("resnet20", "refilled", {"epochs": 4, "batch_size": 64}, "digits:5-9@size=32"),
     ("mobilenet_0.5", "refilled", {"epochs": 2, "batch_size": 32}, "digits:5-9@size=64"),
-    ("wrn_16_1", "rkd", {"epochs": 3, "batch_size": 256}, "digits:5-9@size=32"),
+    ("wrn_16_1", "rkd", {"epochs": 8, "batch_size": 256}, "digits:5-9@size=32"),
 )
 CLASSES = tuple("0123456789")
 

@@ -35,8 +35,8 @@ def teacher(tmp_path_factory) -> str:
 
 @pytest.fixture
 def known(monkeypatch):
-    """Steps of 1 s and 0.1 s an image, passes of 0.01 s an image, 2 GB for a step and 1 GB for a pass."""
-    step, look = Cost(Line(1.0, 0.1), Line(2e9, 0.0)), Cost(Line(0.0, 0.01), Line(1e9, 0.0))
+    """Steps of 1 s and 0.1 s an image, passes of 0.01 s an image, 2 GB for a step and 1 MB an image of a pass."""
+    step, look = Cost(Line(1.0, 0.1), Line(2e9, 0.0)), Cost(Line(0.0, 0.01), Line(1e9, 1e6))
     monkeypatch.setattr(module, "step_cost", lambda *of, **more: step)
     monkeypatch.setattr(module, "scoring_cost", lambda *of, **more: look)
     monkeypatch.setattr(module, "task_size", lambda *of, **more: SIZE)
@@ -106,7 +106,7 @@ def test_a_forecast_adds_up(teacher):
     )
     assert found.total == pytest.approx(sum(found.seconds.values()))
     outputs = 2 * 4 * 1000 * (64 + 5)
-    assert found.memory == pytest.approx(2e9 + 1300 * 16 * 16 * 3 + outputs)
+    assert found.memory == pytest.approx(2e9 + 256 * 1e6 + 1300 * 16 * 16 * 3 + outputs)
 
 
 @pytest.mark.usefixtures("known")

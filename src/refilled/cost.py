@@ -179,18 +179,20 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     between = [communication(student, teacher, stage, run.batch_size, ranks, network) for stage in stages]
     score, teach = (0.0 if c is None else c.seconds(SCORING_BATCH) / SCORING_BATCH / ranks for c in (forward, taught))
 
-    found, training, embedded = [], 0.0, 0
+    found, training, embedded, passes = [], 0.0, 0, [forward]
     budget = share_epochs(stages, run.epochs) if stages else []
     for stage, cost, messages, epochs in zip(stages, steps, between, budget, strict=True):
         seconds = cost.seconds(batch) + messages
         if run.views is not None and taught is not None and stage.needs_only_embedding:
             seconds = max(seconds - taught.seconds(batch), 0.0)
             embedded = run.views * size.train
+            passes.append(taught)
         count = math.ceil(size.train / run.batch_size)
         found.append(StageForecast(stage.name, epochs, count, seconds, messages))
         training += epochs * (count * seconds + size.val * score)
         if any(isinstance(t.loss, Prepares) and t.loss.needs_training_set for t in stage.terms.values()):
             training += size.train * teach
+            passes += [taught] if taught is not None else []
     scored = size.test if run.score == "test" else size.val
     rates = {
         "decoding": size.images_per_second,
@@ -209,7 +211,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
             "training": training + embedded * teach,
             "scoring": max(len(stages), 1) * (size.train + scored) * score,
         },
-        memory=_memory(size, run, steps, [c for c in (forward, taught) if c is not None], batch, student),
+        memory=_memory(size, run, student, batch, steps, passes),
         ranks=ranks,
     )
 
@@ -323,19 +325,22 @@ def _peak(device: torch.device) -> float | None:
 
 
 def _memory(
-    size: TaskSize, run: Run, steps: Sequence[Cost], passes: Sequence[Cost], batch: int, student: Backbone
+    size: TaskSize, run: Run, student: Backbone, batch: int, steps: Sequence[Cost], passes: Sequence[Cost]
 ) -> float | None:
-    """Add up the peak of the hungriest phase and what lies in memory all the while."""
-    taken = [cost.memory(batch) for cost in steps if cost.memory is not None]
-    taken += [cost.memory(min(SCORING_BATCH, size.train)) for cost in passes if cost.memory is not None]
-    if not taken:
+    """Add up the peak of training, that of scoring, and what lies in memory all the while."""
+    training, scoring = ([cost.memory for cost in costs if cost.memory is not None] for costs in (steps, passes))
+    if not scoring:
         return None
+    scored = min(SCORING_BATCH, size.train)
     if run.device != "cpu":
-        return max(taken)
+        return max([line(batch) for line in training] + [line(scored) for line in scoring])
     images = sum(part for part in _image_bytes(size) if part <= _image_limit(run))
     # Embeddings and logits of the training images, once in batches and once in one piece.
     outputs = 2 * _FLOAT * size.train * (student.embedding_dim + len(size.class_names))
-    return max(taken) + images + outputs
+    if not training:
+        return max(line(scored) for line in scoring) + images + outputs
+    # What training has freed, the C library has mostly not given back when scoring asks for larger pieces.
+    return max(line(batch) for line in training) + max(line.each * scored for line in scoring) + images + outputs
 
 
 def _image_bytes(size: TaskSize) -> list[int]:
