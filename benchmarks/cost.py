@@ -24,9 +24,10 @@ from tempfile import TemporaryDirectory
 import torch
 from lightning_fabric import Fabric
 
-from refilled.cost import Line, Network, communication, duration, step_cost
+from refilled.cost import Line, Network, step_cost
 from refilled.data import TaskSize
 from refilled.experiment import resolve
+from refilled.forecast import communication, duration
 from refilled.methods.refilled import refilled
 from refilled.models import create_model
 from refilled.models.backbone import freeze

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
-from refilled import cost as module
+from refilled import forecast as module
 from refilled.cli import app
-from refilled.cost import Cost, Line, Network, _cost_of, communication, forecast
+from refilled.cost import Cost, Line, Network, _cost_of
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.experiment import distill
+from refilled.forecast import communication, forecast
 from refilled.models import create_model
 from refilled.run import Run
 from refilled.stages import Stage, Term
@@ -102,7 +103,12 @@ def test_a_forecast_adds_up(teacher):
     assert all(stage.seconds == pytest.approx(1 + 0.1 * 16) for stage in found.stages)
     validation = 10 * 100 * 0.01
     assert found.seconds == pytest.approx(
-        {"loading": 1300 / 50, "training": 10 * steps * 2.6 + validation, "scoring": 2 * 1200 * 0.01}
+        {
+            "loading": 1300 / 50,
+            "embedding by the teacher": 0,
+            "training": 10 * steps * 2.6 + validation,
+            "scoring": 2 * 1200 * 0.01,
+        }
     )
     assert found.total == pytest.approx(sum(found.seconds.values()))
     outputs = 2 * 4 * 1000 * (64 + 5)

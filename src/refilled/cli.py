@@ -558,7 +558,7 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_jso
 
 
 def _forecast(run: Run, ranks: int, as_json: bool) -> None:
-    from refilled.cost import forecast
+    from refilled.forecast import forecast
 
     found = forecast(run, ranks)
     if as_json:

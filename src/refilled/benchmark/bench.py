@@ -18,10 +18,10 @@ from refilled.benchmark.runner import run_grid
 from refilled.benchmark.summary import count_of
 from refilled.benchmark.table_report import Entry, TableReport
 from refilled.benchmark.tables import TABLES, Table
-from refilled.cost import duration
 from refilled.data import TaskSize, task_size
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.evaluation import FewShotResult
+from refilled.forecast import duration
 from refilled.run import Run
 
 
