@@ -116,6 +116,14 @@ def test_a_forecast_adds_up(teacher):
 
 
 @pytest.mark.usefixtures("known")
+def test_images_on_disk_take_no_memory():
+    memory, disk = forecast(RUN), forecast(replace(RUN, image_memory=0.0))
+    assert memory.memory - disk.memory == 1300 * 16 * 16 * 3
+    assert "images on disk" in dict(disk.rows())
+    assert "images on disk" not in dict(memory.rows())
+
+
+@pytest.mark.usefixtures("known")
 def test_a_cached_teacher_is_paid_once(teacher):
     run = replace(RUN, method="rkd", teacher=teacher)
     live, cached = forecast(run), forecast(replace(run, views=3))

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from refilled.benchmark.executors import find_executor
 from refilled.benchmark.runner import run_grid
+from refilled.cli import app
 from refilled.errors import MethodError, RunError
 from refilled.experiment import Result, distill
 from refilled.run import Run
@@ -44,7 +46,6 @@ def test_a_killed_worker_loses_nothing_and_a_failed_run_leaves_the_others_alone(
     found = run_grid(
         runs,
         Path("runs"),
-        2,
         on_failure=lambda name, error: failures.update({name: error}),
         executor=find_executor("ray"),
     )
@@ -62,9 +63,11 @@ def test_a_missing_ray_is_said(monkeypatch):
         find_executor("ray")
 
 
-def test_an_unknown_executor_is_said():
-    with pytest.raises(RunError, match="unknown executor 'rya'; did you mean 'ray'"):
-        find_executor("rya")
+def test_an_unknown_executor_is_said_before_anything_begins(tmp_path):
+    result = CliRunner().invoke(app, ["compare", "digits", "--executor", "rya", "--out", str(tmp_path / "runs")])
+    assert isinstance(result.exception, RunError)
+    assert "unknown executor 'rya'; did you mean 'ray'?" in str(result.exception)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ray_is_not_loaded_unless_it_is_asked_for():
