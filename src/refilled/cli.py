@@ -45,8 +45,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, 
 Executor = Annotated[
     str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
 ]
-Cpus = Annotated[float, typer.Option(help="Processor cores a run, for Ray.", min=0.0)]
-Gpus = Annotated[float, typer.Option(help="Accelerators a run, for Ray; 0.5 lets two runs share one.", min=0.0)]
+Cpus = Annotated[float, typer.Option(help="Processor cores a run or process, for Ray.", min=0.0)]
+Gpus = Annotated[float, typer.Option(help="Accelerators likewise; 0.5 lets two share one.", min=0.0)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what the run is and what it will cost, in time and memory, and stop.")
 ]
@@ -431,14 +431,23 @@ def build(
     task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
     teacher: Annotated[str, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)],
     views: Annotated[int, typer.Option(help="Augmented views of each image.", min=1, show_default=False)],
+    jobs: Annotated[int, typer.Option(help="Processes that share the work.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     quiet: Quiet = False,
     **flags: Any,
 ) -> None:
     """Embed views of a task's images by a teacher, for all runs that take the same; several commands share the work."""
+    from refilled.benchmark.cache_building import build_cache_together
+    from refilled.benchmark.executors import find_executor
     from refilled.experiment import build_cache
 
     run = _configure(None, {"task": task, "teacher": teacher, "views": views, **flags})
-    _print_cache(build_cache(run, say=_silent if quiet else _say))
+    if jobs == 1 and executor == "local":
+        _print_cache(build_cache(run, say=_silent if quiet else _say))
+    else:
+        _print_cache(build_cache_together(run, jobs, find_executor(executor, cpus, gpus)))
 
 
 @cache.command()
