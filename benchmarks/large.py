@@ -114,9 +114,9 @@ def measure(shards: Path, images: int) -> None:
         for part, count in (("train", images), ("val", 1000), ("test", 1000)):
             write_shards(shards, part, count)
     with phase(meter, "load, first time", images):
-        task = load_task(f"wds:{shards}", memory_limit=2**26)
+        task = load_task(f"wds:{shards}", memory_limit=0)
     with phase(meter, "load again", images):
-        task = load_task(f"wds:{shards}", memory_limit=2**26)
+        task = load_task(f"wds:{shards}", memory_limit=0)
     with phase(meter, "channel statistics", images):
         mean, std = channel_statistics(task.train.pixels)
     labels = task.train.labels

@@ -37,3 +37,16 @@ def test_the_data_benchmark_compares_with_torchvision(kind):
 def test_the_mining_benchmark_runs():
     lines = output_of("mining.py", "--sizes", "32", "--dims", "8", "--runs", "1").splitlines()
     assert lines[-1].split()[:2] == ["32", "8"]
+
+
+def test_the_cost_benchmark_predicts_and_models():
+    lines = output_of("cost.py", "--quick").splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("      wrn_16_1")] == ["batch", "image"]
+    assert [line.split()[2] for line in lines if line.lstrip().startswith(("1,000", "21,841"))] == ["1", "8", "64"] * 2
+
+
+def test_the_benchmark_of_large_data_goes_through_all_phases(tmp_path):
+    phases = ["make the shards", "load, first time", "load again", "channel statistics", "an epoch of batches"]
+    lines = output_of("large.py", "--images", "600", "--folder", str(tmp_path)).splitlines()
+    assert [line[:24].strip() for line in lines[2:]] == [*phases, "50 training steps"]
+    assert len(list(tmp_path.glob("cache/images/*/images.u8"))) == 3  # train, val and test
