@@ -104,7 +104,9 @@ def modelled(student_rate: float, teacher_rate: float) -> None:
     print(f"modelled: a GPU trains {student_rate:,.0f} and embeds {teacher_rate:,.0f} images/s; {Network()}")
     print(f"{'classes':>8} {'images':>12} {'GPUs':>5} {'step ms':>8} {'messages':>9} {'images/s':>9} {'epoch':>14}")
     for classes, images in ((1_000, 1_281_167), (21_841, 14_197_122)):
-        student, teacher = (create_model(name, classes, image_size=224) for name in ("timm/resnet18", "timm/resnet50"))
+        with torch.device("meta"):  # their shapes count, not their weights
+            names = ("timm/resnet18", "timm/resnet50")
+            student, teacher = (create_model(name, classes, image_size=224) for name in names)
         (stage,) = refilled(student, freeze(teacher), gamma=0.1)
         for ranks in (1, 8, 64):
             batch = 128 * ranks
