@@ -33,8 +33,8 @@ from refilled.models import create_model
 from refilled.models.backbone import freeze
 from refilled.run import Run
 
-PAIRS = (("wrn_16_1", "wrn_16_2"), ("resnet20", "wrn_40_1"), ("mobilenet_0.5", "wrn_16_2"))
-SIZES = {"batch": ((8, 32), (32, 32), (128, 32)), "image size": ((8, 64), (8, 96), (8, 128))}  # (images, pixels)
+PAIRS = (("wrn_16_1", "wrn_16_2", 32), ("resnet20", "wrn_40_1", 32), ("mobilenet_0.5", "wrn_16_2", 64))
+"""Student, teacher, and the smallest image size; MobileNet is another network below 64 pixels."""
 RUNS = (
     ("wrn_16_2", "vanilla", {"epochs": 2, "batch_size": 128}, "digits@size=32"),
     ("resnet20", "refilled", {"epochs": 4, "batch_size": 64}, "digits:5-9@size=32"),
@@ -54,10 +54,11 @@ def step_seconds(student: str, teacher: str, batch: int, pixels: int) -> float:
     return step_cost(networks[0], networks[1], stage, size, run, fabric, (batch, batch)).seconds(batch)
 
 
-def third_from_two(rounds: int, pairs: tuple[tuple[str, str], ...]) -> None:
+def third_from_two(rounds: int, pairs: tuple[tuple[str, str, int], ...]) -> None:
     print(f"{'student':>14} {'teacher':>9} {'third':>10} {'of':>16} {'predicted':>9} {'measured':>9} {'ratio':>6}")
-    for student, teacher in pairs:
-        for what, sizes in SIZES.items():
+    for student, teacher, side in pairs:
+        rows = {"batch": [(batch, 32) for batch in (8, 32, 128)], "image size": [(4, side << n) for n in range(3)]}
+        for what, sizes in rows.items():
             taken = [[step_seconds(student, teacher, *size) for size in sizes] for _ in range(rounds)]
             one, two, three = (1000 * median(column) for column in zip(*taken, strict=True))
             amounts = [batch * pixels**2 for batch, pixels in sizes]

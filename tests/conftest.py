@@ -2,6 +2,8 @@
 
 import os
 import socket
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,28 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+class InProcess:
+    """An executor that makes its calls at once, in this process, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.jobs: list[int] = []
+        self.calls: list[tuple] = []
+
+    @contextmanager
+    def __call__(self, jobs):
+        self.jobs.append(jobs)
+        yield self
+
+    def submit(self, function, *arguments):
+        self.calls.append((function, *arguments))
+        outcome = Future()
+        outcome.set_result(function(*arguments))
+        return outcome
+
+
+@pytest.fixture
+def in_process() -> InProcess:
+    """An executor of one's own."""
+    return InProcess()

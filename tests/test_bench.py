@@ -454,6 +454,14 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_pa
     assert len((tmp_path / "begun").read_text().split()) == 6
 
 
+def test_a_table_goes_to_the_executor_that_it_is_given(tmp_path, in_process):
+    table = small_table(Row("alone", "vanilla", (None,)))
+    outcome = bench(table, ONE, tmp_path, 2, quiet(), in_process)
+    assert outcome.failures == {}
+    assert in_process.jobs == [2]
+    assert len(in_process.calls) == 1
+
+
 # What is said beforehand
 
 

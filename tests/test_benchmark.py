@@ -166,3 +166,11 @@ class _Row:
 )
 def test_the_verdict_is_honest(gain, seeds, said):
     assert said in verdict(_Row(gain, seeds), _Row(gain, seeds))
+
+
+def test_a_comparison_goes_to_the_executor_that_it_is_given(tmp_path, in_process):
+    comparison = Comparison.from_toml(TEXT)
+    small = replace(comparison, seeds=[0], run=replace(comparison.run, epochs=1))
+    compare(small, tmp_path / "runs", 3, executor=in_process)
+    assert in_process.jobs == [1, 3]  # the teacher, then the rows
+    assert len(in_process.calls) == 1 + len(small.rows)

@@ -86,7 +86,7 @@ class Forecast:
                 yield "", f"{share}, modelled and not measured"
         for name, seconds in self.seconds.items():
             yield name, duration(seconds)
-        threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
+        threads = "one thread" if run.threads == 1 else f"{run.threads} threads"
         where = f"{threads} of the processor" if run.device == "cpu" else run.device
         yield "in all", f"about {duration(self.total)} on {where}"
         yield "memory", "cannot be predicted here" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at most"

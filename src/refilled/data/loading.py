@@ -325,8 +325,8 @@ def automatic_size(part: Part) -> int:
 
 
 def _decoding_rate(part: Part, rows: Rows, size: int) -> float:
-    """Time how many images a second are decoded, on some spread evenly over the rows."""
-    some = rows[np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(np.int64))]
+    """Time how many images a second are decoded, on the first of the rows: a table is read in pieces of many rows."""
+    some = rows[:_LOOKED_AT]
     start = perf_counter()
     read_pixels(part.pictures(some), len(some), size)
     return len(some) / (perf_counter() - start)
