@@ -112,7 +112,7 @@ SCALES: Mapping[str, Scale] = {
         },
     ),
     "mini": Scale(
-        "the same protocol with half of the classes, fewer images and epochs, networks of half the width or depth",
+        "the same protocol with fewer classes, images, tasks and epochs, and with smaller networks",
         {
             "wrn_40_2": "wrn_16_2",
             "wrn_16_2": "wrn_10_2",
