@@ -134,7 +134,7 @@ def train_students(tasks: int, steps: int) -> None:
     counts = (1, 2, 4, 8)
     titles = ("plain loop", "float32", "one by one", *(f"together {n}" for n in counts[1:]))
     print(f"{'shots':>5} " + " ".join(f"{title:>11}" for title in titles))
-    for shots in (1, 5, 30):
+    for shots in (1, 5, 10):
         drawn = sample_episodes(labels, range(tasks), n_shot=shots, n_query=1)
 
         def train(together: int, precision: students.StudentPrecision = "auto", drawn: object = drawn) -> None:
@@ -142,7 +142,7 @@ def train_students(tasks: int, steps: int) -> None:
             students.student_learner(
                 bank,
                 lambda classes: students.with_classifier(create_model("convnet4", 2, image_size=32), classes),
-                lambda student, teacher: refilled.stages(student, teacher, {}),
+                lambda student, teacher: refilled.build(student, teacher, {}),
                 recipe,
             )(drawn)
 

@@ -529,6 +529,20 @@ def test_the_order_of_rows_is_compared_with_the_papers(ours):
     assert said.ranks() == [f"{spearmanr(ours, papers).statistic:+.2f}"]
 
 
+def test_the_order_of_few_shot_rows_is_that_on_the_tasks_that_all_had(tmp_path):
+    table = replace(
+        small_table(*(Row(name, "vanilla", (float(n),)) for n, name in enumerate("abc"))), mean_over="tasks"
+    )
+    tasks = {"a": [10, 20], "b": [30, 20, 0, 0, 0, 0], "c": [30, 40, 0, 0]}  # over all tasks b and c are worse than a
+    entries = []
+    for cell in cells(table, ONE):
+        folder, accuracies = tmp_path / cell.row.name, tasks[cell.row.name]
+        folder.mkdir()
+        (folder / "tasks.jsonl").write_text("".join(f'{{"accuracy": {number}}}\n' for number in accuracies))
+        entries.append(Entry(cell, folder, sum(accuracies) / len(accuracies)))
+    assert TableReport(table, ONE, entries, {}, {}, ["refilled"]).ranks() == ["+1.00"]
+
+
 @pytest.mark.parametrize("values", [{("a", 0): 1.0, ("b", 0): 2.0}, {(name, 0): 1.0 for name in "abc"}, {}])
 def test_an_order_that_says_nothing_is_not_said(values):
     table = small_table(*(Row(name, "vanilla", (float(n),)) for n, name in enumerate("abc")))

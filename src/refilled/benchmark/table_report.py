@@ -23,7 +23,7 @@ from refilled.benchmark.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.benchmark.summary import count_of, mean_and_spread, spread
 from refilled.benchmark.tables import Column, Row, Table
 from refilled.experiment import Result, task_of
-from refilled.fewshot.evaluation import FewShotResult
+from refilled.fewshot.evaluation import FewShotResult, recorded_accuracies
 from refilled.files import write_atomic
 
 _FEWEST_ROWS = 3  # whose order says anything
@@ -172,14 +172,11 @@ class TableReport:
         return [self._rank(column) for column in self.table.columns]
 
     def _rank(self, column: Column) -> str:
-        pairs = []
-        for row in self.table.rows:
-            entries = self._at(row, column)
-            values = [entry.value for entry in entries if entry.value is not None]
-            if values and entries[0].cell.paper is not None:
-                pairs.append((mean(values), entries[0].cell.paper))
-        ours, papers = ([pair[n] for pair in pairs] for n in range(2))
-        if len(pairs) < _FEWEST_ROWS or len(set(ours)) == 1 or len(set(papers)) == 1:
+        known = [[entry for entry in self._at(row, column) if entry.value is not None] for row in self.table.rows]
+        both = [entries for entries in known if entries and entries[0].cell.paper is not None]
+        papers = [entries[0].cell.paper for entries in both]
+        ours = _on_common_tasks(both) if self.table.mean_over == "tasks" else [_mean_value(e) for e in both]
+        if len(both) < _FEWEST_ROWS or len(set(ours)) == 1 or len(set(papers)) == 1:
             return ""
         return f"{spearmanr(ours, papers).statistic:+.2f}"
 
@@ -293,6 +290,17 @@ class TableReport:
             if points:
                 lines.append(Line(row.name, points))
         return lines
+
+
+def _mean_value(entries: Sequence[Entry]) -> float:
+    return mean(entry.value for entry in entries if entry.value is not None)
+
+
+def _on_common_tasks(rows: Sequence[Sequence[Entry]]) -> list[float]:
+    """Take means over the tasks that all rows had, the first ones, so that easier tasks make nobody better."""
+    accuracies = [recorded_accuracies(entry.run) for (entry,) in rows if entry.run is not None]
+    common = min(map(len, accuracies), default=0)
+    return [mean(found[:common]) for found in accuracies]
 
 
 def _scatter(entries: Sequence[Entry]) -> tuple[str, Figure, list[list[Any]]]:

@@ -29,6 +29,8 @@ from refilled.models import load_teacher
 from refilled.run import FewShotRun
 from refilled.teacher_cache import fingerprint
 
+TASKS = "tasks.jsonl"
+"""Each task's accuracy."""
 HEAD = "head.safetensors"
 """Beside a model, what meta-training learned besides it."""
 
@@ -90,7 +92,7 @@ def evaluate_few_shot(
     folder.mkdir(parents=True, exist_ok=True)  # only now, since all that can be wrong has been looked at
     with hold(folder):
         write_atomic(folder / "run.toml", run.to_toml().encode())
-        done = _Record(folder / "tasks.jsonl")
+        done = _Record(folder / TASKS)
         for numbers in _batches(range(len(done), run.n_episodes), run.batch):
             start = time.perf_counter()
             accuracies = task_accuracies(learner, pool.train.labels, numbers, replace(run, n_query=n_query))
@@ -170,6 +172,12 @@ def mean_and_interval(accuracies: list[float]) -> tuple[float, float | None]:
     if len(accuracies) < 2:
         return mean(accuracies), None
     return mean(accuracies), 1.96 * stdev(accuracies) / len(accuracies) ** 0.5
+
+
+def recorded_accuracies(folder: Path) -> list[float]:
+    """Read the accuracy of each task of a finished test; with one seed, the first tasks of all methods are the same."""
+    lines = (folder / TASKS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["accuracy"] for line in lines]
 
 
 class _Record:
