@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -78,7 +79,7 @@ def draw_lines(lines: Sequence[Line], places: Sequence[str], xlabel: str, ylabel
         )
     axes.set_xticks(range(len(places)), places, parse_math=False)
     axes.set_xlabel(xlabel, parse_math=False)
-    axes.set_ylabel(ylabel, parse_math=False)
+    axes.set_ylabel(fill(ylabel, 44), parse_math=False)
     axes.grid(alpha=0.25)
     plain_text(figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8))
     return figure

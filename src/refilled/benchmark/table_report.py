@@ -25,12 +25,14 @@ from refilled.benchmark.tables import Column, Row, Table
 from refilled.experiment import Result, task_of
 from refilled.fewshot.evaluation import FewShotResult, recorded_accuracies
 from refilled.files import write_atomic
+from refilled.run import Run
 
 _FEWEST_ROWS = 3  # whose order says anything
 _FIGURE = {
     "seeds": "the last epoch; the test images are looked at once, at the end",
     "tasks": "the last epoch, or the best on validation tasks in meta-training; the unseen classes are looked at once",
 }
+_TRAINED = {"teacher": "teacher", "student, all stages together": "run"}
 _RANKS = "order of the rows against the paper's (Spearman)"
 
 
@@ -210,12 +212,20 @@ class TableReport:
             "command": shlex.join(self.command),
             "protocol": "; ".join(protocols),
             "recipe": f"{self.choice.recipe}: {RECIPES[self.choice.recipe].summary}",
+            **self._epochs(),
             "seeds": _words(dict.fromkeys(entry.cell.seed for entry in self.entries)),
             "figure": _FIGURE[self.table.mean_over],
             "data": "; ".join(sorted({_data(result) for result in results})) or "nothing was run",
             "hardware": "; ".join(sorted({_listed(result.hardware) for result in results})),
             "versions": "; ".join(sorted({_listed(result.versions) for result in results})),
         }
+
+    def _epochs(self) -> dict[str, str]:
+        """Say for how long networks were trained here, which a recipe's summary says of the whole paper."""
+        taken = {name: [vars(e.cell)[part] for e in self.entries] for name, part in _TRAINED.items()}
+        epochs = {name: sorted({job.epochs for job in jobs if isinstance(job, Run)}) for name, jobs in taken.items()}
+        said = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
+        return {"epochs here": "; ".join(said)} if said else {}
 
     def _long(self) -> list[list[Any]]:
         lines: list[list[Any]] = [
