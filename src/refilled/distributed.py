@@ -8,8 +8,9 @@ holds a part of the gradient of the one loss, and the sum of the parts is what a
 That is why the student is not wrapped in DistributedDataParallel: it takes means where sums are due, and wants every
 parameter to have a gradient, while a stage that trains an embedding leaves the classifier without one.
 
-Batch norm takes its mean and variance over all ranks' images too, on processors as well as on GPUs, where torch's own
-SyncBatchNorm would do. It is found where it is called, so that a model may use whatever module it likes.
+Batch norm takes its mean and variance over all ranks' images too, or the student would depend on their number. torch's
+own SyncBatchNorm does so on GPUs alone, and takes the place of a module, which may do more than it, as timm's do. Here
+the call is intercepted instead, whichever module makes it.
 """
 
 import os
@@ -302,6 +303,7 @@ def _all_reduce(numbers: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 @contextmanager
 def _with_all_ranks() -> Iterator[None]:
+    """Say what it means when an exchange with the other ranks fails."""
     try:
         yield
     except RuntimeError as error:  # gloo has no kind of its own

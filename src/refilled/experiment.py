@@ -127,8 +127,8 @@ def prepare(run: Run, task: Task) -> "_Prepared":
 def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
 
-    Processes that torchrun started go on together, however many there were before; exact is then what they do up to
-    rounding.
+    Processes that torchrun started go on together, however many there were before; in another number of them the run
+    ends as it would have up to rounding.
 
     Raises:
         RunError: there is no run in the folder, or another process is at it.
