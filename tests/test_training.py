@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -281,3 +282,8 @@ def test_the_journal_counts_time_over_all_starts(tmp_path):
     journal = RunJournal(tmp_path, Display())
     journal._seconds_before = 100.0
     assert 100 <= journal.seconds < 110
+
+
+def test_an_interruption_travels_between_processes():
+    arrived = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert (str(arrived), arrived.number) == ("SIGTERM", signal.SIGTERM)

@@ -29,6 +29,10 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:
+        """Let it travel between processes, which remake an exception from its text otherwise."""
+        return Interrupted, (self.number,)
+
 
 class RunJournal:
     """A :class:`~refilled.training.Journal` kept in a run's folder.
