@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from refilled.checkpoints import State
 from refilled.data import Split, Task, augment, epoch_batches
 from refilled.methods import list_methods, load_method
 from refilled.methods.refilled import TripletAlignmentLoss
@@ -46,7 +45,7 @@ from refilled.outputs import Outputs
 from refilled.run import Recipe
 from refilled.stages import Stage, Term, constant
 from refilled.teacher_cache import Contents, TeacherCache
-from refilled.training import Position, fit, resolve_precision
+from refilled.training import Journal, Position, fit, resolve_precision
 
 CLASSES = 100
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -96,7 +95,7 @@ def _layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-class Ours:
+class Ours(Journal):
     """The product's training loop, in a thread that waits after every step: also the loop's journal."""
 
     def __init__(
@@ -133,20 +132,6 @@ class Ours:
     def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
         self._taken.release()
         self._turn.acquire()
-
-    def restore(self) -> State | None:
-        return None
-
-    def checkpoint_due(self) -> bool:
-        return False
-
-    def save(self, state: State) -> None: ...
-
-    def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None: ...
-
-    def epoch(self, entry: Mapping[str, Any]) -> None: ...
-
-    def end_stage(self, stage: Stage, student: Backbone) -> None: ...
 
 
 def method(name: str, settings: Mapping[str, Any], student: Backbone, teacher: Backbone) -> Sequence[Stage]:

@@ -13,19 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Self
+from typing import Self
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from refilled.checkpoints import State
 from refilled.data import Split, Task, TaskSize
 from refilled.evaluation import SCORING_BATCH, predict
 from refilled.models import Backbone
 from refilled.run import Run
 from refilled.stages import Stage
-from refilled.training import Position, fit
+from refilled.training import Journal, Position, fit
 
 _BATCHES_ON_A_CPU = (8, 32)  # images a step; more are timed on an accelerator only, which few do not fill
 _STEPS = 3  # timed, after one that warms up
@@ -180,8 +179,8 @@ def _peak(device: torch.device) -> float | None:
     return None if found is None else 1024.0 * int(found[1])
 
 
-class _Clock:
-    """A :class:`~refilled.training.Journal` that keeps nothing but the time after each step."""
+class _Clock(Journal):
+    """A journal that keeps nothing but the time after each step."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
@@ -190,17 +189,3 @@ class _Clock:
         for value in values.values():
             value.item()  # an accelerator is done with the step only now
         self.ticks.append(perf_counter())
-
-    def restore(self) -> State | None:
-        return None
-
-    def checkpoint_due(self) -> bool:
-        return False
-
-    def save(self, state: State) -> None: ...
-
-    def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None: ...
-
-    def epoch(self, entry: Mapping[str, Any]) -> None: ...
-
-    def end_stage(self, stage: Stage, student: Backbone) -> None: ...

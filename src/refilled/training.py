@@ -40,28 +40,34 @@ class Position:
 
 
 class Journal(Protocol):
-    """Where training writes what happens, and where it finds what happened before."""
+    """Where training writes what happens, and where it finds what happened before; left as it is, nothing is kept."""
 
     def restore(self) -> State | None:
         """Return the state to go on from, if there is one."""
+        return None
 
     def checkpoint_due(self) -> bool:
         """Whether the state should be saved after the step just taken."""
+        return False
 
     def save(self, state: State) -> None:
         """Keep the state."""
+        return
 
     def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None:
         """A stage of ``epochs`` times ``steps`` begins, or goes on after ``done`` steps."""
+        return
 
     def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
         """A step was taken."""
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         """An epoch ended; the entry is plain data."""
+        return
 
     def end_stage(self, stage: Stage, student: Backbone) -> None:
         """A stage, not the last, ended."""
+        return
 
 
 def share_epochs(stages: Sequence[Stage], epochs: int) -> list[int]:
