@@ -29,7 +29,7 @@ def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> No
         strict=True,
     ):
         for place, (row, values) in enumerate(rows.items()):
-            color = BASELINE if row.startswith("vanilla") else OURS if "good" in row else OTHER
+            color = BASELINE if row.startswith("vanilla") else OURS if "good" in row or "the same" in row else OTHER
             axes.barh(place, mean(values), color=color, alpha=0.25, height=0.7)
             axes.plot(values, [place] * len(values), "o", color=color, markersize=4)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)

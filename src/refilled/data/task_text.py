@@ -63,7 +63,7 @@ class TaskText:
         A path is absolute, unless it lies directly below the data root.
         """
         text, name = self.source, Path(self.source).name
-        if self.kind in _PATHS and Path(text) == data_root.absolute() / name and name not in NAMED:
+        if self.kind in _PATHS.values() and Path(text) == data_root.absolute() / name and name not in NAMED:
             text = name
         if self.kind in ("hub", "wds"):
             text = f"{self.kind}:{text}"
