@@ -55,7 +55,7 @@ class Recipe:
     warmup: float = 1.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     images_per_class: int = 4
-    augmentation: Literal["auto", "none", "crop", "crop-flip"] = "auto"
+    augmentation: Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"] = "auto"
     views: int | None = None
     mixup: float = 0.0
     cutmix: float = 0.0

@@ -1,30 +1,40 @@
 """Augmentation of batches of uint8 images, as a pure function of (seed, view, index)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from refilled.data.keyed import keyed_bits, keyed_integers, keyed_permutation
+from refilled.data.keyed import keyed_bits, keyed_integers, keyed_permutation, keyed_uniform
 from refilled.errors import TaskError, unknown
 
-Augmentation = Literal["none", "crop", "crop-flip"]
+Augmentation = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
+
+_LEAST_AREA = 0.35
+"""Of a resized crop. Inception's 0.08 often leaves nothing of a subject that fills a small image."""
+_WIDEST = 4 / 3
+"""Aspect ratio of a resized crop, or its inverse (Szegedy et al., CVPR 2015)."""
 
 
 def augment(pixels: Tensor, indices: Tensor, *, seed: int, view: int, kind: Augmentation) -> Tensor:
     """Return one random view of each image: padded by reflection, cropped back, perhaps mirrored.
 
     An image's view depends on (seed, view, index) alone, so it is the same in every batch, process and resumed run.
-    The padding is an eighth of the side length, 4 pixels for CIFAR's 32 (paper, supplement 2.2).
+    The padding is an eighth of the side length, 4 pixels for CIFAR's 32 (paper, supplement 2.2). Resized crops vary
+    more: a part of 35 to 100 % of the area, enlarged to the whole (Szegedy et al., CVPR 2015).
 
     Args:
         pixels: uint8 images ``(N, 3, S, S)``, on any device.
         indices: Their ``(N,)`` integer positions in the training set.
         seed: The run's seed.
         view: Which view: the epoch, or the epoch modulo the number of views of a teacher cache.
-        kind: ``"none"`` returns ``pixels`` itself, ``"crop"`` crops, ``"crop-flip"`` also mirrors every other image.
+        kind: ``"none"`` returns ``pixels`` itself, ``"crop"`` crops, ``"crop-flip"`` also mirrors every other image;
+            ``"resized-crop-flip"`` crops a part, resizes it and mirrors every other one.
 
     Returns:
         uint8 ``(N, 3, S, S)`` in channels-last memory, which the convolutions of a CPU read faster.
@@ -39,14 +49,15 @@ def augment(pixels: Tensor, indices: Tensor, *, seed: int, view: int, kind: Augm
     count, channels, side, _ = pixels.shape
     padding = side // 8
     keys = indices.cpu().numpy()
+    if kind == "resized-crop-flip":
+        return _resized_crops(pixels, seed, view, keys)
     top = torch.from_numpy(keyed_integers(2 * padding + 1, seed, "top", view, keys)) - padding  # (N,)
     left = torch.from_numpy(keyed_integers(2 * padding + 1, seed, "left", view, keys)) - padding  # (N,)
     along = torch.arange(side)
     rows = _reflect(top[:, None] + along, side)  # (N, S): the source row of each row of the view
     columns = _reflect(left[:, None] + along, side)  # (N, S)
     if kind == "crop-flip":
-        mirrored = torch.from_numpy(keyed_integers(2, seed, "mirror", view, keys)).bool()
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        columns = torch.where(_mirrored(seed, view, keys)[:, None], columns.flip(1), columns)
     # One look-up of whole pixels; on a CPU it is four times as fast as indexing with rows and columns, and twice as
     # fast again for large images if the numbers of the pixels are short.
     number = torch.int32 if count * side * side < 2**31 else torch.int64
@@ -54,6 +65,30 @@ def augment(pixels: Tensor, indices: Tensor, *, seed: int, view: int, kind: Augm
     source = (image + rows.to(number)[:, :, None] * side + columns.to(number)[:, None, :]).flatten()  # (N S S,)
     flat = pixels.permute(0, 2, 3, 1).reshape(-1, channels)  # (N S S, 3), no copy if channels-last
     return flat.index_select(0, source.to(pixels.device)).view(count, side, side, channels).permute(0, 3, 1, 2)
+
+
+def _mirrored(seed: int, view: int, keys: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(keyed_integers(2, seed, "mirror", view, keys)).bool()
+
+
+def _resized_crops(pixels: Tensor, seed: int, view: int, keys: NDArray[np.int64]) -> Tensor:
+    """Cut a random part out of each image, by bilinear interpolation at the size of the whole."""
+
+    def draw(what: str, low: float, high: float) -> Tensor:
+        return torch.from_numpy(low + (high - low) * keyed_uniform(seed, what, view, keys)).float()
+
+    side = pixels.shape[-1]
+    area, skew = draw("area", _LEAST_AREA, 1), draw("skew", -math.log(_WIDEST), math.log(_WIDEST)).div(2).exp()
+    height, width = (area.sqrt() / skew).clamp(max=1), (area.sqrt() * skew).clamp(max=1)  # (N,), of the side
+    # Centres and half lengths on the scale -1 to 1 of grid_sample, on which a mirrored axis has a negative length.
+    centre_y, centre_x = draw("top", -1, 1) * (1 - height), draw("left", -1, 1) * (1 - width)
+    width = torch.where(_mirrored(seed, view, keys), -width, width)
+    along = (2 * torch.arange(side) + 1) / side - 1  # (S,): the centres of the pixels
+    y = centre_y[:, None] + height[:, None] * along  # (N, S)
+    x = centre_x[:, None] + width[:, None] * along
+    grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], dim=-1)  # (N, S, S, 2)
+    views = F.grid_sample(pixels.float(), grid.to(pixels.device), padding_mode="border", align_corners=False)
+    return views.round_().to(torch.uint8, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
