@@ -33,16 +33,55 @@ def test_every_view_is_a_crop_of_the_padded_image_and_mirrored_only_if_asked(kin
     assert (mirrored > 0) == (kind == "crop-flip")
 
 
+def test_a_resized_crop_is_a_part_of_the_image_enlarged_and_every_other_one_mirrored():
+    # Red tells the row and green the column, so that each view tells which part it shows.
+    side = 64
+    ramp = torch.arange(side, dtype=torch.uint8).mul(3)
+    pixels = torch.stack([ramp[:, None].expand(side, side), ramp.expand(side, side), torch.zeros(side, side)])
+    views = augment(
+        pixels.to(torch.uint8).expand(500, -1, -1, -1), torch.arange(500), seed=1, view=0, kind="resized-crop-flip"
+    )
+    rows, columns = views[:, 0, :, 0].double() / 3, views[:, 1, 0, :].double() / 3  # (N, S): the source of each
+    assert torch.equal(views[:, 0], views[:, 0, :, :1].expand(-1, -1, side))  # cut along the axes
+    assert torch.equal(views[:, 1], views[:, 1, :1, :].expand(-1, side, -1))
+    height, width = rows[:, -1] - rows[:, 0], columns[:, -1] - columns[:, 0]
+    assert 0.4 < (width < 0).double().mean() < 0.6
+    area, aspect = height * width.abs() / (side - 1) ** 2, (width / height).abs()
+    assert 0.33 < area.min() < 0.4
+    assert area.max() > 0.95
+    assert 0.72 < aspect.min() < 0.8
+    assert 1.25 < aspect.max() < 1.39
+    steps = rows.diff(dim=1)
+    assert (steps >= 0).all()
+    assert (steps - steps.mean(1, keepdim=True)).abs().max() < 0.75  # straight, up to rounding and the border
+
+
+def test_a_resized_crop_is_torchs_own_bilinear_resize_of_that_part():
+    pixels = images(1, 48)
+    (area,), (skew,) = (keyed_uniform(3, what, 2, np.array([0])) for what in ("area", "skew"))
+    (top,), (left,) = (keyed_uniform(3, what, 2, np.array([0])) for what in ("top", "left"))
+    area, skew = 0.35 + 0.65 * area, (4 / 3) ** (skew - 0.5)
+    height, width = min(1, area**0.5 / skew), min(1, area**0.5 * skew)
+    theta = torch.tensor([[[width, 0, (2 * left - 1) * (1 - width)], [0, height, (2 * top - 1) * (1 - height)]]])
+    grid = torch.nn.functional.affine_grid(theta.float(), [1, 3, 48, 48], align_corners=False)
+    wanted = torch.nn.functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    if keyed_integers(2, 3, "mirror", 2, np.array([0])):
+        wanted = wanted.flip(3)
+    view = augment(pixels, torch.arange(1), seed=3, view=2, kind="resized-crop-flip")
+    assert (view.float() - wanted).abs().max() <= 0.51
+
+
 def test_no_augmentation_is_the_identity():
     pixels = images(3, 16)
     assert augment(pixels, torch.arange(3), seed=0, view=0, kind="none") is pixels
 
 
-def test_a_view_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("kind", ["crop-flip", "resized-crop-flip"])
+def test_a_view_does_not_depend_on_the_batch(kind):
     pixels = images(20, 16)
     order = torch.tensor([7, 3, 19, 3])
-    together = augment(pixels, torch.arange(20), seed=5, view=2, kind="crop-flip")
-    assert torch.equal(augment(pixels[order], order, seed=5, view=2, kind="crop-flip"), together[order])
+    together = augment(pixels, torch.arange(20), seed=5, view=2, kind=kind)
+    assert torch.equal(augment(pixels[order], order, seed=5, view=2, kind=kind), together[order])
 
 
 def test_seed_and_view_change_the_view():
@@ -62,17 +101,19 @@ def test_all_offsets_are_used():
     }
 
 
-def test_memory_layout_does_not_matter_and_the_result_is_channels_last():
+@pytest.mark.parametrize("kind", ["crop-flip", "resized-crop-flip"])
+def test_memory_layout_does_not_matter_and_the_result_is_channels_last(kind):
     pixels = images(4, 16)
     channels_last = pixels.contiguous(memory_format=torch.channels_last)
-    views = [augment(p, torch.arange(4), seed=0, view=0, kind="crop-flip") for p in (pixels, channels_last)]
+    views = [augment(p, torch.arange(4), seed=0, view=0, kind=kind) for p in (pixels, channels_last)]
     assert torch.equal(*views)
     assert views[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_tiny_and_empty_batches_pass():
-    assert augment(images(2, 1), torch.arange(2), seed=0, view=0, kind="crop-flip").shape == (2, 3, 1, 1)
-    assert augment(images(0, 8), torch.arange(0), seed=0, view=0, kind="crop-flip").shape == (0, 3, 8, 8)
+@pytest.mark.parametrize("kind", ["crop-flip", "resized-crop-flip"])
+def test_tiny_and_empty_batches_pass(kind):
+    assert augment(images(2, 1), torch.arange(2), seed=0, view=0, kind=kind).shape == (2, 3, 1, 1)
+    assert augment(images(0, 8), torch.arange(0), seed=0, view=0, kind=kind).shape == (0, 3, 8, 8)
 
 
 def test_an_unknown_kind_names_the_known_ones():
