@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from refilled.benchmark.comparison import Comparison, compare
-from refilled.benchmark.report import verdict
+from refilled.benchmark.report import Row, verdict
 from refilled.benchmark.summary import Gain
 from refilled.checkpoints import hold
 from refilled.errors import RunError
@@ -148,11 +148,14 @@ def test_the_teacher_takes_no_part_where_the_method_has_none():
 
 
 class _Row:
-    def __init__(self, gain: Gain, seeds: int = 3) -> None:
-        self.name, self.gain, self.results = "ReFilled", gain, [None] * seeds
+    def __init__(self, gain: Gain, seeds: int = 3, differences: tuple[str, ...] = ()) -> None:
+        self.name, self.gain, self.results, self.differences = "ReFilled", gain, [None] * seeds, differences
 
     def gain_over(self, other):
         return self.gain
+
+    def differences_to(self, other):
+        return self.differences
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,23 @@ class _Row:
 )
 def test_the_verdict_is_honest(gain, seeds, said):
     assert said in verdict(_Row(gain, seeds), _Row(gain, seeds))
+
+
+def test_the_verdict_gives_the_teacher_no_credit_for_another_recipe():
+    said = verdict(_Row(Gain(9, 8, 10), differences=("cutmix 1.0 against 0.0",)), _Row(Gain(9, 8, 10)))
+    assert said.startswith("It is not established that the teacher helped")
+    assert "cutmix 1.0 against 0.0" in said
+
+
+def test_recipes_are_compared_by_what_the_runs_were_trained_with(tmp_path):
+    rows = []
+    for name, changes in (("a", {"method": "vanilla"}), ("b", {"cutmix": 1.0, "epochs": 7, "seed": 3})):
+        (tmp_path / name).mkdir()
+        text = replace(Run(task="digits", student="wrn_10_1"), **changes).to_toml()
+        (tmp_path / name / "run.toml").write_text(text)
+        rows.append(Row(name, [], [tmp_path / name]))
+    assert rows[1].differences_to(rows[0]) == ["epochs 7 against 60", "cutmix 1.0 against 0.0"]
+    assert rows[0].differences_to(rows[0]) == []
 
 
 def test_a_comparison_goes_to_the_executor_that_it_is_given(tmp_path, in_process):

@@ -38,6 +38,11 @@ class Row:
         """Compare with another row, seed by seed."""
         return paired_gain(self.accuracies, other.accuracies)
 
+    def differences_to(self, other: "Row") -> list[str]:
+        """List in what the two were trained differently, their methods apart: ``cutmix 1.0 against 0.0``."""
+        ours, theirs = _recipe(self.folders[0]), _recipe(other.folders[0])
+        return [f"{name} {value} against {theirs[name]}" for name, value in ours.items() if value != theirs[name]]
+
 
 def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
     """Lay the rows out as text, with the gain of each over the baseline."""
@@ -54,8 +59,13 @@ def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
 
 
 def verdict(row: Row, baseline: Row) -> str:
-    """Say in a sentence whether the teacher helped."""
+    """Say in a sentence whether the teacher helped; that a recipe did is not the teacher's merit."""
     gain, seeds = row.gain_over(baseline), len(row.results)
+    if differences := row.differences_to(baseline):
+        return (
+            f"It is not established that the teacher helped: {row.name} and {baseline.name} differ by {gain} points, "
+            f"but also in their training ({', '.join(differences)}). Compare with a baseline that is trained alike."
+        )
     if seeds < 2:
         return f"{row.name} differs by {gain.mean:+.2f} points from {baseline.name}; a single seed establishes nothing."
     interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {seeds} seeds"
@@ -113,7 +123,7 @@ def write_report(
             tsne(embeddings(baseline, shown, test), test.labels), list(shown.results[0].class_accuracies)
         ),
     }
-    result, run = shown.results[0], Run.from_toml((shown.folders[0] / "run.toml").read_text(encoding="utf-8"))
+    result, run = shown.results[0], _run(shown.folders[0])
     page = Environment(loader=PackageLoader("refilled.benchmark"), autoescape=True).get_template("report.html")
     text = page.render(
         title=title,
@@ -125,9 +135,7 @@ def write_report(
             "data": f"{result.data['task']}; {_listed(result.data['images'])} images",
             "data fingerprints": ", ".join(dict.fromkeys(r.data["fingerprint"][:16] for r in shown.results)),
             "teacher": (result.teacher or {}).get("name", "none"),
-            "recipe": _listed(
-                {field.name: getattr(run, field.name) for field in fields(Recipe) if field.name != "seed"}
-            ),
+            "recipe": _listed(_recipe(shown.folders[0])),
             shown.name: _listed({"method": run.method, **run.settings}),
             "seeds": len(shown.results),
             "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with 95 % interval",
@@ -137,6 +145,15 @@ def write_report(
         },
     )
     write_atomic(path, text.encode())
+
+
+def _run(folder: Path) -> Run:
+    return Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    run = _run(folder)
+    return {field.name: getattr(run, field.name) for field in fields(Recipe) if field.name != "seed"}
 
 
 def _listed(values: Mapping[str, Any]) -> str:
