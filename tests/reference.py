@@ -85,10 +85,11 @@ def local_kd(
     *,
     leave_one_out: bool = False,
     centers: Rows | None = None,
+    every: bool = False,
     right_only: bool = False,
 ) -> float:
-    """Mean KL over the batch's classes between nearest-class-mean and student probabilities."""
-    classes = sorted(set(labels))
+    """Mean KL over the batch's classes, or every one, between nearest-class-mean and student probabilities."""
+    classes = range(len(logits[0])) if every else sorted(set(labels))
 
     def center(c: int, image: int) -> list[float]:
         if centers is not None:

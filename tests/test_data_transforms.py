@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refilled.data import augment, mixing
+from refilled.data import Views, augment
 from refilled.data.keyed import keyed_bits, keyed_integers, keyed_permutation, keyed_uniform
 from refilled.errors import TaskError
 
@@ -156,37 +156,35 @@ def test_a_permutation_holds_every_number_once():
 
 
 def test_mixup_blends_each_image_with_its_partner():
-    pixels = images(5, 8)
-    mix = mixing(5, 8, mixup=0.4, seed=1, epoch=2, step=3)
-    assert sorted(mix.partner.tolist()) == list(range(5))
+    pixels, partners = images(5, 8), images(10, 8)[5:]
+    mix = Views("none", mixup=0.4).mixing(8, seed=1, view=2)
     assert 0 <= mix.share <= 1
-    blend = mix(pixels)
-    for image, partner, mixed in zip(pixels, mix.partner, blend, strict=True):
-        expected = (mix.share * image.double() + (1 - mix.share) * pixels[partner].double()) / 255
-        torch.testing.assert_close(mixed, expected.float())
-    torch.testing.assert_close(mix(pixels / 255), blend)
+    blend = mix(pixels, partners)
+    expected = (mix.share * pixels.double() + (1 - mix.share) * partners.double()) / 255
+    torch.testing.assert_close(blend, expected.float())
+    torch.testing.assert_close(mix(pixels / 255, partners / 255), blend)
 
 
 def test_cutmix_puts_a_square_of_the_partner_into_each_image():
     pixels = images(5, 12).contiguous(memory_format=torch.channels_last)
-    before = pixels.clone()
-    for step in range(20):
-        mix = mixing(5, 12, cutmix=1.0, seed=1, epoch=0, step=step)
-        mixed = mix(pixels)
+    before, partners = pixels.clone(), images(10, 12)[5:]
+    for view in range(20):
+        mix = Views("none", cutmix=1.0).mixing(12, seed=1, view=view)
+        mixed = mix(pixels, partners)
         assert mixed.dtype == torch.uint8
         assert mixed.is_contiguous(memory_format=torch.channels_last)
         rows, columns = (torch.isin(torch.arange(12), torch.arange(12)[part]) for part in mix.patch)
         inside = rows[:, None] & columns
         assert rows.sum() == columns.sum()
         assert mix.share == pytest.approx(1 - inside.sum() / 144)
-        for image, partner, result in zip(pixels, mix.partner, mixed, strict=True):
-            assert torch.equal(result, torch.where(inside, pixels[partner], image))
+        assert torch.equal(mixed, torch.where(inside, partners, pixels))
     assert torch.equal(pixels, before)
 
 
 def test_mixing_is_a_pure_function_and_shares_follow_the_beta_distribution():
     def draw(**alpha: float) -> list[float]:
-        return [mixing(4, 1000, **alpha, seed=0, epoch=e, step=s).share for e in range(40) for s in range(25)]
+        views = Views("none", **alpha)
+        return [views.mixing(1000, seed=0, view=view).share for view in range(1000)]
 
     assert draw(mixup=0.4) == draw(mixup=0.4)
     for kind in ("mixup", "cutmix"):
@@ -196,11 +194,31 @@ def test_mixing_is_a_pure_function_and_shares_follow_the_beta_distribution():
             assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)  # of Beta(alpha, alpha)
 
 
-def test_with_both_kinds_of_mixing_half_of_the_batches_get_each():
-    kinds = [mixing(4, 8, mixup=1.0, cutmix=1.0, seed=0, epoch=0, step=s).patch is None for s in range(400)]
+def test_with_both_kinds_of_mixing_half_of_the_views_get_each():
+    views = Views("none", mixup=1.0, cutmix=1.0)
+    kinds = [views.mixing(8, seed=0, view=view).patch is None for view in range(400)]
     assert 160 < sum(kinds) < 240
 
 
 def test_mixing_neither_way_is_refused():
     with pytest.raises(TaskError, match="mixup or cutmix"):
-        mixing(4, 8, seed=0, epoch=0, step=0)
+        Views("none").mixing(8, seed=0, view=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+def test_what_a_view_shows_of_an_image_does_not_depend_on_the_batch(changes):
+    pixels, views = images(30, 16), Views("crop-flip", **changes)
+    whole = views.load(pixels, torch.arange(30), seed=5, view=2)
+    some = torch.tensor([7, 3, 29, 3])
+    assert torch.equal(views.load(pixels, some, seed=5, view=2), whole[some])
+    assert not torch.equal(views.load(pixels, torch.arange(30), seed=5, view=3), whole)
+
+
+def test_a_mixed_view_is_made_of_the_same_view_of_both_images():
+    pixels, plain, mixed = images(30, 16), Views("crop-flip"), Views("crop-flip", mixup=1.0)
+    order = {"seed": 5, "view": 2}
+    partner = mixed.partners(torch.arange(30), 30, **order)
+    assert len(set(partner.tolist())) > 15
+    own = plain.load(pixels, torch.arange(30), **order)
+    expected = mixed.mixing(16, **order)(own, own[partner])
+    assert torch.equal(mixed.load(pixels, torch.arange(30), **order), expected)

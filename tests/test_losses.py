@@ -71,6 +71,10 @@ def test_local_kd_is_that_of_the_loop_for_all_kinds_of_centers(labels, seed, tau
     assert everywhere.item() == close(reference.local_kd(*given_rows, centers=means.tolist()))
     right = LocalKDLoss(centers="global", class_centers=means, right_only=True, **settings)(logits, teacher, y)
     assert right.item() == close(reference.local_kd(*given_rows, centers=means.tolist(), right_only=True))
+    for only in (False, True):
+        loss = LocalKDLoss(centers="global", classes="all", class_centers=means, right_only=only, **settings)
+        expected = reference.local_kd(*given_rows, centers=means.tolist(), every=True, right_only=only)
+        assert loss(logits, teacher, y).item() == close(expected)
 
 
 @few
@@ -331,6 +335,9 @@ def test_only_image_of_a_class_is_its_own_center_when_left_out():
         (lambda: LocalKDLoss(temperature=0), "temperature must be"),
         (lambda: LocalKDLoss(centers="globe"), "did you mean 'global'"),
         (lambda: LocalKDLoss(class_centers=torch.zeros(2, 3)), "centers is 'batch'"),
+        (lambda: LocalKDLoss(centers="global", classes="al"), "did you mean 'all'"),
+        (lambda: LocalKDLoss(classes="all"), "classes='all' needs centers='global', but centers is 'batch'"),
+        (lambda: local_kd(normal(1, 2), normal(1, 3), torch.tensor([0]), classes="all"), "not known for all classes"),
         (lambda: LocalKDLoss(centers="global")(normal(2, 2), normal(2, 3), torch.tensor([0, 1])), "call prepare"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(2, 3), torch.tensor([0, 2])), r"class id 2 is not in 0 \.\. 2 - 1"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(2, 3), torch.tensor([-1, 0])), "class id -1"),
@@ -344,6 +351,16 @@ def test_only_image_of_a_class_is_its_own_center_when_left_out():
 def test_mistakes_are_named(call, message):
     with pytest.raises(MethodError, match=message):
         call()
+
+
+def test_classes_without_an_image_in_the_training_set_are_not_compared_with():
+    means, y = normal(4, 3), torch.tensor([0, 2, 0])
+    means[1] = torch.nan
+    logits, teacher = normal(3, 4, seed=1), normal(3, 3, seed=2)
+    loss = local_kd(logits, teacher, y, centers=means, classes="all")
+    known = [0, 2, 3]
+    others = local_kd(logits[:, known], teacher, torch.tensor([0, 1, 0]), centers=means[known], classes="all")
+    torch.testing.assert_close(loss, others)
 
 
 def test_a_class_without_an_image_in_the_training_set_is_named():

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from refilled import experiment
 from refilled.benchmark.report import Row, on_the_cache
 from refilled.cli import app
-from refilled.data import Split, Task, augment, load_task
+from refilled.data import Split, Task, Views, augment, load_task
 from refilled.errors import RunError
 from refilled.experiment import Result, build_cache, distill, find_cache
 from refilled.models import load_teacher
@@ -97,12 +97,22 @@ def test_the_size_of_the_shards_does_not_matter(tmp_path, shard_images):
     assert cache.size == sum(path.stat().st_size for path in tmp_path.glob("*.f32"))
 
 
+@pytest.mark.parametrize("mixing", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+def test_it_says_what_the_live_teacher_says_about_mixtures(tmp_path, mixing):
+    task = made_up()
+    cache = TeacherCache(tmp_path, replace(empty_cache(tmp_path).contents, **mixing))
+    cache.build(task, colours)
+    for view in range(2):
+        seen = Views("crop-flip", **mixing).load(task.train.pixels, torch.arange(50), seed=VIEW_SEED, view=view)
+        assert torch.equal(cache(view, torch.arange(50)), colours(seen))
+
+
 def test_whatever_decides_the_embeddings_has_a_cache_of_its_own(run, teacher, tmp_path):
     other = tmp_path / "other"
     distill(Run(task="digits:0-4", student="wrn_10_1", epochs=1, shots=5, batch_size=20, threads=1), other)
     changes = [
         {}, {"teacher": str(other)}, {"views": 2}, {"shots": 7}, {"augmentation": "none"}, {"precision": "bf16-mixed"},
-        {"teacher_mean": (0.1, 0.2, 0.3)}, {"image_size": 8},
+        {"teacher_mean": (0.1, 0.2, 0.3)}, {"image_size": 8}, {"mixup": 0.4}, {"cutmix": 1.0},
     ]  # fmt: skip
     folders = [find_cache(replace(run, **change)).folder for change in changes]
     assert len(set(folders)) == len(changes)

@@ -19,17 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from refilled import experiment
-from refilled.data import mixing
+from refilled.data import epoch_batches
 from refilled.errors import NonFiniteError, RunError
 from refilled.experiment import Result, distill, resume
 from refilled.journal import Interrupted, RunJournal
-from refilled.methods.kd import KDLoss
 from refilled.models import load_model
-from refilled.outputs import Outputs
 from refilled.progress import Display
 from refilled.run import Recipe, Run
 from refilled.stages import Stage, Term
-from refilled.training import _blend, learning_rate, share_epochs
+from refilled.teacher_cache import VIEW_SEED
+from refilled.training import Journal, fit, learning_rate, share_epochs, views_of
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
 
@@ -200,24 +199,55 @@ def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path)
     assert unchanged == []
 
 
-def test_mixed_images_have_mixed_targets():
-    generator = torch.Generator().manual_seed(0)
-    seen = Outputs(torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator))
-    taught = Outputs(torch.randn(6, 4, generator=generator), torch.randn(6, 5, generator=generator))
-    labels = torch.tensor([0, 1, 2, 3, 0, 1])
-    terms = {"ce": Term(nn.CrossEntropyLoss()), "kd": Term(KDLoss(2.0), teacher="logits")}
-    mix = mixing(6, 8, mixup=1.0, seed=3, epoch=0, step=1)
-    losses = {name: term(seen, taught, labels) for name, term in terms.items()}
-    blended = _blend(mix, losses, terms, seen, taught, labels)
-    one_hot = F.one_hot(labels, 4).float()
-    soft = mix.share * one_hot + (1 - mix.share) * one_hot[mix.partner]
-    torch.testing.assert_close(blended["ce"], F.cross_entropy(seen.logits, soft))
-    # Of a divergence from mixed targets, the part that the student can change.
-    targets = F.softmax(taught.logits / 2, 1)
-    mixed = mix.share * targets + (1 - mix.share) * targets[mix.partner]
-    expected = -4 * (mixed * F.log_softmax(seen.logits / 2, 1)).sum(1).mean()
-    entropy = -4 * (targets * targets.log()).sum(1).mean()
-    torch.testing.assert_close(blended["kd"], expected - entropy)
+class _Sees(nn.Module):
+    """A loss that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, logits, taught, labels):
+        self.calls.append((taught, labels))
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("views", [None, 3])
+def test_the_teacher_sees_the_mixture_and_labels_are_mixed_as_the_images_are(
+    teacher, monkeypatch, tmp_path, kind, views
+):
+    monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
+    loss, entries = _Sees(), []
+
+    class Log(Journal):
+        def epoch(self, entry):
+            entries.append(entry)
+
+    run = experiment.resolve(replace(refilled(teacher), views=views, precision="32-true", **{kind: 1.0}))
+    prepared = experiment._Prepared(run)
+    task, fabric = prepared.task, experiment._fabric(run)
+    cache = None if views is None else experiment.build_cache(run, say=lambda text: None)
+    stages = [Stage("joint", {"sees": Term(loss, teacher="embedding")})]
+    fit(prepared.student, prepared.teacher, task, stages, replace(run, epochs=2), fabric, Log(), cache)
+    shown, every, shares = views_of(run, task), torch.arange(len(task.train)), set()
+    batches = [
+        batch
+        for epoch in range(2)
+        for batch in epoch_batches(task.train.labels, batch_size=run.batch_size, seed=run.seed, epoch=epoch)
+    ]
+    assert len(loss.calls) == 2 * len(batches) > 4  # each step under both kinds of labels
+    for step, batch in enumerate(batches):
+        (taught, labels), (again, others) = loss.calls[2 * step : 2 * step + 2]
+        place = {"seed": run.seed, "view": step} if views is None else {"seed": VIEW_SEED, "view": step % views}
+        with torch.no_grad():
+            expected = prepared.teacher(shown.load(task.train.pixels, every, **place)).embedding
+        torch.testing.assert_close(taught, expected[batch], rtol=1e-4, atol=1e-4)
+        assert torch.equal(taught, again)
+        assert torch.equal(labels, task.train.labels[batch])
+        assert torch.equal(others, task.train.labels[shown.partners(every, len(every), **place)][batch])
+        shares.add(shown.mixing(task.image_size, **place).share)
+    assert len(shares) == (len(batches) if views is None else views)
+    assert len(entries) == 2
 
 
 class _Exploding(nn.Module):

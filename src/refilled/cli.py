@@ -422,7 +422,13 @@ def demo(
 cache = typer.Typer(help="Teachers' embeddings on disk, for runs with --views.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 
-_NOT_CACHED = {f.name for f in fields(Recipe)} - {"augmentation", "precision", "seed"}  # no part of an embedding
+_NOT_CACHED = {f.name for f in fields(Recipe)} - {
+    "augmentation",
+    "mixup",
+    "cutmix",
+    "precision",
+    "seed",
+}  # no part of an embedding
 
 
 @cache.command()

@@ -40,7 +40,7 @@ from refilled.progress import Display
 from refilled.run import Run
 from refilled.stages import FineTuning, Readout, Stage
 from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
-from refilled.training import augmentation_of, fit, resolve_precision
+from refilled.training import fit, resolve_precision, views_of
 
 RUN_FILES = ("run.toml", "log.jsonl", "result.json", "model.safetensors", "model.json", "DONE")
 
@@ -552,8 +552,8 @@ def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
         cache_folder() / "teacher",
         teacher,
         task,
-        views=run.views,
-        augmentation=augmentation_of(run, task),
+        number=run.views,
+        views=views_of(run, task),
         precision=run.precision,
         names=(run.teacher or "", task.name),
     )

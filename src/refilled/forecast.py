@@ -13,14 +13,14 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from refilled.cost import Cost, Network, made_up_task, probe_batches, scoring_cost, step_cost
-from refilled.data import TaskSize, augment, free_memory, task_size
+from refilled.data import TaskSize, free_memory, task_size
 from refilled.evaluation import SCORING_BATCH
 from refilled.experiment import prepare, resolve
 from refilled.files import cache_folder
 from refilled.models import Backbone
 from refilled.run import Run
 from refilled.stages import Prepares, Stage
-from refilled.training import augmentation_of, share_epochs
+from refilled.training import share_epochs, views_of
 
 _FLOAT = 4  # bytes
 _IMAGES = 32  # made up, to build the run on
@@ -232,11 +232,12 @@ def communication(
 
 
 def _pipeline_rate(size: TaskSize, run: Run) -> float:
-    """Images a second that are gathered and augmented."""
+    """Images a second that are gathered, augmented and mixed."""
     task, taken = made_up_task(size, _IMAGES), []
+    views = views_of(run, task)
     for _ in range(4):
         start, every = perf_counter(), torch.arange(_IMAGES)
-        augment(task.train.pixels.index_select(0, every), every, seed=0, view=0, kind=augmentation_of(run, task))
+        views.load(task.train.pixels, every, seed=0, view=0)
         taken.append(perf_counter() - start)
     return _IMAGES / median(taken[1:])
 

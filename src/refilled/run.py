@@ -34,13 +34,14 @@ class Recipe:
         warmup: Epochs of linear warm-up at the beginning of each stage.
         sampler: ``shuffle``: all images in random order; ``balanced``: P classes with K images each in every batch.
         images_per_class: K of the balanced sampler.
-        augmentation: ``auto`` takes what suits the data.
+        augmentation: ``auto`` takes what suits the data: ``crop`` pads and crops, ``crop-flip`` also mirrors;
+            ``resized-crop-flip`` enlarges a random part, for long runs with few images.
         views: Replay so many augmented views of each image in turn, and keep the teacher's embeddings of them on disk,
             computed once; None for a new view in every epoch, which the teacher sees live.
-        mixup: Blend each image with another of its batch, by a share drawn from Beta(mixup, mixup), and its targets
-            likewise; 0 for not at all (Zhang et al., ICLR 2018).
+        mixup: Blend each image with another one, by a share drawn from Beta(mixup, mixup), and its labels likewise; the
+            teacher sees the mixture. 0 for not at all (Zhang et al., ICLR 2018).
         cutmix: Put a square patch of another image in its place instead, the share of the area being drawn likewise
-            (Yun et al., ICCV 2019). With ``mixup`` too, each is done in half of the steps.
+            (Yun et al., ICCV 2019). With ``mixup`` too, each is done in half of the views.
         precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights, the order, the augmentation and the choice of shots.
     """

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refilled.data import Task, augment
+from refilled.data import Augmentation, Task, Views
 from refilled.errors import RunError
 from refilled.evaluation import nearest_center_accuracy
 from refilled.files import write_atomic
@@ -51,10 +51,12 @@ class Contents:
     images: int
     embedding_dim: int
     views: int
-    augmentation: str
+    augmentation: Augmentation
     precision: str
     shard_images: int = SHARD_IMAGES
-    schema: int = 2
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    schema: int = 3
 
     @property
     def key(self) -> str:
@@ -240,8 +242,9 @@ class TeacherCache:
         self._mapped.pop(shard, None)
 
     def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
-        kind = self.contents.augmentation
-        pixels = augment(task.train.pixels[indices], indices, seed=VIEW_SEED, view=view, kind=kind)  # type: ignore[arg-type]
+        contents = self.contents
+        views = Views(contents.augmentation, contents.mixup, contents.cutmix)
+        pixels = views.load(task.train.pixels, indices, seed=VIEW_SEED, view=view)
         return embed(pixels).float().cpu()
 
     def _write_manifest(self) -> None:
@@ -279,8 +282,8 @@ def teacher_cache(
     teacher: Backbone,
     task: Task,
     *,
-    views: int,
-    augmentation: str,
+    number: int,
+    views: Views,
     precision: str,
     names: tuple[str, str] = ("", ""),
 ) -> TeacherCache:
@@ -290,8 +293,8 @@ def teacher_cache(
         root: Folder of all caches.
         teacher: The teacher.
         task: The task; its training images are embedded.
-        views: How many views of each image.
-        augmentation: Kind of augmentation.
+        number: How many views of each image.
+        views: What a view is.
         precision: What the teacher computes in.
         names: What people call the teacher and the task.
     """
@@ -300,9 +303,9 @@ def teacher_cache(
         data=task.fingerprint,
         images=len(task.train),
         embedding_dim=teacher.embedding_dim,
-        views=views,
-        augmentation=augmentation,
+        views=number,
         precision=precision,
+        **asdict(views),
     )
     return TeacherCache(root / contents.key, contents, names)
 

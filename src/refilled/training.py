@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.checkpoints import State
-from refilled.data import Augmentation, Mixing, Task, augment, epoch_batches, mixing
+from refilled.data import Task, Views, epoch_batches
 from refilled.data.keyed import keyed_bits
 from refilled.distributed import ALONE, World
 from refilled.errors import NonFiniteError, RunError
@@ -23,7 +23,7 @@ from refilled.evaluation import accuracy, predict
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 from refilled.run import Precision, Recipe
-from refilled.stages import Prepares, Reports, Stage, Term
+from refilled.stages import Prepares, Reports, Stage
 from refilled.teacher_cache import VIEW_SEED, TeacherCache
 
 _FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
@@ -37,6 +37,13 @@ class Position:
     stage: int = 0
     epoch: int = 0
     step: int = 0
+
+
+class View(NamedTuple):
+    """Which random view of the images a step sees."""
+
+    seed: int
+    number: int
 
 
 class Journal(Protocol):
@@ -94,9 +101,10 @@ def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (time - warmup) / (epochs - warmup)))
 
 
-def augmentation_of(recipe: Recipe, task: Task) -> Augmentation:
-    """Decide what ``auto`` means for a task."""
-    return task.augmentation if recipe.augmentation == "auto" else recipe.augmentation
+def views_of(recipe: Recipe, task: Task) -> Views:
+    """Say what students see of a task's training images; ``auto`` is the augmentation that suits the task."""
+    augmentation = task.augmentation if recipe.augmentation == "auto" else recipe.augmentation
+    return Views(augmentation, recipe.mixup, recipe.cutmix)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
@@ -149,7 +157,7 @@ class _Training:
     ) -> None:
         self.student, self.teacher, self.cache, self.world = student, teacher, cache, world
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
-        self.augmentation = augmentation_of(recipe, task)
+        self.views = views_of(recipe, task)
         student.to(memory_format=torch.channels_last)
         self.learner = fabric.setup_module(student)
         if teacher is not None:
@@ -226,13 +234,14 @@ class _Training:
         self.student.train()
         for step in range(self.position.step, len(batches)):
             batch = batches[step]
-            images, labels = self._load(batch, epoch)  # of this process's part, and of the whole batch
-            taught = self._teach(images, batch, epoch)
-            mix = self._mixing(len(batch), images.shape[-1], epoch, step)
-            seen = self._learn(images, mix, len(batch))
+            view = self._view(epoch, step, len(batches))
+            images, labels = self._load(batch, view)  # of this process's part, and of the whole batch
+            taught = self._teach(images, batch, view)
+            seen = self._learn(images, len(batch))
             losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
-            if mix:
-                losses = _blend(mix, losses, terms, seen, taught, labels)
+            if self.views.mixed:
+                share, others = self._mixed_in(batch, view)
+                losses = {n: torch.lerp(term(seen, taught, others), losses[n], share) for n, term in terms.items()}
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
             self.world.sum_gradients(self.student.parameters(), self.losses.parameters())
@@ -241,53 +250,44 @@ class _Training:
             self.optimizer.step()
             self._record(losses, len(batch), Position(self.position.stage, epoch, step + 1))
 
-    def _load(self, batch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        seed, view = self._view(epoch)
+    def _view(self, epoch: int, step: int, steps: int) -> View:
+        """Which view a step sees: that of its epoch, or one of its own where it says how images are mixed."""
+        number = self.epochs_before + epoch
+        if self.views.mixed:
+            number = number * steps + step
+        views = self.recipe.views
+        return View(self.recipe.seed, number) if views is None else View(VIEW_SEED, number % views)
+
+    def _load(self, batch: Tensor, view: View) -> tuple[Tensor, Tensor]:
         part = batch[self.world.part(len(batch))]
-        images = augment(
-            self.task.train.pixels.index_select(0, part), part, seed=seed, view=view, kind=self.augmentation
-        )
-        device = self.fabric.device
-        return images.to(device, non_blocking=True), self.task.train.labels[batch].to(device, non_blocking=True)
+        images = self.views.load(self.task.train.pixels, part, seed=view.seed, view=view.number)
+        return images.to(self.fabric.device, non_blocking=True), self._labels(batch)
 
-    def _view(self, epoch: int) -> tuple[int, int]:
-        """Seed and number of the view that an epoch of this stage sees."""
-        view = self.epochs_before + epoch
-        return (self.recipe.seed, view) if self.recipe.views is None else (VIEW_SEED, view % self.recipe.views)
+    def _labels(self, indices: Tensor) -> Tensor:
+        return self.task.train.labels[indices].to(self.fabric.device, non_blocking=True)
 
-    def _teach(self, images: Tensor, batch: Tensor, epoch: int) -> Outputs | None:
+    def _teach(self, images: Tensor, batch: Tensor, view: View) -> Outputs | None:
         if self.teacher is None or not self.stage.needs_teacher:
             return None
         if self.cache is not None and self.stage.needs_only_embedding:
-            embedding = self.cache(self._view(epoch)[1], batch).to(self.fabric.device)
+            embedding = self.cache(view.number, batch).to(self.fabric.device)
             return Outputs(embedding.new_empty(len(batch), 0), embedding)
         with torch.no_grad(), self.fabric.autocast():
             taught = cast(Outputs, self.teacher(images, features=self.stage.reads("features")))
         return self.world.gather_outputs(taught, len(batch), {term.teacher for term in self.stage.terms.values()})
 
-    def _learn(self, images: Tensor, mix: Mixing | None, count: int) -> Outputs:
+    def _learn(self, images: Tensor, count: int) -> Outputs:
         """Run the student on this process's images; returns its outputs for the whole batch of ``count``."""
-        if mix:
-            partners = mix.partner[self.world.part(count)].to(images.device)
-            images = mix.mix(images, self.world.gather(images, count)[partners])
         parts = {term.student for term in self.stage.terms.values()}
         with self.world.global_batch_norm():
             seen = cast(Outputs, self.learner(images, features="features" in parts))
         return self.world.gather_outputs(seen, count, parts)
 
-    def _mixing(self, count: int, side: int, epoch: int, step: int) -> Mixing | None:
-        recipe = self.recipe
-        if recipe.mixup == recipe.cutmix == 0:
-            return None
-        return mixing(
-            count,
-            side,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            seed=recipe.seed,
-            epoch=self.epochs_before + epoch,
-            step=step,
-        )
+    def _mixed_in(self, batch: Tensor, view: View) -> tuple[float, Tensor]:
+        """Share that the images of a mixed batch keep of themselves, and the labels of what was mixed into them."""
+        pixels, place = self.task.train.pixels, {"seed": view.seed, "view": view.number}
+        share = self.views.mixing(pixels.shape[-1], **place).share
+        return share, self._labels(self.views.partners(batch, len(pixels), **place))
 
     def _set_learning_rate(self, time: float) -> None:
         for group in self.optimizer.param_groups:
@@ -374,27 +374,6 @@ class _Training:
         torch.set_rng_state(state.tensors["random"])
         if "random_cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
-
-
-def _blend(
-    mix: Mixing,
-    losses: Mapping[str, Tensor],
-    terms: Mapping[str, Term],
-    seen: Outputs,
-    taught: Outputs | None,
-    labels: Tensor,
-) -> dict[str, Tensor]:
-    """Blend the losses of mixed images towards both images that they are made of, by their shares.
-
-    So the targets are mixed, whatever they are, and the teacher need not see the mixture: what it says about the
-    batch (perhaps long ago, into the cache) is enough.
-    """
-    partner = mix.partner.to(labels.device)
-    if taught is not None:
-        taught = Outputs(taught.logits[partner], taught.embedding[partner], tuple(f[partner] for f in taught.features))
-    return {
-        name: torch.lerp(term(seen, taught, labels[partner]), losses[name], mix.share) for name, term in terms.items()
-    }
 
 
 def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:

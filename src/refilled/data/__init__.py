@@ -7,7 +7,8 @@ from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches
 from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
-from refilled.data.transforms import Augmentation, Mixing, augment, mixing
+from refilled.data.transforms import Augmentation, augment
+from refilled.data.views import Mixing, Views
 
 __all__ = [
     "Augmentation",
@@ -19,6 +20,7 @@ __all__ = [
     "Split",
     "Task",
     "TaskSize",
+    "Views",
     "augment",
     "epoch_batches",
     "free_memory",
@@ -26,7 +28,6 @@ __all__ = [
     "list_splits",
     "load_pool",
     "load_task",
-    "mixing",
     "queries_left",
     "sample_episodes",
     "task_size",

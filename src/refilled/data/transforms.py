@@ -1,7 +1,6 @@
 """Augmentation of batches of uint8 images, as a pure function of (seed, view, index)."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refilled.data.keyed import keyed_bits, keyed_integers, keyed_permutation, keyed_uniform
+from refilled.data.keyed import keyed_integers, keyed_uniform
 from refilled.errors import TaskError, unknown
 
 Augmentation = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
@@ -89,61 +88,6 @@ def _resized_crops(pixels: Tensor, seed: int, view: int, keys: NDArray[np.int64]
     grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], dim=-1)  # (N, S, S, 2)
     views = F.grid_sample(pixels.float(), grid.to(pixels.device), padding_mode="border", align_corners=False)
     return views.round_().to(torch.uint8, memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How the images of a batch are mixed in pairs: each keeps ``share`` of its targets, the partner's are the rest."""
-
-    share: float
-    partner: Tensor
-    """Each image's partner, as positions ``(N,)`` in the batch: a permutation."""
-    patch: tuple[slice, slice] | None = None
-    """Rows and columns that are the partner's (cutmix); None where all of the image is a blend (mixup)."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Mix images ``(N, 3, S, S)``; a blend of uint8 images comes out as float on the scale [0, 1]."""
-        return self.mix(images, images[self.partner.to(images.device)])
-
-    def mix(self, images: Tensor, partners: Tensor) -> Tensor:
-        """Mix some of the batch's images ``(n, 3, S, S)`` with their partners, which are handed over."""
-        if self.patch is None:
-            scale = 255 if images.dtype == torch.uint8 else 1
-            return torch.lerp(partners / scale, images / scale, self.share)
-        mixed = images.clone()
-        mixed[..., *self.patch] = partners[..., *self.patch]
-        return mixed
-
-
-def mixing(
-    count: int, side: int, *, mixup: float = 0.0, cutmix: float = 0.0, seed: int, epoch: int, step: int
-) -> Mixing:
-    """Draw how a batch is mixed, the same way for all of its images; with both kinds, each in half of the batches.
-
-    The draw depends on (seed, epoch, step) alone, so that a resumed run goes on with the same images.
-
-    Args:
-        count: Images in the batch.
-        side: Their side length in pixels.
-        mixup: If above 0, the share of a blend is drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018).
-        cutmix: If above 0, the share of the area outside a square patch likewise (Yun et al., ICCV 2019).
-        seed: The run's seed.
-        epoch: The epoch, from 0 over all stages.
-        step: The step in the epoch.
-
-    Raises:
-        TaskError: neither kind is above 0.
-    """
-    if mixup <= 0 and cutmix <= 0:
-        raise TaskError("nothing is to be mixed: give mixup or cutmix above 0")
-    generator = np.random.default_rng(int(keyed_bits(seed, "mixing", epoch, step)))
-    partner = torch.from_numpy(keyed_permutation(count, seed, "partner", epoch, step))
-    if cutmix <= 0 or (mixup > 0 and generator.random() < 0.5):
-        return Mixing(float(generator.beta(mixup, mixup)), partner)
-    length = round(side * (1 - generator.beta(cutmix, cutmix)) ** 0.5)
-    top, left = (int(start) for start in generator.integers(side - length + 1, size=2))
-    patch = slice(top, top + length), slice(left, left + length)
-    return Mixing(1 - (length / side) ** 2, partner, patch)
 
 
 def _reflect(positions: Tensor, length: int) -> Tensor:

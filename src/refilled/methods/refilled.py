@@ -38,6 +38,7 @@ from refilled.trust import Trusted
 Negatives = Literal["nearest", "semihard"]
 Reduction = Literal["sum", "mean"]
 Centers = Literal["batch", "leave-one-out", "global"]
+Classes = Literal["batch", "all"]
 Targets = Literal["embedding", "logits"]
 
 
@@ -232,6 +233,7 @@ def local_kd(
     temperature: float = 2.0,
     student_temperature: float = 1.0,
     centers: Literal["batch", "leave-one-out"] | Tensor = "batch",
+    classes: Classes = "batch",
     normalize: bool = False,
     right_only: bool = False,
 ) -> Tensor:
@@ -252,6 +254,7 @@ def local_kd(
         centers: ``"batch"`` takes the means over the batch (the paper). ``"leave-one-out"`` leaves each image out of
             the mean of its own class; the only image of a class remains that class's mean. A tensor ``(C, d)`` gives
             the means, computed elsewhere, of all classes.
+        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all whose mean is given.
         normalize: Bring the teacher's embedding to length 1 first.
         right_only: Count images that the teacher's classifier gets wrong as 0, for a teacher that knows little would
             otherwise contradict the labels; the paper counts all.
@@ -261,18 +264,22 @@ def local_kd(
     """
     check_batch(labels, student_logits, teacher_embedding)
     embedding = _teacher_rows(teacher_embedding, normalize)
-    means, classes = distances.class_centers(embedding, labels)
-    _check_classes(classes, student_logits.shape[1])
+    means, compared = distances.class_centers(embedding, labels)
     if isinstance(centers, Tensor):
-        means = _given_centers(centers, classes, embedding)
+        means, compared = _given_centers(centers, compared, classes, embedding)
+    elif classes == "all":
+        raise MethodError(
+            f"means over the batch are not known for all classes, but classes='all' and centers={centers!r}"
+        )
+    _check_classes(compared, student_logits.shape[1])
     squared = squared_distances(embedding, means)  # (N, C')
-    own = labels[:, None] == classes
+    own = labels[:, None] == compared
     if isinstance(centers, str) and centers == "leave-one-out":
         # The mean without x lies n / (n - 1) times as far from x as the mean with it.
         n = own.sum(0, dtype=squared.dtype)
         squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
     log_q = F.log_softmax(-squared / temperature, dim=1)
-    log_p = F.log_softmax(at_least_float32(student_logits)[:, classes] / student_temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(student_logits)[:, compared] / student_temperature, dim=1)
     if not right_only:
         return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
     divergence = F.kl_div(log_p, log_q.to(log_p.dtype), reduction="none", log_target=True).sum(1)
@@ -288,6 +295,8 @@ class LocalKDLoss(nn.Module):
         centers: Class means over the ``"batch"`` (the paper), ``"leave-one-out"``, or ``"global"``: over the whole
             training set. The global ones are a buffer, from ``class_centers``, from :meth:`prepare` or from a loaded
             state dict.
+        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all of them, for which
+            the centres must be global.
         normalize: Bring the teacher's embedding to length 1 first.
         centered: Take the training set's mean away from the teacher's embedding before all else; :meth:`prepare` or a
             loaded state dict gives it.
@@ -308,6 +317,7 @@ class LocalKDLoss(nn.Module):
         temperature: float = 2.0,
         student_temperature: float = 1.0,
         centers: Centers = "batch",
+        classes: Classes = "batch",
         normalize: bool = False,
         centered: bool = False,
         class_centers: Tensor | None = None,
@@ -316,6 +326,9 @@ class LocalKDLoss(nn.Module):
         super().__init__()
         _check_choice("centers", centers, get_args(Centers))
         _check_positive(temperature=temperature, student_temperature=student_temperature)
+        _check_choice("classes", classes, get_args(Classes))
+        if classes == "all" and centers != "global":
+            raise MethodError(f"classes='all' needs centers='global', but centers is '{centers}'")
         if class_centers is not None and centers != "global":
             raise MethodError(f"class_centers are for centers='global', but centers is '{centers}'; drop one of them")
         if class_centers is not None and centered:
@@ -323,6 +336,7 @@ class LocalKDLoss(nn.Module):
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.centers = centers
+        self.classes = classes
         self.normalize = normalize
         self.centered = centered
         self.right_only = right_only
@@ -358,14 +372,15 @@ class LocalKDLoss(nn.Module):
             temperature=self.temperature,
             student_temperature=self.student_temperature,
             centers=self._prepared(self.class_centers, "class means") if self.centers == "global" else self.centers,
+            classes=self.classes,
             normalize=self.normalize,
             right_only=self.right_only,
         )
 
     def extra_repr(self) -> str:
         """Name the hyper-parameters when printed."""
-        options = f"centers={self.centers}, temperature={self.temperature}, normalize={self.normalize}"
-        return f"{options}, centered={self.centered}, right_only={self.right_only}"
+        names = ("centers", "classes", "temperature", "normalize", "centered", "right_only")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _prepared(self, buffer: Tensor | None, what: str) -> Tensor:
         if buffer is None:
@@ -413,18 +428,20 @@ def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
     return unit_rows(embedding) if normalize else at_least_float32(embedding)
 
 
-def _given_centers(centers: Tensor, classes: Tensor, embedding: Tensor) -> Tensor:
+def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and ids of the classes to compare with, of which those in the batch must be some."""
     if centers.ndim != 2 or centers.shape[1] != embedding.shape[1]:
         raise MethodError(
             f"class means of shape {tuple(centers.shape)} do not fit teacher embeddings {tuple(embedding.shape)}; "
             "both must come from the same teacher"
         )
-    _check_classes(classes, len(centers))
-    means = centers.to(embedding)[classes]
-    missing = classes[means.isnan().any(1)].tolist()
+    _check_classes(present, len(centers))
+    known = ~centers.isnan().any(1)
+    missing = present[~known[present]].tolist()
     if missing:
         raise MethodError(f"class {missing[0]} had no image when the class means were taken; prepare them anew")
-    return means
+    compared = present if classes == "batch" else known.nonzero().flatten()
+    return centers.to(embedding)[compared], compared
 
 
 def _check_classes(classes: Tensor, number: float = torch.inf) -> None:
@@ -455,6 +472,7 @@ def refilled(
     triplet_weight: float = 1.0,
     embedding_share: float = 0.5,
     centers: Centers = "batch",
+    kd_classes: Classes = "batch",
     normalize: bool = False,
     centered: bool = False,
     kd_temperature: float = 2.0,
@@ -478,6 +496,8 @@ def refilled(
         triplet_weight: Factor of the triplet alignment in stage 1.
         embedding_share: Part of the epochs that goes to stage 1; the paper gives each stage 200.
         centers: Where the class centres of the teacher's local classifier come from (``batch``: Eq. 7).
+        kd_classes: Which classes that classifier chooses from: those in the ``batch`` (the paper), or ``all``, for which
+            the centres must be ``global``.
         normalize: Whether that classifier L2-normalises the teacher's embedding.
         centered: Whether it takes the training set's mean away first.
         kd_temperature: tau of the local classifier (Eq. 8).
@@ -498,7 +518,12 @@ def refilled(
     classify = {"ce": Term(nn.CrossEntropyLoss())}
     if kd_weight > 0 and kd_targets == "embedding":
         local = LocalKDLoss(
-            temperature=kd_temperature, centers=centers, normalize=normalize, centered=centered, right_only=right_only
+            temperature=kd_temperature,
+            centers=centers,
+            classes=kd_classes,
+            normalize=normalize,
+            centered=centered,
+            right_only=right_only,
         )
         classify["local_kd"] = Term(_trusted(local, trust), exponential(kd_weight, kd_decay), teacher="embedding")
     elif kd_weight > 0:

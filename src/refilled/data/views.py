@@ -1,0 +1,84 @@
+"""What students and teachers see of the training images: random views, augmented and perhaps mixed in pairs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refilled.data.keyed import keyed_bits, keyed_integers
+from refilled.data.store import Pixels
+from refilled.data.transforms import Augmentation, augment
+from refilled.errors import TaskError
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the images of a view are mixed: each keeps ``share`` of its targets, and its partner's are the rest."""
+
+    share: float
+    patch: tuple[slice, slice] | None = None
+    """Rows and columns that are the partner's (cutmix); None where all of the image is a blend (mixup)."""
+
+    def __call__(self, images: Tensor, partners: Tensor) -> Tensor:
+        """Mix images ``(N, 3, S, S)`` each with its partner; a blend of uint8 images is float on the scale [0, 1]."""
+        if self.patch is None:
+            scale = 255 if images.dtype == torch.uint8 else 1
+            return torch.lerp(partners / scale, images / scale, self.share)
+        mixed = images.clone()
+        mixed[..., *self.patch] = partners[..., *self.patch]
+        return mixed
+
+
+@dataclass(frozen=True)
+class Views:
+    """Random views of images, augmented and perhaps mixed in pairs: a pure function of (seed, view, index).
+
+    All that see a view see the same pixels, in this run or another. So a teacher can say about a mixture what it sees
+    in it, which is not what it says about the two images (Beyer et al., CVPR 2022), and can do so once for all runs.
+
+    Attributes:
+        augmentation: See :func:`augment`.
+        mixup: If above 0, images are blended by a share drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018).
+        cutmix: If above 0, a square patch is the partner's, the share of the area outside it being drawn likewise (Yun
+            et al., ICCV 2019). With both kinds, each is done in half of the views.
+    """
+
+    augmentation: Augmentation
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether images are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def load(self, pixels: Pixels, indices: Tensor, *, seed: int, view: int) -> Tensor:
+        """Return a view of the images with these indices ``(N,)``: ``(N, 3, S, S)``, uint8, or float after a blend."""
+
+        def one(chosen: Tensor) -> Tensor:
+            return augment(pixels.index_select(0, chosen), chosen, seed=seed, view=view, kind=self.augmentation)
+
+        if not self.mixed:
+            return one(indices)
+        mixing = self.mixing(pixels.shape[-1], seed=seed, view=view)
+        return mixing(one(indices), one(self.partners(indices, len(pixels), seed=seed, view=view)))
+
+    def partners(self, indices: Tensor, count: int, *, seed: int, view: int) -> Tensor:
+        """Say which of all ``count`` images is the partner of each of these ``(N,)`` in a view, by its index."""
+        return torch.from_numpy(keyed_integers(count, seed, "partner", view, indices.cpu().numpy()))
+
+    def mixing(self, side: int, *, seed: int, view: int) -> Mixing:
+        """Draw how all images of a view, of ``side`` pixels, are mixed with their partners.
+
+        Raises:
+            TaskError: neither kind is above 0.
+        """
+        if not self.mixed:
+            raise TaskError("nothing is to be mixed: give mixup or cutmix above 0")
+        generator = np.random.default_rng(int(keyed_bits(seed, "mixing", view)))
+        if self.cutmix <= 0 or (self.mixup > 0 and generator.random() < 0.5):
+            return Mixing(float(generator.beta(self.mixup, self.mixup)))
+        length = round(side * (1 - generator.beta(self.cutmix, self.cutmix)) ** 0.5)
+        top, left = (int(start) for start in generator.integers(side - length + 1, size=2))
+        return Mixing(1 - (length / side) ** 2, (slice(top, top + length), slice(left, left + length)))
