@@ -496,7 +496,7 @@ def refilled(
         triplet_weight: Factor of the triplet alignment in stage 1.
         embedding_share: Part of the epochs that goes to stage 1; the paper gives each stage 200.
         centers: Where the class centres of the teacher's local classifier come from (``batch``: Eq. 7).
-        kd_classes: Which classes that classifier chooses from: those in the ``batch`` (the paper), or ``all``, for which
+        kd_classes: Which classes that classifier chooses from: those in the ``batch`` (Eq. 7), or ``all``, for which
             the centres must be ``global``.
         normalize: Whether that classifier L2-normalises the teacher's embedding.
         centered: Whether it takes the training set's mean away first.
