@@ -21,6 +21,7 @@ from torch import Tensor
 
 from refilled.data import Split, Task, TaskSize
 from refilled.evaluation import SCORING_BATCH, predict
+from refilled.machine import give_memory_back
 from refilled.models import Backbone
 from refilled.run import Run
 from refilled.stages import Stage
@@ -167,6 +168,7 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
+        give_memory_back()  # or what was kept for steps before would count
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak alone
 
 

@@ -33,6 +33,7 @@ from refilled.errors import RunError, TaskError
 from refilled.evaluation import SCORING_BATCH, accuracy, class_accuracies, nearest_center_accuracy, predict
 from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
+from refilled.machine import use_machine
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
 from refilled.outputs import Outputs
@@ -388,7 +389,7 @@ class _Prepared:
 
     def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
-        torch.set_num_threads(run.threads or torch.get_num_threads())
+        use_machine(run.threads)
         torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
@@ -539,7 +540,7 @@ def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
     if run.views is None:
         raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
     run = resolve(run)
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    use_machine(run.threads)
     teacher = _load_teacher(run)
     if teacher is None:
         raise RunError("a cache holds what a teacher says; name one with --teacher")

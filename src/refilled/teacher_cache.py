@@ -54,7 +54,7 @@ class Contents:
     augmentation: str
     precision: str
     shard_images: int = SHARD_IMAGES
-    schema: int = 2
+    schema: int = 3
 
     @property
     def key(self) -> str:
