@@ -355,7 +355,7 @@ def relative(times: Mapping[str, Sequence[float]], row: str, other: str) -> floa
 def one_heap() -> None:
     """Let the threads of ours take memory from the heap that the peers take it from, as a run does that has no threads.
 
-    Those that glibc makes for threads are cut into pieces of 64 MB, each of which goes back to the system when it is empty.
+    The heaps that glibc makes for threads are in pieces of 64 MB, which go back to the system when they are empty.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

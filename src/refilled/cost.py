@@ -8,6 +8,7 @@ for. Of memory the same holds. What passes between several processes cannot be t
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -122,15 +123,18 @@ def probe_batches(device: str, most: int) -> tuple[int, int]:
     return min(small, max(2, most // 2), most), min(large, most)
 
 
-def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric) -> Cost:
-    """Measure a network's forward pass as it is done to score images: without gradients, not augmented."""
+def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric, fully: bool = False) -> Cost:
+    """Measure a network's forward pass as it is done to score images: without gradients, not augmented.
+
+    It computes in the run's precision, or ``fully`` in float32 as for the result.
+    """
     network.to(fabric.device)
 
     def score(images: int) -> float:
         pixels, taken = made_up_task(size, images).train.pixels, []
         for _ in range(1 + _STEPS):
             start = perf_counter()
-            with fabric.autocast():
+            with nullcontext() if fully else fabric.autocast():
                 predict(network, pixels, fabric.device)  # its outputs come to the processor: the device is done then
             taken.append(perf_counter() - start)
         return median(taken[1:])
