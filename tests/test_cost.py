@@ -112,8 +112,13 @@ def test_a_forecast_adds_up(teacher):
         }
     )
     assert found.total == pytest.approx(sum(found.seconds.values()))
-    outputs = 2 * 4 * 1000 * (64 + 5)
-    assert found.memory == pytest.approx(2e9 + 256 * 1e6 + 1300 * 16 * 16 * 3 + outputs)
+    assert found.memory == pytest.approx(2e9 + 1300 * 16 * 16 * 3)  # scoring's 1.256 GB come after the steps' 2
+
+
+@pytest.mark.usefixtures("known")
+def test_a_readout_holds_the_embeddings_of_all_training_images(teacher):
+    found = forecast(replace(RUN, method="linear_probe", student=None, teacher=teacher))
+    assert found.memory == pytest.approx(1e9 + 256 * 1e6 + 1300 * 16 * 16 * 3 + 2 * 4 * 1000 * 64)
 
 
 @pytest.mark.usefixtures("known")

@@ -23,7 +23,7 @@ from refilled import cli, distributed, experiment
 from refilled.data import Split, Task
 from refilled.distributed import ALONE, World, joined
 from refilled.errors import NonFiniteError, RankError, RunError
-from refilled.evaluation import predict
+from refilled.evaluation import predict, predict_classes_twice
 from refilled.experiment import Result, distill, resume
 from refilled.journal import Interrupted, RunJournal
 from refilled.methods import list_methods, load_method
@@ -264,6 +264,20 @@ def test_each_image_is_predicted_once_and_all_ranks_know_it(four, images):
     for rank in four(predicted, images):
         for mine, whole in zip(rank, predicted(ALONE, images), strict=True):
             np.testing.assert_allclose(mine, whole, rtol=1e-5)
+
+
+def classified(world, images: int):
+    torch.manual_seed(0)
+    task = small_task()
+    found = predict_classes_twice(Plain(5), task.train, task.train.pixels[:images], world=world)
+    return [classes.numpy() for classes in found]
+
+
+@pytest.mark.parametrize("images", [1, IMAGES])
+def test_each_image_is_classified_once_and_all_ranks_know_it(four, images):
+    for rank in four(classified, images):
+        for mine, whole in zip(rank, classified(ALONE, images), strict=True):
+            np.testing.assert_array_equal(mine, whole)
 
 
 def gathered(world, dtype):

@@ -263,6 +263,14 @@ def test_a_mended_convolution_is_the_plain_one(groups, side):
     torch.testing.assert_close(rough.float(), plain(x), atol=0.05, rtol=0.05)
 
 
+def test_a_mended_convolution_of_a_teacher_computes_in_bfloat16():
+    mended = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4))
+    mend_strided(mended)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mended(x), nn.functional.conv2d(x, mended[0].weight, mended[0].bias, 2, 1, groups=4))
+
+
 @pytest.mark.parametrize(("stride", "side"), [(2, 1), (2, 2), (3, 2), (4, 3)])
 def test_weights_that_see_only_padding_have_no_gradient(stride, side):
     mended = nn.Sequential(nn.Conv2d(16, 32, 3, stride, 1, bias=False))

@@ -8,6 +8,7 @@ for. Of memory the same holds. What passes between several processes cannot be t
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from refilled.data import Split, Task, TaskSize
 from refilled.evaluation import SCORING_BATCH, predict
+from refilled.machine import give_memory_back
 from refilled.models import Backbone
 from refilled.run import Run
 from refilled.stages import Stage
@@ -121,15 +123,18 @@ def probe_batches(device: str, most: int) -> tuple[int, int]:
     return min(small, max(2, most // 2), most), min(large, most)
 
 
-def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric) -> Cost:
-    """Measure a network's forward pass as it is done to score images: without gradients, not augmented."""
+def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric, fully: bool = False) -> Cost:
+    """Measure a network's forward pass as it is done to score images: without gradients, not augmented.
+
+    It computes in the run's precision, or ``fully`` in float32 as for the result.
+    """
     network.to(fabric.device)
 
     def score(images: int) -> float:
         pixels, taken = made_up_task(size, images).train.pixels, []
         for _ in range(1 + _STEPS):
             start = perf_counter()
-            with fabric.autocast():
+            with nullcontext() if fully else fabric.autocast():
                 predict(network, pixels, fabric.device)  # its outputs come to the processor: the device is done then
             taken.append(perf_counter() - start)
         return median(taken[1:])
@@ -167,6 +172,7 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
+        give_memory_back()  # or what was kept for steps before would count
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak alone
 
 

@@ -17,25 +17,33 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from refilled.checkpoints import discard_states, hold
 from refilled.data import Pixels, Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.distributed import ALONE, World, joined
 from refilled.errors import RunError, TaskError
-from refilled.evaluation import SCORING_BATCH, accuracy, class_accuracies, nearest_center_accuracy, predict
+from refilled.evaluation import (
+    SCORING_BATCH,
+    accuracy,
+    class_accuracies,
+    embed,
+    nearest_center_accuracy,
+    predict,
+    predict_classes,
+    predict_classes_twice,
+)
 from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
+from refilled.machine import give_memory_back, use_machine
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
-from refilled.outputs import Outputs
 from refilled.progress import Display
 from refilled.run import Run
 from refilled.stages import FineTuning, Readout, Stage
@@ -194,12 +202,12 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
     data = _load_task(replace(run, task=task or run.task, data_root=data_root or run.data_root))
     if data.classes != model.class_names:
         raise RunError(f"{task} has other classes than the student in {folder}")
-    logits = predict(model, data.test.pixels).logits
+    found = predict_classes(model, data.test.pixels)
     return {
         "task": data.name,
         "images": len(data.test),
-        "accuracy": accuracy(logits, data.test.labels),
-        "class_accuracies": _by_class(data, class_accuracies(logits, data.test.labels, len(data.classes))),
+        "accuracy": accuracy(found, data.test.labels),
+        "class_accuracies": _by_class(data, class_accuracies(found, data.test.labels, len(data.classes))),
     }
 
 
@@ -241,7 +249,9 @@ def teacher_accuracy(folder: Path) -> float | None:
     if teacher is None:
         return None
     task = _load_task(run)
-    return _look(teacher, task, task.test, centered=True).ncm_accuracy  # what all images share says nothing about them
+    train, test = (embed(teacher, split.pixels) for split in (task.train, task.test))
+    mean = train.mean(0)  # what all images share says nothing about them
+    return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
 
 
 def task_of(folder: Path) -> Task:
@@ -388,7 +398,7 @@ class _Prepared:
 
     def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
-        torch.set_num_threads(run.threads or torch.get_num_threads())
+        use_machine(run.threads)
         torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
         torch.backends.cudnn.deterministic = True
         method = load_method(run.method)
@@ -452,6 +462,7 @@ def _carry_out(
             cache = _cache(prepared, fabric, display)
             with journal.catching_signals():
                 fit(student, teacher, task, prepared.stages, run, fabric, journal, cache, world)
+            give_memory_back()  # which scoring would ask for in other pieces
             result = _measure(prepared, folder, journal.seconds, world)
             if cache is not None:
                 result = replace(result, teacher={**(result.teacher or {}), "cache": _gap(prepared, cache, fabric)})
@@ -539,7 +550,7 @@ def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
     if run.views is None:
         raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
     run = resolve(run)
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    use_machine(run.threads)
     teacher = _load_teacher(run)
     if teacher is None:
         raise RunError("a cache holds what a teacher says; name one with --teacher")
@@ -564,53 +575,21 @@ def _fabric(run: Run, world: World = ALONE) -> Fabric:
     return Fabric(accelerator=run.device, devices=devices, precision=run.precision)  # type: ignore[arg-type]
 
 
-class _Look(NamedTuple):
-    """What a network says about a task's training images and about those that are scored."""
-
-    train: Outputs
-    scored: Outputs
-    ncm_accuracy: float
-
-
-def _look(
-    network: Backbone,
-    task: Task,
-    scored: Split,
-    device: torch.device | str = "cpu",
-    centered: bool = False,
-    world: World = ALONE,
-) -> _Look:
-    """Run a network over both parts, and score its embedding by the nearest class mean, in percent.
-
-    Args:
-        network: Any model, on ``device``.
-        task: The task; its training images give the class means.
-        scored: The images that are scored.
-        device: Where to compute.
-        centered: Whether the mean of the training embeddings is taken away first.
-        world: The processes that share the work.
-    """
-    train, others = (predict(network, split.pixels, device, world=world) for split in (task.train, scored))
-    mean = train.embedding.mean(0) if centered else 0
-    accuracy = nearest_center_accuracy(
-        train.embedding - mean, task.train.labels, others.embedding - mean, scored.labels
-    )
-    return _Look(train, others, accuracy)
-
-
 def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) -> Result:
     """Look at the images that are to be scored, for the only time."""
     run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
     device, labels = torch.device(run.device), prepared.scored.labels
-    seen = _look(student, task, prepared.scored, device, world=world)
-    logits = seen.scored.logits
-    if prepared.readout is not None:
-        classes = prepared.readout.classify(seen.train.embedding, task.train.labels, seen.scored.embedding)
-        logits = one_hot(classes, len(task.classes))
+    if prepared.readout is None:
+        found, nearest = predict_classes_twice(student, task.train, prepared.scored.pixels, device, world)
+        ncm_accuracy = accuracy(nearest, labels)
+    else:
+        train, scored = (embed(student, split.pixels, device, world) for split in (task.train, prepared.scored))
+        found = prepared.readout.classify(train, task.train.labels, scored)
+        ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
     return Result(
-        accuracy=accuracy(logits, labels),
-        ncm_accuracy=seen.ncm_accuracy,
-        class_accuracies=_by_class(task, class_accuracies(logits, labels, len(task.classes))),
+        accuracy=accuracy(found, labels),
+        ncm_accuracy=ncm_accuracy,
+        class_accuracies=_by_class(task, class_accuracies(found, labels, len(task.classes))),
         stages=_measure_stages(prepared, folder, world),
         seconds=seconds,
         parameters=sum(p.numel() for p in student.parameters()),
@@ -636,14 +615,14 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
 
 def _measure_stages(prepared: _Prepared, folder: Path, world: World) -> dict[str, dict[str, float]]:
     """Score the student as each stage but the last left it."""
-    student, found = prepared.student, {}
+    student, task, scored, found = prepared.student, prepared.task, prepared.scored, {}
     final = {name: value.clone() for name, value in student.state_dict().items()}
     for stage in prepared.stages[:-1]:
         weights = world.lead(partial(_weights_after, stage, folder))
         if weights is not None:
             student.load_state_dict(weights)
-            seen = _look(student, prepared.task, prepared.scored, prepared.run.device, world=world)
-            found[stage.name] = {"ncm_accuracy": seen.ncm_accuracy}
+            _, nearest = predict_classes_twice(student, task.train, scored.pixels, prepared.run.device, world)
+            found[stage.name] = {"ncm_accuracy": accuracy(nearest, scored.labels)}
     student.load_state_dict(final)
     return found
 

@@ -113,11 +113,13 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     batch = math.ceil(min(run.batch_size, size.train) / ranks)
     batches = probe_batches(run.device, batch)
     costs = _Costs(
-        student=scoring_cost(student, size, run, fabric),
+        student=scoring_cost(student, size, run, fabric, fully=True),
+        validation=scoring_cost(student, size, run, fabric),
         teacher=None if teacher is None else scoring_cost(teacher, size, run, fabric),
         steps=tuple(step_cost(student, teacher, stage, size, run, fabric, batches) for stage in stages),
     )
     looks, found = _looks_of_the_teacher(stages, run), []
+    embedder = student if prepared.readout is not None else teacher if _curious(stages) else None
     budget = share_epochs(stages, run.epochs) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
         spared = costs.teacher.seconds(batch) if costs.teacher is not None and _is_cached(stage, run) else 0.0
@@ -130,7 +132,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
         stages=tuple(found),
         seconds=_seconds(run, size, costs, found, looks, ranks),
-        memory=_memory(run, size, costs, student, batch, looks),
+        memory=_memory(run, size, costs, batch, looks, 0 if embedder is None else embedder.embedding_dim),
         ranks=ranks,
     )
 
@@ -140,6 +142,8 @@ class _Costs:
     """What was measured of a run's parts: looking at images with either network, and a step of each stage."""
 
     student: Cost
+    """In full precision, as for the result."""
+    validation: Cost
     teacher: Cost | None
     steps: tuple[Cost, ...]
 
@@ -157,45 +161,50 @@ def _is_cached(stage: Stage, run: Run) -> bool:
     return run.views is not None and stage.needs_only_embedding
 
 
-def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
-    """How often each training image goes through the teacher besides the steps: for a cache, and to prepare losses."""
-    curious = sum(
+def _curious(stages: Sequence[Stage]) -> int:
+    """How many stages have losses that look at the whole training set."""
+    return sum(
         any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in stage.terms.values())
         for stage in stages
     )
+
+
+def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
+    """How often each training image goes through the teacher besides the steps: for a cache, and to prepare losses."""
     views = run.views or 0
-    return curious + views * any(_is_cached(stage, run) for stage in stages)
+    return _curious(stages) + views * any(_is_cached(stage, run) for stage in stages)
 
 
 def _seconds(
     run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], looks: int, ranks: int
 ) -> dict[str, float]:
-    score, teach = (0.0 if cost is None else _each(cost) / ranks for cost in (costs.student, costs.teacher))
+    score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
+    teach = 0.0 if costs.teacher is None else _each(costs.teacher) / ranks
     scored = size.test if run.score == "test" else size.val
     return {
         "loading": (size.train + size.val + size.test) / size.images_per_second,
         "embedding by the teacher": looks * size.train * teach,
-        "training": sum(s.epochs * (s.steps * s.seconds + size.val * score) for s in stages),
+        "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }
 
 
-def _memory(run: Run, size: TaskSize, costs: _Costs, student: Backbone, batch: int, looks: int) -> float | None:
-    """Add up the peak of training, that of scoring, and what lies in memory all the while."""
-    passes = [costs.student] + ([costs.teacher] if costs.teacher is not None and looks else [])
-    training, scoring = ([cost.memory for cost in some if cost.memory is not None] for some in (costs.steps, passes))
-    if not scoring:
-        return None
+def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, looks: int, width: int) -> float | None:
+    """Find the peak of training or of scoring, whichever is higher, besides what lies in memory all the while.
+
+    That is the images, and embeddings of ``width`` of the training images, once in batches and once in one piece: for
+    readouts, and for losses that look at all of them.
+    """
     scored = min(SCORING_BATCH, size.train)
+    passes = [costs.student] + ([costs.teacher] if costs.teacher is not None and looks else [])
+    peaks = [cost.memory(batch) for cost in costs.steps if cost.memory is not None]
+    peaks += [cost.memory(scored) for cost in passes if cost.memory is not None]
+    if not peaks:
+        return None
     if run.device != "cpu":
-        return max([line(batch) for line in training] + [line(scored) for line in scoring])
+        return max(peaks)
     images = sum(part for part in _image_bytes(size) if part <= _image_limit(run))
-    # Embeddings and logits of the training images, once in batches and once in one piece.
-    outputs = 2 * _FLOAT * size.train * (student.embedding_dim + len(size.class_names))
-    if not training:
-        return max(line(scored) for line in scoring) + images + outputs
-    # What training has freed, the C library has mostly not given back when scoring asks for larger pieces.
-    return max(line(batch) for line in training) + max(line.each * scored for line in scoring) + images + outputs
+    return max(peaks) + images + 2 * _FLOAT * size.train * width
 
 
 def _image_bytes(size: TaskSize) -> list[int]:

@@ -19,7 +19,7 @@ from refilled.data import Task, Views, epoch_batches
 from refilled.data.keyed import keyed_bits
 from refilled.distributed import ALONE, World
 from refilled.errors import NonFiniteError, RunError
-from refilled.evaluation import accuracy, predict
+from refilled.evaluation import accuracy, embed, predict_classes
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 from refilled.run import Precision, Recipe
@@ -327,8 +327,8 @@ class _Training:
         classifies = any(term.student == "logits" for term in self.stage.terms.values())
         if classifies and len(self.task.val) > 0:
             with self.fabric.autocast():
-                logits = predict(self.student, self.task.val.pixels, self.fabric.device, world=self.world).logits
-            entry["val_accuracy"] = accuracy(logits, self.task.val.labels)
+                found = predict_classes(self.student, self.task.val.pixels, self.fabric.device, self.world)
+            entry["val_accuracy"] = accuracy(found, self.task.val.labels)
         return entry
 
     def _begin(self) -> None:
@@ -339,9 +339,7 @@ class _Training:
         curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
         if curious and self.teacher is not None:
             with self.fabric.autocast():
-                embedding = predict(
-                    self.teacher, self.task.train.pixels, self.fabric.device, world=self.world
-                ).embedding
+                embedding = embed(self.teacher, self.task.train.pixels, self.fabric.device, self.world)
             for loss in curious:
                 loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
 

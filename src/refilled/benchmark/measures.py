@@ -11,7 +11,7 @@ from refilled.benchmark.cells import Cell
 from refilled.benchmark.jobs import accuracy, load
 from refilled.benchmark.protocols import PROTOCOLS
 from refilled.benchmark.tables import Measure
-from refilled.evaluation import nmi, predict
+from refilled.evaluation import embed, nmi
 from refilled.experiment import network_of, task_of
 from refilled.files import write_atomic
 from refilled.methods.kd import softened_kl
@@ -49,7 +49,7 @@ def embed_test_images(cell: Cell, run: Path) -> tuple[Tensor, Tensor]:
     """Embed the test images ``(N, d)`` by the student that a cell is about; returns their labels ``(N,)`` besides."""
     stage = "embedding" if cell.row.measure == "nmi after stage 1" else None
     test = task_of(run).test
-    return predict(network_of(run, stage), test.pixels).embedding, test.labels
+    return embed(network_of(run, stage), test.pixels), test.labels
 
 
 def _nmi(cell: Cell, run: Path) -> float:

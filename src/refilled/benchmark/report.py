@@ -14,7 +14,7 @@ from torch import Tensor
 from refilled.benchmark.pictures import COLORS, address, draw_scatter, plain_text, svg, tsne
 from refilled.benchmark.summary import Gain, mean_and_spread, paired_gain
 from refilled.data import Split
-from refilled.evaluation import predict
+from refilled.evaluation import embed
 from refilled.experiment import Result, network_of, task_of, teacher_accuracy
 from refilled.files import write_atomic
 from refilled.models import Backbone
@@ -171,7 +171,7 @@ def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
 
 
 def _embed(model: Backbone, test: Split) -> Tensor:
-    return predict(model, test.pixels).embedding
+    return embed(model, test.pixels)
 
 
 def _curves(rows: Sequence[Row], measure: str) -> Figure:

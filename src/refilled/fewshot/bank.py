@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refilled.data import Augmentation, Episodes, Pixels, augment
 from refilled.errors import MethodError
-from refilled.evaluation import predict
+from refilled.evaluation import embed
 from refilled.models import Backbone
 from refilled.teacher_cache import VIEW_SEED
 
@@ -80,7 +80,7 @@ class Bank:
         embeddings, known = self._known[view]
         wanted = rows.unique()
         for missing in wanted[~known[wanted]].split(256):
-            embeddings[missing] = predict(self.model, self.images(missing, view), self.device).embedding
+            embeddings[missing] = embed(self.model, self.images(missing, view), self.device)
             known[missing] = True
         found: Tensor = embeddings[rows]
         return found

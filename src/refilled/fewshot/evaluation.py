@@ -25,6 +25,7 @@ from refilled.experiment import device_name, find_device, versions
 from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import write_atomic
+from refilled.machine import use_machine
 from refilled.models import load_teacher
 from refilled.run import FewShotRun
 from refilled.teacher_cache import fingerprint
@@ -84,7 +85,7 @@ def evaluate_few_shot(
     refuse_other(folder, run.to_toml())
     if (folder / "DONE").exists():
         return FewShotResult.load(folder)
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    use_machine(run.threads)
     pool = load_side(run)
     bank = make_bank(run, pool)
     learner = load_few_shot_method(run.method).learner(bank, run.settings)

@@ -26,6 +26,7 @@ from refilled.fewshot.methods import load_meta_learner
 from refilled.fewshot.students import with_classifier
 from refilled.files import write_atomic
 from refilled.journal import RunJournal
+from refilled.machine import use_machine
 from refilled.models import Backbone, create_model, load_model, save_model
 from refilled.progress import Display
 from refilled.run import MetaRun
@@ -72,7 +73,7 @@ def meta_train(
     refuse_other(folder, run.to_toml())
     if (folder / "DONE").exists():
         return MetaResult.load(folder)
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    use_machine(run.threads)
     training = _MetaTraining(run)
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):

@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
 from refilled.data import queries_left
 from refilled.errors import RunError, unknown
 from refilled.fewshot.evaluation import load_side, make_bank, resolve, task_accuracies
 from refilled.fewshot.methods import FewShotMethod, load_few_shot_method
+from refilled.machine import use_machine
 from refilled.run import FewShotRun
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def tune(
     method = load_few_shot_method(run.method)
     distributions = {name: _distribution(method, name, text) for name, text in search.items()}
     run = resolve(replace(run, side="val", n_episodes=n_episodes))
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    use_machine(run.threads)
     pool = load_side(run)
     bank = make_bank(run, pool)  # shared by all trials, so that each image is embedded once
     run = replace(run, n_query=queries_left(pool.train.labels, run.n_shot, run.n_query))
