@@ -18,6 +18,7 @@ from refilled.data.keyed import keyed_integers
 from refilled.distances import at_least_float32
 from refilled.errors import NonFiniteError, RunError
 from refilled.fewshot.bank import Bank, Learner
+from refilled.fewshot.methods.linear import logistic_weights
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs
@@ -27,6 +28,8 @@ from refilled.training import learning_rate, resolve_precision, share_epochs
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]
+Classifier = Literal["random", "probe"]
+Norm = Literal["batch", "frozen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,12 @@ class StudentRecipe:
         copies: Views of each image in a step; None for 1, or 2 where there is one shot, since a class with a single
             image has no positives.
         views: Augmented views that an image takes turns in; the frozen model embeds each once, for all tasks.
+        classifier: Where a fresh classifier starts: at ``random`` weights, or as a ``probe``, the logistic regression
+            on the embedding that the student has then, lest gradients of a random one spoil that embedding (Kumar et
+            al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
+        probe_c: C of that regression, of embeddings whose mean length is 1.
+        norm: What batch norm takes off: the statistics of each ``batch``, and in the end those of the support images;
+            or, ``frozen``, those that the student starts with.
         together: Networks trained as one; None for 1 on a CPU and 64 elsewhere.
         precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights.
@@ -52,6 +61,9 @@ class StudentRecipe:
     weight_decay: float = 5e-4
     copies: int | None = None
     views: int = 8
+    classifier: Classifier = "random"
+    probe_c: float = 1.0
+    norm: Norm = "batch"
     together: int | None = None
     precision: StudentPrecision = "auto"
     seed: int = 0
@@ -80,6 +92,14 @@ class Students(nn.Module):
         for model, generator in zip(self.models, generators, strict=True):
             assert isinstance(model, Backbone)
             model.reset_classifier(generator)
+
+    def set_classifiers(self, weights: Tensor) -> None:
+        """Set each classifier to its weights and, last, intercepts: ``(T, N, d + 1)``."""
+        for model, own in zip(self.models, weights, strict=True):
+            classifier = cast(nn.Linear, model.classifier)
+            with torch.no_grad():
+                classifier.weight.copy_(own[:, :-1])
+                classifier.bias.copy_(own[:, -1])
 
 
 class StackedConvNets(nn.Module):
@@ -128,6 +148,12 @@ class StackedConvNets(nn.Module):
             with torch.no_grad():
                 self.weight[task].copy_(classifier.weight)
                 self.bias[task].copy_(classifier.bias)
+
+    def set_classifiers(self, weights: Tensor) -> None:
+        """Set each classifier to its weights and, last, intercepts: ``(T, N, d + 1)``."""
+        with torch.no_grad():
+            self.weight.copy_(weights[..., :-1])
+            self.bias.copy_(weights[..., -1])
 
 
 def _side_by_side(values: Sequence[Tensor]) -> Tensor:
@@ -204,16 +230,20 @@ class _Group:
         """Train, and return the scores ``(T, Q, N)`` of the queries."""
         for number, steps in enumerate(share_epochs(self.stages[0], self.recipe.steps)):
             if steps > 0:
-                self._train([stages[number] for stages in self.stages], steps)
+                self._train([stages[number] for stages in self.stages], steps, first=number == 0)
         with torch.no_grad():
-            self._take_statistics()
+            if self.recipe.norm == "batch":
+                self._take_statistics()
             self.students.eval()
             queries = self.bank.images(self.episodes.query).to(self.bank.device)
             return torch.stack([seen.logits.float() for seen in self.students(queries)]).cpu()
 
-    def _train(self, stages: Sequence[Stage], steps: int) -> None:
+    def _train(self, stages: Sequence[Stage], steps: int, first: bool) -> None:
         device, recipe = self.bank.device, self.recipe
-        if stages[0].classifier == "fresh":
+        self._set_mode()
+        if recipe.classifier == "probe" and (first or stages[0].classifier == "fresh"):
+            self.students.set_classifiers(self._probe())
+        elif stages[0].classifier == "fresh":
             seeds = self._seeds(f"classifier of {stages[0].name}")
             self.students.reset_classifiers([torch.Generator().manual_seed(seed) for seed in seeds])
         losses = nn.ModuleList(term.loss for stage in stages for term in stage.terms.values()).to(device)
@@ -226,7 +256,6 @@ class _Group:
             fused=device.type in ("cpu", "cuda"),
         )
         schedule = Recipe(lr=recipe.lr, warmup=0)
-        self.students.train()
         for step in range(steps):
             loss = self._loss(stages, step)
             optimizer.zero_grad()
@@ -239,6 +268,23 @@ class _Group:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(schedule, steps, step)
             optimizer.step()
+
+    def _set_mode(self) -> None:
+        self.students.train()
+        if self.recipe.norm == "frozen":
+            for module in self.students.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def _probe(self) -> Tensor:
+        """Return weights and intercepts ``(T, N, d + 1)`` of logistic regressions on the students' embeddings."""
+        with torch.no_grad():
+            seen = self.students(self.bank.images(self.episodes.support).to(self.bank.device))
+        embedding = torch.stack([outputs.embedding for outputs in seen])  # (T, S, d)
+        length = torch.linalg.vector_norm(embedding, dim=2).mean(1)[:, None, None]
+        labels = self.episodes.labels.to(embedding.device)
+        weights = logistic_weights(embedding / length, labels, c=self.recipe.probe_c)
+        return torch.cat([weights[..., :-1] / length, weights[..., -1:]], 2)
 
     def _loss(self, stages: Sequence[Stage], step: int) -> Tensor:
         """Sum the losses of all tasks; what one task's weights feel is its own."""

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from refilled.errors import ModelError
 from refilled.fewshot.bank import Bank, Learner
-from refilled.fewshot.students import Stages, StudentPrecision, StudentRecipe, student_learner, with_classifier
+from refilled.fewshot.students import (
+    Classifier,
+    Norm,
+    Stages,
+    StudentPrecision,
+    StudentRecipe,
+    student_learner,
+    with_classifier,
+)
 from refilled.models import Backbone, create_model, load_model
 
 
@@ -25,6 +33,9 @@ def student(
     weight_decay: float = 5e-4,
     copies: int | None = None,
     views: int = 8,
+    classifier: Classifier = "random",
+    probe_c: float = 1.0,
+    norm: Norm = "batch",
     together: int | None = None,
     precision: StudentPrecision = "auto",
     seed: int = 0,
@@ -42,6 +53,9 @@ def student(
         weight_decay: Likewise.
         copies: Likewise.
         views: Likewise.
+        classifier: Likewise.
+        probe_c: Likewise.
+        norm: Likewise.
         together: Likewise.
         precision: Likewise.
         seed: Likewise.
@@ -53,6 +67,9 @@ def student(
         weight_decay=weight_decay,
         copies=copies,
         views=views,
+        classifier=classifier,
+        probe_c=probe_c,
+        norm=norm,
         together=together,
         precision=precision,
         seed=seed,
