@@ -160,7 +160,8 @@ def _aimed(steps: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
     products = changes @ changes.mT
     products.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(torch.finfo(products.dtype).tiny)
     shares = torch.linalg.solve(products, changes @ steps[-1][..., None])  # (T, M, 1)
-    return steps[-1] - ((changes + torch.stack(list(moves), 1)).mT @ shares)[..., 0]
+    aimed: Tensor = steps[-1] - ((changes + torch.stack(list(moves), 1)).mT @ shares)[..., 0]
+    return aimed
 
 
 def by_blocks(fit: Callable[[Tensor], Tensor], support: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ Norm = Literal["batch", "frozen"]
 
 @dataclass(frozen=True, kw_only=True)
 class StudentRecipe:
-    """How a student of few images is optimised: SGD on all support images of its task in every step.
+    """How a student of few images is optimised: SGD on the support images of its task.
 
     Attributes:
         steps: Steps of all stages together; the epochs that weights of losses depend on.
@@ -43,6 +43,7 @@ class StudentRecipe:
         weight_decay: Weight decay.
         copies: Views of each image in a step; None for 1, or 2 where there is one shot, since a class with a single
             image has no positives.
+        shots: Support images a class in a step, at most; they take turns.
         views: Augmented views that an image takes turns in; the frozen model embeds each once, for all tasks.
         classifier: Where a fresh classifier starts: at ``random`` weights, or as a ``probe``, the logistic regression
             on the embedding that the student has then, lest gradients of a random one spoil that embedding (Kumar et
@@ -60,16 +61,17 @@ class StudentRecipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     copies: int | None = None
+    shots: int = 10
     views: int = 8
     classifier: Classifier = "random"
-    probe_c: float = 1.0
+    probe_c: float = 10.0
     norm: Norm = "batch"
     together: int | None = None
     precision: StudentPrecision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "copies", "views", "together"):
+        for name in ("steps", "copies", "shots", "views", "together"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name} = {value} is out of range; give 1 or more")
@@ -290,12 +292,14 @@ class _Group:
         """Sum the losses of all tasks; what one task's weights feel is its own."""
         copies = self.recipe.copies or (2 if self.shots == 1 else 1)
         views = [(step * copies + copy) % self.recipe.views for copy in range(copies)]
-        support, labels = self.episodes.support, self.episodes.labels.repeat(copies).to(self.bank.device)
+        turn = self._turn(step)
+        support, labels = self.episodes.support[:, turn], self.episodes.labels[turn].repeat(copies)
+        labels = labels.to(self.bank.device)
         images = torch.cat([self.bank.images(support, view) for view in views], 1).to(self.bank.device)
         features = any(term.student == "features" for term in stages[0].terms.values())
         with self._autocast():
             seen = [_for_losses(outputs) for outputs in self.students(images, features=features)]
-        taught = self._teach(stages[0], images, views)
+        taught = self._teach(stages[0], images, support, views)
         return torch.stack(
             [
                 term.weight(step) * term(seen[task], taught[task], labels)
@@ -308,13 +312,20 @@ class _Group:
         precision = resolve_precision(self.recipe.precision, self.bank.device)
         return torch.autocast(self.bank.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
-    def _teach(self, stage: Stage, images: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
+    def _turn(self, step: int) -> Tensor:
+        """Return which of the support images of a task take part in a step, as many of each class."""
+        taken = min(self.shots, self.recipe.shots)
+        of_a_class = (step * taken + torch.arange(taken)) % self.shots
+        classes = len(self.episodes.labels) // self.shots
+        return (self.shots * torch.arange(classes)[:, None] + of_a_class).flatten()  # they stand class after class
+
+    def _teach(self, stage: Stage, images: Tensor, support: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
         if not stage.needs_teacher:
             return [None] * len(images)
         if stage.reads("features"):
             with torch.no_grad():
                 return [self.bank.model(own, features=True) for own in images]
-        embedding = torch.cat([self.bank.embedding(self.episodes.support, view) for view in views], 1)
+        embedding = torch.cat([self.bank.embedding(support, view) for view in views], 1)
         return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
 
     def _take_statistics(self) -> None:

@@ -32,9 +32,10 @@ def student(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     copies: int | None = None,
+    shots: int = 10,
     views: int = 8,
     classifier: Classifier = "random",
-    probe_c: float = 1.0,
+    probe_c: float = 10.0,
     norm: Norm = "batch",
     together: int | None = None,
     precision: StudentPrecision = "auto",
@@ -52,6 +53,7 @@ def student(
         momentum: Likewise.
         weight_decay: Likewise.
         copies: Likewise.
+        shots: Likewise.
         views: Likewise.
         classifier: Likewise.
         probe_c: Likewise.
@@ -66,6 +68,7 @@ def student(
         momentum=momentum,
         weight_decay=weight_decay,
         copies=copies,
+        shots=shots,
         views=views,
         classifier=classifier,
         probe_c=probe_c,
