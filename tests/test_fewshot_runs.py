@@ -187,6 +187,8 @@ def test_what_cannot_work_leaves_no_folder(run, tmp_path):
         with pytest.raises(kind):
             evaluate_few_shot(replace(run, **wrong), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    with pytest.raises(TaskError, match="class c11 has 6 images, but 6 shots"):
+        evaluate_few_shot(replace(run, n_shot=6), tmp_path / "a")
     with pytest.raises(RunError, match="n_way = 1 is out of range; give 2 or more"):
         replace(run, n_way=1)
 

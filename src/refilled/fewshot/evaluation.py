@@ -104,7 +104,7 @@ def evaluate_few_shot(
     pool = load_side(run)
     bank = make_bank(run, pool)
     learner = load_few_shot_method(run.method).learner(bank, run.settings)
-    n_query = queries_left(pool.train.labels, run.n_shot, run.n_query)
+    n_query = queries_left(pool.train.labels, run.n_shot, run.n_query, pool.classes)
     filled = replace(run, n_query=n_query)
     folder.mkdir(parents=True, exist_ok=True)  # only now, since all that can be wrong has been looked at
     with hold(folder):
