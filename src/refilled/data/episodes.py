@@ -100,8 +100,9 @@ def queries_left(labels: Tensor, n_shot: int, n_query: int, names: Sequence[str]
     smallest = int(counts.min())
     if smallest < n_shot + 1:
         number = int(present[counts.argmin()])
+        name = names[number] if names else number
         raise TaskError(
-            f"class {names[number] if names else number} has {smallest} images, but {n_shot} shots and at least one query "
+            f"class {name} has {smallest} images, but {n_shot} shots and at least one query "
             f"image need {n_shot + 1}; ask for fewer shots, or leave the class out of the split"
         )
     return min(n_query, smallest - n_shot)
