@@ -5,6 +5,7 @@ For instance::
     python benchmarks/fewshot.py                 # all, a few minutes
     python benchmarks/fewshot.py --part heads    # classifiers of embeddings alone
     python benchmarks/fewshot.py --part students
+    python benchmarks/fewshot.py --part processes
 
 The embeddings are random, of five classes that overlap; they are the same for everybody, and so are the tasks.
 ``ours`` takes all tasks together, ``one by one`` is our own code in a loop, and the peers are fitted in a loop. Of
@@ -13,43 +14,57 @@ those in a loop some tasks are timed, and tasks a second follow.
 ``heads``: embedding to scores. ``protonet``: from a bank of embeddings, drawing of the tasks included, as 600 tasks of
 a test. ``students``: ConvNet-4s of 32 pixels trained by ReFilled's losses, one by one or so many ``together`` as one
 network with grouped convolutions, in the precision that is best for the processor; as ``float32``, one by one in that
-precision; and as ``plain loop`` besides in the memory layout that PyTorch takes by itself. All times are processor
-time, since others may use the machine: the least of three.
+precision; and as ``plain loop`` besides in the memory layout that PyTorch takes by itself. All these times are
+processor time, since others may use the machine: the least of three.
+
+``processes``: the same students on a folder of images, by the clock: the plain loop with as many threads as PyTorch
+takes, and ``refilled fewshot --jobs``, one thread a process, whose accuracies must be those of one process. Others at
+the machine spoil it, most of all for the loop, whose threads wait for each other.
 """
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from time import process_time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter, process_time
 
+import numpy as np
 import torch
 from easyfsl.methods import Finetune, PrototypicalNetworks
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from refilled import methods
+from refilled.benchmark.executors import processes
 from refilled.data import sample_episodes
 from refilled.fewshot import students
 from refilled.fewshot.bank import Bank
+from refilled.fewshot.evaluation import batch_accuracies
 from refilled.fewshot.methods import load_few_shot_method
 from refilled.fewshot.methods.fine_tune import tuned_classifier
 from refilled.fewshot.methods.linear import logistic_regression
 from refilled.fewshot.methods.protonet import prototype_scores
 from refilled.fewshot.methods.svm import support_vector_machine
-from refilled.models import create_model, freeze
+from refilled.models import create_model, freeze, save_model
+from refilled.run import FewShotRun
 
 WAY, QUERIES = 5, 15
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def seconds(call: Callable[[], object], runs: int = 3) -> float:
-    """Least processor time of a call."""
+def seconds(call: Callable[[], object], runs: int = 3, clock: Callable[[], float] = process_time) -> float:
+    """Least time of a call, by default of the processor."""
     times = []
     for _ in range(runs):
-        start = process_time()
+        start = clock()
         call()
-        times.append(process_time() - start)
+        times.append(clock() - start)
     return min(times)
 
 
@@ -121,6 +136,71 @@ def protonet(tasks: int) -> None:
         print(f"\nprotonet: {tasks} tasks of {shots} shots from a bank of 640-d embeddings in {taken:.2f} s")
 
 
+def write_photos(folder: Path) -> Path:
+    """Write five classes of 32 pixels that differ in colour, all of them unseen but one."""
+    chance = np.random.default_rng(0)
+    names = [f"class {number}" for number in range(WAY + 1)]
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        color = chance.integers(0, 255, 3)
+        for number in range(QUERIES + 15):
+            pixels = (color + chance.normal(0, 80, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    (folder / "split.json").write_text(json.dumps({"seen": names[:1], "unseen": names[1:]}))
+    return folder
+
+
+@contextmanager
+def plain_layout() -> Iterator[None]:
+    """Train in the memory layout that PyTorch takes by itself."""
+    kept = students.students
+    students.students = students.Students
+    try:
+        yield
+    finally:
+        students.students = kept
+
+
+def share_students(jobs: int, threads: int, tasks: int, steps: int) -> None:
+    """Time the tasks of a test, in one loop and shared by processes."""
+    print(f"\nprocesses: tasks a second by the clock, {tasks} tasks of ReFilled, {steps} steps, 32 pixels")
+    names = ("plain loop", f"{threads} threads", "1 process", f"{jobs} processes", "gain")
+    print(f"{'shots':>5} " + " ".join(f"{name:>11}" for name in names))
+    with TemporaryDirectory() as folder, processes(jobs) as pool:
+        photos, teacher = write_photos(Path(folder) / "photos"), Path(folder) / "teacher"
+        save_model(create_model("convnet4", 2, image_size=32), teacher)
+        for shots in (1, 5, 10):
+            run = FewShotRun(
+                data=str(photos),
+                method="refilled",
+                settings={"steps": steps, "views": 1},
+                teacher=str(teacher),
+                n_shot=shots,
+                device="cpu",
+                threads=1,
+            )
+            plain = replace(run, settings={**run.settings, "precision": "32-true"}, threads=threads)
+            numbers = [range(task, task + 1) for task in range(tasks)]
+            for future in [pool.submit(batch_accuracies, run, numbers[0]) for _ in range(2 * jobs)]:
+                future.result()  # all have begun
+
+            def loop(run: FewShotRun, numbers: list[range] = numbers) -> list[list[float]]:
+                return [batch_accuracies(run, one) for one in numbers]
+
+            def shared(run: FewShotRun = run, numbers: list[range] = numbers) -> list[list[float]]:
+                return [future.result() for future in [pool.submit(batch_accuracies, run, one) for one in numbers]]
+
+            with plain_layout():
+                batch_accuracies(plain, numbers[0])
+                by_threads = seconds(partial(loop, plain), clock=perf_counter)
+            batch_accuracies(run, numbers[0])
+            alone, together = (seconds(way, clock=perf_counter) for way in (partial(loop, run), shared))
+            assert loop(run) == shared()
+            cells = [tasks / by_threads, tasks / alone, tasks / together]
+            shown = f"{cells[0]:11.2f} {threads:11} {cells[1]:11.2f} {cells[2]:11.2f}"
+            print(f"{shots:5} {shown} {by_threads / together:10.2f}x", flush=True)
+
+
 def train_students(tasks: int, steps: int) -> None:
     """Time students, as one network and one by one."""
     print(f"\nstudents: milliseconds a task and step, {tasks} tasks of ReFilled, {steps} steps, 32 pixels")
@@ -148,19 +228,19 @@ def train_students(tasks: int, steps: int) -> None:
 
         train(1)  # the bank embeds
         times = [seconds(partial(train, 1, "32-true")), *(seconds(partial(train, together)) for together in counts)]
-        kept = students.students
-        students.students = students.Students  # in the layout that PyTorch takes by itself
-        plain = seconds(partial(train, 1, "32-true"))
-        students.students = kept
+        with plain_layout():
+            plain = seconds(partial(train, 1, "32-true"))
         cells = [1000 * time / tasks / steps for time in (plain, *times)]
         print(f"{shots:5} " + " ".join(f"{cell:11.2f}" for cell in cells), flush=True)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--part", choices=("all", "heads", "protonet", "students"), default="all")
+    options.add_argument("--part", choices=("all", "heads", "protonet", "students", "processes"), default="all")
     options.add_argument("--tasks", type=int, default=600)
+    options.add_argument("--jobs", type=int, default=2)
     given = options.parse_args()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, processor time, least of three")
     if given.part in ("all", "heads"):
@@ -169,6 +249,8 @@ def main() -> None:
         protonet(given.tasks)
     if given.part in ("all", "students"):
         train_students(tasks=8, steps=10)
+    if given.part in ("all", "processes"):
+        share_students(given.jobs, threads, tasks=8, steps=10)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Few-shot methods: each against an independent reference, and many tasks at once against one by one."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ import reference
 from refilled import methods
 from refilled.data import Episodes, sample_episodes
 from refilled.errors import MethodError, ModelError, NonFiniteError, RunError
+from refilled.fewshot import ridge
 from refilled.fewshot import students as students_module
 from refilled.fewshot.bank import Bank
 from refilled.fewshot.meta_learner import MetaTask
@@ -102,6 +104,27 @@ def test_logistic_regression_is_that_of_scikit_learn(c):
         theirs = LogisticRegression(C=c, tol=1e-9, max_iter=5000).fit(support[t].numpy(), LABELS.numpy())
         scores = torch.from_numpy(theirs.decision_function(query[t].numpy()))
         torch.testing.assert_close(ours[t], scores, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [6, 40])
+def test_where_extrapolation_leads_nowhere_the_steps_that_go_down_do(monkeypatch, dim):
+    support, query = embeddings(dim=dim)
+    expected = logistic_regression(support, LABELS, query, c=50.0, tolerance=1e-9)
+    monkeypatch.setattr(ridge, "_PATIENCE", 3)  # enough for none of them
+    found = logistic_regression(support, LABELS, query, c=50.0, tolerance=1e-9)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("classify", "given"), [(logistic_regression, 1e-3), (support_vector_machine, 1e-4)])
+@pytest.mark.parametrize(("shots", "dim"), [(1, 64), (30, 64), (5, 640)])
+def test_single_precision_is_enough(classify, given, shots, dim):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(WAY).repeat_interleave(shots)
+    means, noise = torch.randn(2, WAY, dim, generator=generator), torch.randn(2, len(labels), dim, generator=generator)
+    support = F.normalize((means[:, labels] + 2 * noise).relu(), dim=2)
+    exact = classify(support.double(), labels, support.double(), tolerance=1e-10)
+    found = classify(support, labels, support)
+    torch.testing.assert_close(found.double(), exact, atol=10 * given, rtol=0)
 
 
 @pytest.mark.parametrize("c", [0.1, 1.0, 50.0])
@@ -345,12 +368,13 @@ def test_convnets_side_by_side_are_the_convnets_alone():
 
 @pytest.mark.parametrize("method", ["vanilla", "refilled", "rkd", "regression"])
 @pytest.mark.parametrize("shot", [1, 2])
-def test_students_trained_together_are_those_trained_one_by_one(pool, teacher, method, shot):
+@pytest.mark.parametrize("beginning", [{}, {"classifier": "probe", "norm": "frozen"}, {"classifier": "probe"}])
+def test_students_trained_together_are_those_trained_one_by_one(pool, teacher, method, shot, beginning):
     pixels, labels = pool
     bank = Bank(pixels, teacher, augmentation="crop-flip")
     found = []
     for together in (1, 3):
-        recipe = StudentRecipe(steps=4, lr=0.02, views=3, together=together, precision="32-true")
+        recipe = StudentRecipe(steps=4, lr=0.02, views=3, together=together, precision="32-true", **beginning)
         learner = student_learner(bank, double_convnet, partial_stages(methods.load_method(method)), recipe)
         found.append(learner(episodes_of(labels, shot=shot)))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
@@ -396,6 +420,42 @@ def test_a_student_equals_a_plain_loop(pool):
     with torch.no_grad():
         model(pixels[drawn.support[0]])
         torch.testing.assert_close(ours[0], model.eval()(pixels[drawn.query[0]]).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_a_student_that_starts_from_a_probe_and_hardly_moves_is_the_logistic_regression(pool, teacher, norm):
+    """With frozen statistics that of the model itself; with those of the batch, of the embedding that these give."""
+    pixels, labels = pool
+    drawn = episodes_of(labels, tasks=2, shot=5)
+    settings = {"layers": "all", "steps": 1, "lr": 1e-9, "classifier": "probe", "norm": norm}
+    scores = load_few_shot_method("fine_tune").learner(Bank(pixels, teacher), settings)(drawn)
+    model = deepcopy(teacher).train(norm == "batch")
+    for task in range(2):
+        embedding = model(pixels[drawn.support[task]]).embedding
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and norm == "batch":
+                module.reset_running_stats()
+                module.momentum = 1.0
+        model(pixels[drawn.support[task]])
+        length = embedding.norm(dim=1).mean()
+        asked = deepcopy(model).eval()(pixels[drawn.query[task]]).embedding
+        expected = logistic_regression(embedding[None] / length, drawn.labels, asked[None] / length, c=10.0)[0]
+        torch.testing.assert_close(scores[task], expected, atol=0.05, rtol=0.05)  # bfloat16 where there is
+
+
+def test_frozen_statistics_stay(pool, teacher):
+    pixels, labels = pool
+    group = students_module._Group(
+        Bank(pixels, teacher),
+        lambda classes: with_classifier(teacher, classes),
+        partial_stages(methods.load_method("vanilla")),
+        StudentRecipe(steps=2, norm="frozen"),
+        episodes_of(labels, tasks=1),
+    )
+    group.scores()
+    moved = group.students.models[0]
+    torch.testing.assert_close(moved.blocks[0][1].running_mean, teacher.blocks[0][1].running_mean)
+    assert not torch.equal(moved.blocks[0][1].weight, teacher.blocks[0][1].weight)
 
 
 def test_students_learn_and_do_not_change_the_teacher(pool, teacher):

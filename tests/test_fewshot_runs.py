@@ -2,6 +2,8 @@
 
 import json
 import signal
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from refilled.benchmark.sharing import shared_testing
 from refilled.cli import app
 from refilled.errors import MethodError, RefilledError, RunError, TaskError
 from refilled.fewshot import bank, evaluation, meta_training
@@ -106,6 +109,50 @@ def test_tests_of_one_process_embed_an_image_once(run, tmp_path, monkeypatch):
     assert sum(embedded) == 2 * first, "another model embeds anew"
 
 
+@contextmanager
+def in_this_process(jobs):
+    """An executor that makes each call when its result is asked for."""
+
+    class Pool:
+        def submit(self, function, *arguments):
+            later = Future()
+            later.result = lambda timeout=None: function(*arguments)
+            return later
+
+    yield Pool()
+
+
+def test_tasks_that_are_shared_are_those_of_one_process_and_go_on(run, tmp_path):
+    def stop(done, accuracy, interval):
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    whole = evaluate_few_shot(run, tmp_path / "whole")
+    testing = shared_testing(3, in_this_process)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_few_shot(run, tmp_path / "shared", stop, testing, jobs=3)
+    reached = []
+    shared = evaluate_few_shot(run, tmp_path / "shared", lambda done, *_: reached.append(done), testing, jobs=3)
+    assert reached == list(range(11, 31)), "small batches, so that the last are not waited for"
+    assert shared.accuracy == whole.accuracy
+    assert [line["accuracy"] for line in lines(tmp_path / "shared")] == [
+        line["accuracy"] for line in lines(tmp_path / "whole")
+    ]
+    evaluate_few_shot(run, tmp_path / "alone", testing=None)
+    assert (tmp_path / "alone" / "run.toml").read_bytes() == (tmp_path / "shared" / "run.toml").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_command_shares_tasks_among_processes(photos, teacher, tmp_path):
+    common = ["fewshot", "--data", photos, "--teacher", teacher, "--method", "rkd", "--set", "steps=2", "--n-way", 3]
+    accuracies = {}
+    for jobs in (1, 2):
+        options = ["--n-episodes", 6, "--threads", 1, "--jobs", jobs, "--out", tmp_path / str(jobs), "--json"]
+        assert json.loads(refilled(*common, *options))["n_episodes"] == 6
+        accuracies[jobs] = [line["accuracy"] for line in lines(tmp_path / str(jobs))]
+    assert accuracies[1] == accuracies[2]
+
+
 def test_an_interrupted_test_goes_on(run, tmp_path):
     def stop(done, accuracy, interval):
         if done == 14:
@@ -140,6 +187,8 @@ def test_what_cannot_work_leaves_no_folder(run, tmp_path):
         with pytest.raises(kind):
             evaluate_few_shot(replace(run, **wrong), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    with pytest.raises(TaskError, match="class c11 has 6 images, but 6 shots"):
+        evaluate_few_shot(replace(run, n_shot=6), tmp_path / "a")
     with pytest.raises(RunError, match="n_way = 1 is out of range; give 2 or more"):
         replace(run, n_way=1)
 

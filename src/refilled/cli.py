@@ -280,15 +280,25 @@ def fewshot(
     trials: Annotated[int, typer.Option(help="Settings to try when tuning.", min=1)] = 30,
     tune_episodes: Annotated[int, typer.Option(help="Tasks to try each on.", min=1)] = 100,
     out: Annotated[Path | None, typer.Option(help="Folder for the test.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that share the tasks, one thread each.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Test a few-shot method on many tasks of unseen classes; the same command goes on with an interrupted test."""
+    from refilled.benchmark.executors import find_executor
+    from refilled.benchmark.sharing import shared_testing
     from refilled.fewshot.evaluation import evaluate_few_shot
     from refilled.fewshot.tuning import tune as search
 
     given = {name: value for name, value in flags.items() if value is not None}
+    elsewhere = jobs > 1 or executor != "local"
+    testing = shared_testing(jobs, find_executor(executor, cpus, gpus)) if elsewhere else None
+    if elsewhere:
+        given = {"threads": 1, **given}
     run = FewShotRun(data=data, settings=dict(_key_value(text) for text in set_ or ()), **given)
     folder = out or Path("runs") / _few_shot_name(run.data, run.method, run.n_way, run.n_shot, run.seed)
     say = _silent if quiet or as_json else _say
@@ -303,7 +313,7 @@ def fewshot(
             progress=say,
         )
         run = replace(run, settings=settings)
-    result = evaluate_few_shot(run, folder, lambda *reached: say(_reached(run.n_episodes, *reached)))
+    result = evaluate_few_shot(run, folder, lambda *reached: say(_reached(run.n_episodes, *reached)), testing, jobs)
     if as_json:
         print((folder / "result.json").read_text(encoding="utf-8"), end="")
         return

@@ -82,10 +82,16 @@ def sample_episodes(
     )
 
 
-def queries_left(labels: Tensor, n_shot: int, n_query: int) -> int:
+def queries_left(labels: Tensor, n_shot: int, n_query: int, names: Sequence[str] = ()) -> int:
     """How many query images, ``n_query`` at most, every class of ``labels`` ``(M,)`` has left after its shots.
 
     One number for all classes keeps the tasks alike, so that their accuracies can be averaged.
+
+    Args:
+        labels: Class ids of the pool's images.
+        n_shot: Support images a class.
+        n_query: Query images a class that are wanted.
+        names: What the classes are called, if that is known.
 
     Raises:
         TaskError: A class has fewer than ``n_shot + 1`` images.
@@ -93,8 +99,10 @@ def queries_left(labels: Tensor, n_shot: int, n_query: int) -> int:
     present, counts = torch.unique(labels, return_counts=True)
     smallest = int(counts.min())
     if smallest < n_shot + 1:
+        number = int(present[counts.argmin()])
+        name = names[number] if names else number
         raise TaskError(
-            f"class {int(present[counts.argmin()])} has {smallest} images, but {n_shot} shots and at least one query "
+            f"class {name} has {smallest} images, but {n_shot} shots and at least one query "
             f"image need {n_shot + 1}; ask for fewer shots, or leave the class out of the split"
         )
     return min(n_query, smallest - n_shot)

@@ -7,7 +7,8 @@ accuracy), ``result.json``, and ``DONE`` when whole. A test that was interrupted
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,10 +73,25 @@ Progress = Callable[[int, float, float | None], None]
 """Told after each batch: how many tasks are done, their mean accuracy and its interval."""
 
 
+Testing = Callable[[FewShotRun, Sequence[range]], Generator[list[float], None, None]]
+"""Finds the accuracies of the tasks with these numbers, batch after batch."""
+
+
 def evaluate_few_shot(
-    run: FewShotRun, folder: Path, progress: Progress = lambda done, mean, interval: None
+    run: FewShotRun,
+    folder: Path,
+    progress: Progress = lambda done, mean, interval: None,
+    testing: Testing | None = None,
+    jobs: int = 1,
 ) -> FewShotResult:
     """Carry out a test, or what is left of it, and leave everything in the folder.
+
+    Args:
+        run: The test.
+        folder: Its folder.
+        progress: Told how far it is.
+        testing: Where the tasks are carried out; here, if not given.
+        jobs: How many batches that does at a time.
 
     Raises:
         RunError: the folder holds something else, or another process is at it.
@@ -89,16 +105,21 @@ def evaluate_few_shot(
     pool = load_side(run)
     bank = make_bank(run, pool)
     learner = load_few_shot_method(run.method).learner(bank, run.settings)
-    n_query = queries_left(pool.train.labels, run.n_shot, run.n_query)
+    n_query = queries_left(pool.train.labels, run.n_shot, run.n_query, pool.classes)
+    filled = replace(run, n_query=n_query)
     folder.mkdir(parents=True, exist_ok=True)  # only now, since all that can be wrong has been looked at
     with hold(folder):
         write_atomic(folder / "run.toml", run.to_toml().encode())
         done = _Record(folder / TASKS)
-        for numbers in _batches(range(len(done), run.n_episodes), run.batch):
-            start = time.perf_counter()
-            accuracies = task_accuracies(learner, pool.train.labels, numbers, replace(run, n_query=n_query))
-            done.add(accuracies, (time.perf_counter() - start) / len(numbers))
-            progress(len(done), *mean_and_interval(done.accuracies))
+        batches = list(_batches(range(len(done), run.n_episodes), run.batch, jobs))
+        here = (task_accuracies(learner, pool.train.labels, numbers, filled) for numbers in batches)
+        start = time.perf_counter()
+        with closing(testing(filled, batches) if testing else here) as found:
+            for accuracies in found:
+                now = time.perf_counter()
+                done.add(accuracies, (now - start) / len(accuracies))
+                start = now
+                progress(len(done), *mean_and_interval(done.accuracies))
         result = _result(run, pool, bank, done, n_query)
         write_atomic(folder / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
         write_atomic(folder / "DONE", b"")
@@ -161,6 +182,20 @@ def _known(name: str, model: str, images: str, augmentation: str, device: str) -
     return {}
 
 
+def batch_accuracies(run: FewShotRun, numbers: range) -> list[float]:
+    """Carry out some tasks of a resolved test; what a process needs for it, it makes ready once."""
+    learner, labels = _ready(json.dumps(asdict(run)))
+    return task_accuracies(learner, labels, numbers, run)
+
+
+@lru_cache(maxsize=1)
+def _ready(described: str) -> tuple[Learner, Tensor]:
+    run = FewShotRun(**json.loads(described))
+    torch.set_num_threads(run.threads or torch.get_num_threads())
+    pool = load_side(run)
+    return load_few_shot_method(run.method).learner(make_bank(run, pool), run.settings), pool.train.labels
+
+
 def task_accuracies(learner: Learner, labels: Tensor, numbers: range, run: FewShotRun) -> list[float]:
     """Percent of the query images that are right, in each of the tasks with these numbers."""
     episodes = sample_episodes(labels, numbers, n_way=run.n_way, n_shot=run.n_shot, n_query=run.n_query, seed=run.seed)
@@ -209,7 +244,9 @@ class _Record:
         self.seconds += seconds * len(accuracies)
 
 
-def _batches(numbers: range, size: int) -> Iterator[range]:
+def _batches(numbers: range, size: int, jobs: int) -> Iterator[range]:
+    if jobs > 1:  # so small that all have something to do until the end
+        size = min(size, max(1, len(numbers) // (4 * jobs)))
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 

@@ -18,6 +18,7 @@ from refilled.data.keyed import keyed_integers
 from refilled.distances import at_least_float32
 from refilled.errors import NonFiniteError, RunError
 from refilled.fewshot.bank import Bank, Learner
+from refilled.fewshot.methods.linear import logistic_weights
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs
@@ -27,11 +28,13 @@ from refilled.training import learning_rate, resolve_precision, share_epochs
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]
+Classifier = Literal["random", "probe"]
+Norm = Literal["batch", "frozen"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentRecipe:
-    """How a student of few images is optimised: SGD on all support images of its task in every step.
+    """How a student of few images is optimised: SGD on the support images of its task.
 
     Attributes:
         steps: Steps of all stages together; the epochs that weights of losses depend on.
@@ -40,7 +43,14 @@ class StudentRecipe:
         weight_decay: Weight decay.
         copies: Views of each image in a step; None for 1, or 2 where there is one shot, since a class with a single
             image has no positives.
+        shots: Support images a class in a step, at most; they take turns.
         views: Augmented views that an image takes turns in; the frozen model embeds each once, for all tasks.
+        classifier: Where a fresh classifier starts: at ``random`` weights, or as a ``probe``, the logistic regression
+            on the embedding that the student has then, lest gradients of a random one spoil that embedding (Kumar et
+            al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
+        probe_c: C of that regression, of embeddings whose mean length is 1.
+        norm: What batch norm takes off: the statistics of each ``batch``, and in the end those of the support images;
+            or, ``frozen``, those that the student starts with.
         together: Networks trained as one; None for 1 on a CPU and 64 elsewhere.
         precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights.
@@ -51,13 +61,17 @@ class StudentRecipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     copies: int | None = None
+    shots: int = 10
     views: int = 8
+    classifier: Classifier = "random"
+    probe_c: float = 10.0
+    norm: Norm = "batch"
     together: int | None = None
     precision: StudentPrecision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "copies", "views", "together"):
+        for name in ("steps", "copies", "shots", "views", "together"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name} = {value} is out of range; give 1 or more")
@@ -80,6 +94,14 @@ class Students(nn.Module):
         for model, generator in zip(self.models, generators, strict=True):
             assert isinstance(model, Backbone)
             model.reset_classifier(generator)
+
+    def set_classifiers(self, weights: Tensor) -> None:
+        """Set each classifier to its weights and, last, intercepts: ``(T, N, d + 1)``."""
+        for model, own in zip(self.models, weights, strict=True):
+            classifier = cast(nn.Linear, model.classifier)
+            with torch.no_grad():
+                classifier.weight.copy_(own[:, :-1])
+                classifier.bias.copy_(own[:, -1])
 
 
 class StackedConvNets(nn.Module):
@@ -128,6 +150,12 @@ class StackedConvNets(nn.Module):
             with torch.no_grad():
                 self.weight[task].copy_(classifier.weight)
                 self.bias[task].copy_(classifier.bias)
+
+    def set_classifiers(self, weights: Tensor) -> None:
+        """Set each classifier to its weights and, last, intercepts: ``(T, N, d + 1)``."""
+        with torch.no_grad():
+            self.weight.copy_(weights[..., :-1])
+            self.bias.copy_(weights[..., -1])
 
 
 def _side_by_side(values: Sequence[Tensor]) -> Tensor:
@@ -204,16 +232,20 @@ class _Group:
         """Train, and return the scores ``(T, Q, N)`` of the queries."""
         for number, steps in enumerate(share_epochs(self.stages[0], self.recipe.steps)):
             if steps > 0:
-                self._train([stages[number] for stages in self.stages], steps)
+                self._train([stages[number] for stages in self.stages], steps, first=number == 0)
         with torch.no_grad():
-            self._take_statistics()
+            if self.recipe.norm == "batch":
+                self._take_statistics()
             self.students.eval()
             queries = self.bank.images(self.episodes.query).to(self.bank.device)
             return torch.stack([seen.logits.float() for seen in self.students(queries)]).cpu()
 
-    def _train(self, stages: Sequence[Stage], steps: int) -> None:
+    def _train(self, stages: Sequence[Stage], steps: int, first: bool) -> None:
         device, recipe = self.bank.device, self.recipe
-        if stages[0].classifier == "fresh":
+        self._set_mode()
+        if recipe.classifier == "probe" and (first or stages[0].classifier == "fresh"):
+            self.students.set_classifiers(self._probe())
+        elif stages[0].classifier == "fresh":
             seeds = self._seeds(f"classifier of {stages[0].name}")
             self.students.reset_classifiers([torch.Generator().manual_seed(seed) for seed in seeds])
         losses = nn.ModuleList(term.loss for stage in stages for term in stage.terms.values()).to(device)
@@ -226,7 +258,6 @@ class _Group:
             fused=device.type in ("cpu", "cuda"),
         )
         schedule = Recipe(lr=recipe.lr, warmup=0)
-        self.students.train()
         for step in range(steps):
             loss = self._loss(stages, step)
             optimizer.zero_grad()
@@ -240,16 +271,35 @@ class _Group:
                 group["lr"] = learning_rate(schedule, steps, step)
             optimizer.step()
 
+    def _set_mode(self) -> None:
+        self.students.train()
+        if self.recipe.norm == "frozen":
+            for module in self.students.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def _probe(self) -> Tensor:
+        """Return weights and intercepts ``(T, N, d + 1)`` of logistic regressions on the students' embeddings."""
+        with torch.no_grad():
+            seen = self.students(self.bank.images(self.episodes.support).to(self.bank.device))
+        embedding = torch.stack([outputs.embedding for outputs in seen])  # (T, S, d)
+        length = torch.linalg.vector_norm(embedding, dim=2).mean(1)[:, None, None]
+        labels = self.episodes.labels.to(embedding.device)
+        weights = logistic_weights(embedding / length, labels, c=self.recipe.probe_c)
+        return torch.cat([weights[..., :-1] / length, weights[..., -1:]], 2)
+
     def _loss(self, stages: Sequence[Stage], step: int) -> Tensor:
         """Sum the losses of all tasks; what one task's weights feel is its own."""
         copies = self.recipe.copies or (2 if self.shots == 1 else 1)
         views = [(step * copies + copy) % self.recipe.views for copy in range(copies)]
-        support, labels = self.episodes.support, self.episodes.labels.repeat(copies).to(self.bank.device)
+        turn = self._turn(step)
+        support, labels = self.episodes.support[:, turn], self.episodes.labels[turn].repeat(copies)
+        labels = labels.to(self.bank.device)
         images = torch.cat([self.bank.images(support, view) for view in views], 1).to(self.bank.device)
         features = any(term.student == "features" for term in stages[0].terms.values())
         with self._autocast():
             seen = [_for_losses(outputs) for outputs in self.students(images, features=features)]
-        taught = self._teach(stages[0], images, views)
+        taught = self._teach(stages[0], images, support, views)
         return torch.stack(
             [
                 term.weight(step) * term(seen[task], taught[task], labels)
@@ -262,13 +312,20 @@ class _Group:
         precision = resolve_precision(self.recipe.precision, self.bank.device)
         return torch.autocast(self.bank.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
-    def _teach(self, stage: Stage, images: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
+    def _turn(self, step: int) -> Tensor:
+        """Return which of the support images of a task take part in a step, as many of each class."""
+        taken = min(self.shots, self.recipe.shots)
+        of_a_class = (step * taken + torch.arange(taken)) % self.shots
+        classes = len(self.episodes.labels) // self.shots
+        return (self.shots * torch.arange(classes)[:, None] + of_a_class).flatten()  # they stand class after class
+
+    def _teach(self, stage: Stage, images: Tensor, support: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
         if not stage.needs_teacher:
             return [None] * len(images)
         if stage.reads("features"):
             with torch.no_grad():
                 return [self.bank.model(own, features=True) for own in images]
-        embedding = torch.cat([self.bank.embedding(self.episodes.support, view) for view in views], 1)
+        embedding = torch.cat([self.bank.embedding(support, view) for view in views], 1)
         return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
 
     def _take_statistics(self) -> None:

@@ -53,7 +53,7 @@ def tune(
     use_machine(run.threads)
     pool = load_side(run)
     bank = make_bank(run, pool)  # shared by all trials, so that each image is embedded once
-    run = replace(run, n_query=queries_left(pool.train.labels, run.n_shot, run.n_query))
+    run = replace(run, n_query=queries_left(pool.train.labels, run.n_shot, run.n_query, pool.classes))
 
     def accuracy(trial: "Trial") -> float:
         learner = method.learner(bank, {**run.settings, **trial.params})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings
 from refilled.fewshot.meta_learner import query_loss
-from refilled.fewshot.students import StudentRecipe, student_learner, with_classifier
+from refilled.fewshot.students import Classifier, Norm, StudentRecipe, student_learner, with_classifier
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term
 
@@ -49,6 +49,8 @@ def fine_tune(
     steps: int | None = None,
     lr: float | None = None,
     normalize: bool = True,
+    classifier: Classifier = "random",
+    norm: Norm = "batch",
 ) -> Learner:
     """Gradient descent on a new classifier, or on all weights from the model's (Fine-Tune).
 
@@ -59,9 +61,11 @@ def fine_tune(
         steps: How many steps, if not as many.
         lr: Learning rate, if not that one.
         normalize: Whether a classifier alone sees the embedding L2-normalised.
+        classifier: With ``all``, see :class:`~refilled.fewshot.students.StudentRecipe`.
+        norm: Likewise.
     """
     if layers == "all":
-        recipe = StudentRecipe(steps=steps or 50, lr=lr or 1e-4)
+        recipe = StudentRecipe(steps=steps or 50, lr=lr or 1e-4, classifier=classifier, norm=norm)
         return student_learner(
             bank,
             partial(with_classifier, bank.model),

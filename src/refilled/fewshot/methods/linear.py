@@ -6,37 +6,55 @@ References:
     Tian et al., Rethinking Few-Shot Image Classification: a Good Embedding Is All You Need?, ECCV 2020.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings, one_hot
-from refilled.fewshot.ridge import hat_matrices, iterate
+from refilled.fewshot.ridge import Ridge, by_blocks, descend, extrapolate, read
 
 
 def logistic_regression(
-    support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-4
+    support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-3
 ) -> Tensor:
-    """Scores of T logistic regressions, found together; the intercept is not penalised.
+    """Scores ``(T, Q, N)`` of query images ``(T, Q, d)`` by :func:`logistic_weights`, whose the other arguments are."""
+    return read(query, logistic_weights(support, labels, c=c, tolerance=tolerance))
 
-    The second derivative of the cross-entropy by the scores is at most a half, which makes the working response
-    F - 2 (P - Y) and the penalty 2 / C.
+
+def logistic_weights(support: Tensor, labels: Tensor, *, c: float = 1.0, tolerance: float = 1e-3) -> Tensor:
+    """Weights and, last, intercepts of T logistic regressions, found together; the intercept is not penalised.
+
+    The second derivative of the cross-entropy by the scores is 1 / N at the start and nowhere more than a half. With
+    the former it takes few steps; should they lead nowhere, those with the latter do not.
 
     Args:
         support: ``(T, S, d)``.
         labels: ``(S,)``, 0 .. N - 1.
-        query: ``(T, Q, d)``.
         c: The inverse strength of regularisation, C.
-        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.iterate`.
+        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.descend`. So scores are closer to the minimum than
+            scikit-learn's by its own defaults.
 
     Returns:
-        ``(T, Q, N)``.
+        ``(T, N, d + 1)``.
     """
-    truth = one_hot(labels, support)
-    hat, to_query = hat_matrices(support, query, 2 / c)
+    truth = one_hot(labels, support).T  # (N, S)
+    classes = len(truth)
 
-    def response(scores: Tensor) -> Tensor:
-        return scores - 2 * (scores.softmax(2) - truth)
+    def residual(scores: Tensor, curvature: float) -> Tensor:
+        return (truth - scores.softmax(1)) / curvature
 
-    return to_query @ iterate(hat, response, truth.shape[1], tolerance)
+    def fit(support: Tensor) -> Tensor:
+        usual = 1 / classes  # at the start, where all classes are as probable
+        ridge = Ridge(support, 1 / (c * usual))
+        found, arrived = extrapolate(ridge, partial(residual, curvature=usual), classes, tolerance)
+        weights = ridge.weights(found)
+        if not arrived.all():
+            ridge = Ridge(support[~arrived], 1 / (c * 0.5))
+            found = descend(ridge, partial(residual, curvature=0.5), classes, tolerance)
+            weights[~arrived] = ridge.weights(found)
+        return weights
+
+    return by_blocks(fit, support)
 
 
 def linear(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:

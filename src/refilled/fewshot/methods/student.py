@@ -10,7 +10,15 @@ from pathlib import Path
 
 from refilled.errors import ModelError
 from refilled.fewshot.bank import Bank, Learner
-from refilled.fewshot.students import Stages, StudentPrecision, StudentRecipe, student_learner, with_classifier
+from refilled.fewshot.students import (
+    Classifier,
+    Norm,
+    Stages,
+    StudentPrecision,
+    StudentRecipe,
+    student_learner,
+    with_classifier,
+)
 from refilled.models import Backbone, create_model, load_model
 
 
@@ -24,7 +32,11 @@ def student(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     copies: int | None = None,
+    shots: int = 10,
     views: int = 8,
+    classifier: Classifier = "random",
+    probe_c: float = 10.0,
+    norm: Norm = "batch",
     together: int | None = None,
     precision: StudentPrecision = "auto",
     seed: int = 0,
@@ -41,7 +53,11 @@ def student(
         momentum: Likewise.
         weight_decay: Likewise.
         copies: Likewise.
+        shots: Likewise.
         views: Likewise.
+        classifier: Likewise.
+        probe_c: Likewise.
+        norm: Likewise.
         together: Likewise.
         precision: Likewise.
         seed: Likewise.
@@ -52,7 +68,11 @@ def student(
         momentum=momentum,
         weight_decay=weight_decay,
         copies=copies,
+        shots=shots,
         views=views,
+        classifier=classifier,
+        probe_c=probe_c,
+        norm=norm,
         together=together,
         precision=precision,
         seed=seed,

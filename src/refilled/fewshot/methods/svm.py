@@ -9,7 +9,7 @@ References:
 from torch import Tensor
 
 from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings, one_hot
-from refilled.fewshot.ridge import hat_matrices, iterate
+from refilled.fewshot.ridge import Ridge, by_blocks, descend, read
 
 
 def support_vector_machine(
@@ -17,26 +17,28 @@ def support_vector_machine(
 ) -> Tensor:
     """Margins of T times N support vector machines, found together.
 
-    The second derivative of the squared hinge is at most 2, which makes the working response F + y max(0, 1 - y F) and
-    the penalty 1 / 2C.
+    The second derivative of the squared hinge is at most 2, and jumps: so the steps are those that always go down.
 
     Args:
         support: ``(T, S, d)``.
         labels: ``(S,)``, 0 .. N - 1.
         query: ``(T, Q, d)``.
         c: The weight of the hinge, C.
-        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.iterate`.
+        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.descend`.
 
     Returns:
         ``(T, Q, N)``.
     """
-    sign = 2 * one_hot(labels, support) - 1  # (S, N)
-    hat, to_query = hat_matrices(support, query, 1 / (2 * c))
+    sign = 2 * one_hot(labels, support).T - 1  # (N, S)
 
-    def response(scores: Tensor) -> Tensor:
-        return scores + sign * (1 - sign * scores).clamp(min=0)
+    def residual(scores: Tensor) -> Tensor:
+        return sign * (1 - sign * scores).clamp(min=0)
 
-    return to_query @ iterate(hat, response, sign.shape[1], tolerance)
+    def fit(support: Tensor) -> Tensor:
+        ridge = Ridge(support, 1 / (2 * c))
+        return ridge.weights(descend(ridge, residual, len(sign), tolerance))
+
+    return read(query, by_blocks(fit, support))
 
 
 def svm(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:
