@@ -154,7 +154,7 @@ def _each(scoring: Cost) -> float:
 
 
 def _is_cached(stage: Stage, run: Run) -> bool:
-    return run.views is not None and stage.needs_only_embedding
+    return run.views is not None and stage.embedding_suffices
 
 
 def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
