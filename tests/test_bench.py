@@ -491,7 +491,7 @@ def test_the_estimate_adds_up(tmp_path, monkeypatch):
     lines = estimate(plan, missing, jobs=2)
     assert lines[0] == f"7 runs to do, about {60 * expected:.1f} minutes in 2 processes:"
     assert [re.match(r"  (\d x \S+ [\w ]+),", line)[1] for line in lines[1:]] == [
-        "4 x wrn_10_2 alone", "1 x wrn_16_2 alone", "1 x wrn_16_2 embedding", "2 x wrn_10_2 taught by wrn_16_2",
+        "4 x wrn_10_1 alone", "1 x wrn_16_2 alone", "1 x wrn_16_2 embedding", "2 x wrn_10_1 taught by wrn_16_2",
     ]  # fmt: skip
     assert estimate(plan, {}, jobs=2) == ["nothing is left to do"]
 
@@ -541,6 +541,26 @@ def test_the_order_of_rows_is_compared_with_the_papers(ours):
     table = small_table(*(Row(str(n), "vanilla", (paper,)) for n, paper in enumerate(papers)))
     said = report(table, {(str(n), 0): value for n, value in enumerate(ours)})
     assert said.ranks() == [f"{spearmanr(ours, papers).statistic:+.2f}"]
+    (order,) = said.orders()
+    assert order.papers == ["3", "2", "1", "0"]
+    assert order.ours == [str(n) for n in sorted(range(4), key=lambda n: -ours[n])]
+
+
+def test_rows_are_set_against_the_student_alone_seed_by_seed(tmp_path):
+    table = small_table(
+        *(Row(name, method, (None,)) for name, method in (("alone", "vanilla"), ("a", "kd"), ("b", "at")))
+    )
+    values = {("alone", 0): 1.0, ("alone", 1): 5.0, ("a", 0): 2.0, ("a", 1): 6.5, ("b", 1): 4.0}
+    said = report(table, values, seeds=(0, 1))
+    assert said.gains() == [
+        ["", "0"],
+        ["a", "+1.25 [-1.93, +4.43], not established"],
+        ["b", "-1.00, one seed, not established"],
+    ]
+    assert "| a | +1.25 [-1.93, +4.43], not established |" in said._markdown()
+    assert "+1.25 [-1.93, +4.43]" in said.write(tmp_path).read_text()
+    assert report(table, {("a", 0): 1.0}).gains() == []
+    assert report(small_table(*table.rows[1:]), values).gains() == []
 
 
 def test_the_order_of_few_shot_rows_is_that_on_the_tasks_that_all_had(tmp_path):
