@@ -72,6 +72,7 @@ class Shown:
     ours: str
     paper: str = ""
     difference: str = ""
+    ran: bool = True
 
     @property
     def beside(self) -> str:
@@ -157,6 +158,7 @@ class TableReport:
             f"Each cell: ours, {self._mean()}; then the paper's number and the difference. "
             f"{self.table.unit[0].upper()}{self.table.unit[1:]}.",
             f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
+            *(f"Epochs here: {epochs}." for epochs in self._epochs().values()),
             *self._on_teachers(),
         ]
         stand_ins = {column.student: scale.network(column.student) for column in self.table.columns}
@@ -181,7 +183,7 @@ class TableReport:
         paper = "" if number is None else f"{number:.2f}"
         if not values:
             failed = any(entry.cell.name in self.failures for entry in entries)
-            return Shown("failed" if failed else "not run", paper)
+            return Shown("failed" if failed else "not run", paper, ran=False)
         partly = "" if len(values) == len(entries) else f", {len(values)} of {len(entries)} seeds"
         difference = "" if number is None else f"{mean(values) - number:+.2f}"
         interval = entries[0].interval
@@ -245,6 +247,8 @@ class TableReport:
         ]
 
     def _mean(self) -> str:
+        if self.table.mean_over == "seeds" and len(self.choice.seeds) == 1:
+            return "one seed"
         if self.table.mean_over == "seeds":
             return f"mean ± standard deviation over {count_of(len(self.choice.seeds), 'seed')}"
         numbers = {found.n_episodes for entry in self.entries if isinstance(found := entry.result, FewShotResult)}
@@ -260,6 +264,7 @@ class TableReport:
             "protocol": "; ".join(protocols),
             "recipe": f"{self.choice.recipe}: {RECIPES[self.choice.recipe].summary}",
             **self._epochs(),
+            **self._views(),
             "seeds": _words(dict.fromkeys(entry.cell.seed for entry in self.entries)),
             "figure": _FIGURE[self.table.mean_over],
             "data": "; ".join(sorted({_data(result) for result in results})) or "nothing was run",
@@ -273,6 +278,11 @@ class TableReport:
         epochs = {name: sorted({job.epochs for job in jobs if isinstance(job, Run)}) for name, jobs in taken.items()}
         said = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
         return {"epochs here": "; ".join(said)} if said else {}
+
+    def _views(self) -> dict[str, str]:
+        runs = [e.cell.run for e in self.entries if isinstance(e.cell.run, Run) and e.cell.run.views is not None]
+        views = _words(sorted({run.views for run in runs if run.views is not None}))
+        return {"views": f"{views} of each training image, the same in all runs"} if views else {}
 
     def _long(self) -> list[list[Any]]:
         lines: list[list[Any]] = [
