@@ -251,6 +251,18 @@ def test_rkd_distances_and_angles_equal_loops():
                 torch.testing.assert_close(cosines[j, i, k], expected)
 
 
+def test_rkd_trains_in_two_stages_or_beside_cross_entropy():
+    networks = [shape(16), shape(32)]
+    rkd = load_method("rkd")
+    assert [(stage.share, set(stage.terms)) for stage in rkd.build(*networks, {})] == [
+        (0.5, {"distance", "angle"}),
+        (0.5, {"ce"}),
+    ]
+    (stage,) = rkd.build(*networks, {"joint": True})
+    assert set(stage.terms) == {"ce", "distance", "angle"}
+    assert [stage.terms[name].weight(0) for name in ("distance", "angle")] == [25, 50]
+
+
 def test_rkd_does_not_see_rotation_and_scale():
     x = torch.randn(8, 5, dtype=torch.float64)
     turned = 3 * x @ nn.init.orthogonal_(torch.empty(5, 5, dtype=torch.float64))

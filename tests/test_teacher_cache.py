@@ -277,6 +277,24 @@ def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_fro
     assert f"{gap['live_accuracy']:.1f} % with the live teacher" in said
 
 
+@pytest.mark.parametrize("method", ["kd", "dkd", "refilled"])
+def test_logits_come_from_the_embeddings_kept(method, tmp_path, monkeypatch):
+    known = tmp_path / "known"
+    distill(Run(task="digits:5-9", student="wrn_10_1", epochs=1, shots=30, batch_size=20, threads=1), known)
+    settings = {"kd_targets": "logits"} if method == "refilled" else {}
+    run = replace(QUICK, teacher=str(known), method=method, settings=settings, views=2)
+    kept = distill(run, tmp_path / "kept")
+    assert kept.teacher["cache"]["views"] == 2
+    # The same images before the live teacher.
+    monkeypatch.setattr(experiment, "_cache", lambda *arguments: None)
+    live = distill(run, tmp_path / "live")
+    assert "cache" not in (live.teacher or {})
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("kept", "live")]
+    for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert one.pop("stage") == other.pop("stage")
+        assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_the_gap_shows_what_is_lost(run):
     cache = find_cache(run)
     task = load_task(run.task, shots=run.shots)

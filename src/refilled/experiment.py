@@ -486,7 +486,7 @@ def _conclude(prepared: _Prepared, folder: Path, result: Result) -> Result:
 
 def _cache(prepared: _Prepared, fabric: Fabric, display: Display) -> TeacherCache | None:
     run, teacher, task = prepared.run, prepared.teacher, prepared.task
-    if run.views is None or teacher is None or not any(stage.needs_only_embedding for stage in prepared.stages):
+    if run.views is None or teacher is None or not any(stage.embedding_suffices for stage in prepared.stages):
         return None
     cache = _cache_of(run, teacher, task)
     cache.build(task, _embedder(teacher, fabric), say=display.message)

@@ -158,7 +158,7 @@ def _each(scoring: Cost) -> float:
 
 
 def _is_cached(stage: Stage, run: Run) -> bool:
-    return run.views is not None and stage.needs_only_embedding
+    return run.views is not None and stage.embedding_suffices
 
 
 def _curious(stages: Sequence[Stage]) -> int:

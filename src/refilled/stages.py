@@ -98,9 +98,9 @@ class Stage:
         return any(term.teacher is not None for term in self.terms.values())
 
     @property
-    def needs_only_embedding(self) -> bool:
-        """Whether the teacher's embedding, which can be kept on disk, is all that some terms read of it."""
-        return self.needs_teacher and not self.reads("logits") and not self.reads("features")
+    def embedding_suffices(self) -> bool:
+        """Whether what terms read of the teacher follows from its embedding, which can be kept on disk; logits do."""
+        return self.needs_teacher and not self.reads("features")
 
 
 @dataclass(frozen=True)

@@ -269,9 +269,10 @@ class _Training:
     def _teach(self, images: Tensor, batch: Tensor, view: View) -> Outputs | None:
         if self.teacher is None or not self.stage.needs_teacher:
             return None
-        if self.cache is not None and self.stage.needs_only_embedding:
+        if self.cache is not None and self.stage.embedding_suffices:
             embedding = self.cache(view.number, batch).to(self.fabric.device)
-            return Outputs(embedding.new_empty(len(batch), 0), embedding)
+            with torch.no_grad(), self.fabric.autocast():
+                return Outputs(self.teacher.classifier(embedding), embedding)
         with torch.no_grad(), self.fabric.autocast():
             taught = cast(Outputs, self.teacher(images, features=self.stage.reads("features")))
         return self.world.gather_outputs(taught, len(batch), {term.teacher for term in self.stage.terms.values()})

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
-from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.estimate import Work, images_per_second, keeps_embeddings
 from refilled.benchmark.executors import Executor, processes
 from refilled.benchmark.jobs import Found, Job, accuracy
 from refilled.benchmark.measures import measure
@@ -113,12 +113,21 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
     runs: Counter[Work] = Counter()
     images: Counter[Work] = Counter()
     trainings = {name: job for name, job in missing.items() if isinstance(job, Run)}
+    kept = set()  # what teachers say once for all runs
     for name, run in trainings.items():
         size = _size(run.task, run.shots, run.val, run.data_root, run.image_size)
         teacher = _network(plan, *plan.needs[name]) if name in plan.needs else None
         # A method without a student of its own trains the teacher's network, or nothing: that costs no more.
         network, taught_by = (run.student, teacher) if run.student else (teacher, None)
         assert network is not None  # every run has one of the two
+        if taught_by is not None and keeps_embeddings(run, network, taught_by):
+            views = (plan.needs[name], run.task, run.shots and (run.shots, run.seed), run.views)
+            if views not in kept:
+                embedding = Work(taught_by, None, size.image_size, run.batch_size, trains=False)
+                runs[embedding] += 1
+                images[embedding] += (run.views or 0) * size.train
+                kept.add(views)
+            taught_by = None
         work = Work(network, taught_by, size.image_size, run.batch_size)
         runs[work] += 1
         images[work] += run.epochs * size.train

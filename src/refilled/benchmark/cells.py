@@ -15,6 +15,7 @@ from refilled.run import FewShotRun, MetaRun, Recipe, Run
 
 _EPOCHS_OF_THE_PAPER = 400  # two stages of 200
 _DECAY_OF_THE_PAPER = 0.05  # of the weight of local distillation, each epoch
+_WARM_UP = 20 / 240  # of the epochs, in which the weight of decoupled distillation rises (Zhao et al., CVPR 2022)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _cell(table: Table, row: Row, column: Column, seed: int, choice: Choice) -> 
             method=row.method,
             settings=_settings(row, protocol, data, recipe),
             shots=column.shots,
+            views=data.views,
             seed=seed,
         )
     paper = row.paper[table.columns.index(column)]
@@ -196,6 +198,8 @@ def _epochs(row: Row, data: Data, recipe: Optimisation) -> int:
 
 
 def _settings(row: Row, protocol: Protocol, data: Data, recipe: Optimisation) -> dict[str, Any]:
+    if row.method == "dkd":
+        return {"warmup_epochs": round(_WARM_UP * _epochs(row, data, recipe)), **row.settings}
     if row.method != "refilled":
         return dict(row.settings)
     of_the_protocol = {

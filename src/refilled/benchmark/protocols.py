@@ -22,6 +22,9 @@ class Data:
     """Of the teacher, and of the student in all its stages; None for those of the recipe."""
     image_size: int | None = None
     """Side length in pixels; None for that of the data."""
+    views: int | None = None
+    """Of each training image, which the teacher looks at once for all runs; None for new ones in every run. With as
+    many as epochs no student sees one twice."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,12 @@ _OTHER_DIGITS = Data("digits:0-2@test=0.8", "digits:5-7@test=0.8", epochs=2)
 _FEW_CIFAR = "cifar100:0-49@shots=100,shots_seed=0"
 _CIFAR = {
     "smoke": _SAME_DIGITS,
-    "mini": Data(_FEW_CIFAR, _FEW_CIFAR, epochs=24),
+    "mini": Data(_FEW_CIFAR, _FEW_CIFAR, epochs=24, views=24),
     "paper": Data("cifar100", "cifar100"),
 }
 _CUB = {
     "smoke": _SAME_DIGITS,
-    "mini": Data("cub100_84", "cub100_84", epochs=50),
+    "mini": Data("cub100_84", "cub100_84", epochs=50, views=50),
     "paper": Data("cub", "cub", image_size=224),
 }
 
@@ -173,7 +176,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "mobilenet_1",
         {
             "smoke": _OTHER_DIGITS,
-            "mini": Data("cub100_84:0-49@test=0.3", "cub100_84:50-99@test=0.3", epochs=60),
+            "mini": Data("cub100_84:0-49@test=0.3", "cub100_84:50-99@test=0.3", epochs=60, views=60),
             "paper": Data("cub:0-99@test=0.3", "cub:100-199@test=0.3", image_size=224),
         },
         temperature=2.0,
@@ -184,7 +187,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "mobilenet_1",
         {
             "smoke": _OTHER_DIGITS,
-            "mini": Data("cub100_84:random-half@test=0.3", "cub100_84:other-half@test=0.3", epochs=60),
+            "mini": Data("cub100_84:random-half@test=0.3", "cub100_84:other-half@test=0.3", epochs=60, views=60),
             "paper": Data("cub:random-half@test=0.3", "cub:other-half@test=0.3", image_size=224),
         },
         temperature=2.0,

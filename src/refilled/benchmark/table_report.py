@@ -20,7 +20,7 @@ from refilled.benchmark.jobs import load
 from refilled.benchmark.measures import embed_test_images
 from refilled.benchmark.pictures import Line, address, draw_lines, draw_scatter, svg, tsne
 from refilled.benchmark.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
-from refilled.benchmark.summary import count_of, mean_and_spread, spread
+from refilled.benchmark.summary import count_of, mean_and_spread, paired_gain, spread
 from refilled.benchmark.tables import Column, Row, Table
 from refilled.experiment import Result, task_of
 from refilled.fewshot.evaluation import FewShotResult, recorded_accuracies
@@ -33,6 +33,8 @@ _FIGURE = {
     "tasks": "the last epoch, or the best on validation tasks in meta-training; the unseen classes are looked at once",
 }
 _TRAINED = {"teacher": "teacher", "student, all stages together": "run"}
+_IN_ORDER = "rows, best first"
+_GAINS = "gain over the student alone, paired by seed, with its 95 % interval"
 _RANKS = "order of the rows against the paper's (Spearman)"
 
 
@@ -70,6 +72,7 @@ class Shown:
     ours: str
     paper: str = ""
     difference: str = ""
+    ran: bool = True
 
     @property
     def beside(self) -> str:
@@ -78,6 +81,23 @@ class Shown:
 
     def __str__(self) -> str:
         return f"{self.ours} ({self.beside})" if self.beside else self.ours
+
+
+@dataclass(frozen=True)
+class Order:
+    """The rows of a column that the paper has a number for, best first.
+
+    Attributes:
+        column: The column.
+        ours: The rows in our order.
+        papers: The same rows in the paper's.
+        correlation: Spearman's, of the two orders.
+    """
+
+    column: str
+    ours: Sequence[str]
+    papers: Sequence[str]
+    correlation: float
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,7 @@ class TableReport:
             f"Each cell: ours, {self._mean()}; then the paper's number and the difference. "
             f"{self.table.unit[0].upper()}{self.table.unit[1:]}.",
             f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
+            *(f"Epochs here: {epochs}." for epochs in self._epochs().values()),
             *self._on_teachers(),
         ]
         stand_ins = {column.student: scale.network(column.student) for column in self.table.columns}
@@ -162,7 +183,7 @@ class TableReport:
         paper = "" if number is None else f"{number:.2f}"
         if not values:
             failed = any(entry.cell.name in self.failures for entry in entries)
-            return Shown("failed" if failed else "not run", paper)
+            return Shown("failed" if failed else "not run", paper, ran=False)
         partly = "" if len(values) == len(entries) else f", {len(values)} of {len(entries)} seeds"
         difference = "" if number is None else f"{mean(values) - number:+.2f}"
         interval = entries[0].interval
@@ -171,16 +192,44 @@ class TableReport:
 
     def ranks(self) -> list[str]:
         """Correlate the order of the rows with the paper's, for each column; empty where too few rows have both."""
-        return [self._rank(column) for column in self.table.columns]
+        found = {order.column: f"{order.correlation:+.2f}" for order in self.orders()}
+        return [found.get(column.name, "") for column in self.table.columns]
 
-    def _rank(self, column: Column) -> str:
+    def orders(self) -> list[Order]:
+        """Sort the rows of each column by our numbers and by the paper's, where enough rows have both."""
+        return [order for column in self.table.columns if (order := self._order(column))]
+
+    def gains(self) -> list[list[str]]:
+        """Set each row against the student alone, seed by seed: a line of headings, then a line a row.
+
+        Empty where no row and column has both, or where tasks take the place of seeds.
+        """
+        alone = next((r for r in self.table.rows if r.method == "vanilla" and r.measure == "accuracy"), None)
+        if alone is None or self.table.mean_over != "seeds":
+            return []
+        rows = [row for row in self.table.rows if row is not alone and row.measure == "accuracy"]
+        found = {(row.name, c.name): self._gain(row, alone, c) for row in rows for c in self.table.columns}
+        columns = [c.name for c in self.table.columns if any(found[row.name, c.name] for row in rows)]
+        lines = [[row.name, *(found[row.name, column] for column in columns)] for row in rows]
+        filled = [line for line in lines if any(line[1:])]
+        return [["", *columns], *filled] if filled else []
+
+    def _gain(self, row: Row, alone: Row, column: Column) -> str:
+        ours, theirs = ({e.cell.seed: e.value for e in self._at(r, column)} for r in (row, alone))
+        pairs = [(a, b) for seed, a in ours.items() if a is not None and (b := theirs.get(seed)) is not None]
+        return str(paired_gain(*zip(*pairs, strict=True))) if pairs else ""
+
+    def _order(self, column: Column) -> Order | None:
         known = [[entry for entry in self._at(row, column) if entry.value is not None] for row in self.table.rows]
         both = [entries for entries in known if entries and entries[0].cell.paper is not None]
-        papers = [entries[0].cell.paper for entries in both]
+        papers = [number for entries in both if (number := entries[0].cell.paper) is not None]
         ours = _on_common_tasks(both) if self.table.mean_over == "tasks" else [_mean_value(e) for e in both]
         if len(both) < _FEWEST_ROWS or len(set(ours)) == 1 or len(set(papers)) == 1:
-            return ""
-        return f"{spearmanr(ours, papers).statistic:+.2f}"
+            return None
+        names = [entries[0].cell.row.name for entries in both]
+        return Order(
+            column.name, _sorted(names, ours), _sorted(names, papers), float(spearmanr(ours, papers).statistic)
+        )
 
     def _at(self, row: Row, column: Column) -> list[Entry]:
         return [entry for entry in self.entries if entry.cell.row is row and entry.cell.column is column]
@@ -198,6 +247,8 @@ class TableReport:
         ]
 
     def _mean(self) -> str:
+        if self.table.mean_over == "seeds" and len(self.choice.seeds) == 1:
+            return "one seed"
         if self.table.mean_over == "seeds":
             return f"mean ± standard deviation over {count_of(len(self.choice.seeds), 'seed')}"
         numbers = {found.n_episodes for entry in self.entries if isinstance(found := entry.result, FewShotResult)}
@@ -213,6 +264,7 @@ class TableReport:
             "protocol": "; ".join(protocols),
             "recipe": f"{self.choice.recipe}: {RECIPES[self.choice.recipe].summary}",
             **self._epochs(),
+            **self._views(),
             "seeds": _words(dict.fromkeys(entry.cell.seed for entry in self.entries)),
             "figure": _FIGURE[self.table.mean_over],
             "data": "; ".join(sorted({_data(result) for result in results})) or "nothing was run",
@@ -226,6 +278,11 @@ class TableReport:
         epochs = {name: sorted({job.epochs for job in jobs if isinstance(job, Run)}) for name, jobs in taken.items()}
         said = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
         return {"epochs here": "; ".join(said)} if said else {}
+
+    def _views(self) -> dict[str, str]:
+        runs = [e.cell.run for e in self.entries if isinstance(e.cell.run, Run) and e.cell.run.views is not None]
+        views = _words(sorted({run.views for run in runs if run.views is not None}))
+        return {"views": f"{views} of each training image, the same in all runs"} if views else {}
 
     def _long(self) -> list[list[Any]]:
         lines: list[list[Any]] = [
@@ -252,10 +309,18 @@ class TableReport:
             lines.append([row.name, *("" if cell is None else str(cell) for cell in cells)])
         if any(self.ranks()):
             lines.append([_RANKS, *self.ranks()])
-        table = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
         failed = "".join(f"* {names}: {reason}\n" for reason, names in self.failed())
         sources = "".join(f"* {name}: {value}\n" for name, value in self._provenance().items())
-        parts = [f"# {self.title}\n", "\n\n".join(self.sentences()) + "\n", table]
+        parts = [f"# {self.title}\n", "\n\n".join(self.sentences()) + "\n", _markdown_table(lines)]
+        if self.orders():
+            heads = [_IN_ORDER, "ours", "the paper's", "Spearman"]
+            orders = [
+                [o.column, "; ".join(o.ours), "; ".join(o.papers), f"{o.correlation:+.2f}"] for o in self.orders()
+            ]
+            parts.append(_markdown_table([heads, ["---"] * len(heads), *orders]))
+        if self.gains():
+            heads, *gains = self.gains()
+            parts.append(_markdown_table([[_GAINS, *heads[1:]], ["---"] * len(heads), *gains]))
         parts += [f"Failed:\n\n{failed}"] if failed else []
         return "\n".join([*parts, sources])
 
@@ -268,6 +333,10 @@ class TableReport:
             lines=[(row.name, [self.shown(row, column) for column in self.table.columns]) for row in self.table.rows],
             rank_of=_RANKS,
             ranks=self.ranks(),
+            in_order=_IN_ORDER,
+            orders=self.orders(),
+            gained=_GAINS,
+            gains=self.gains(),
             failed=self.failed(),
             pictures={caption: address(picture) for caption, picture in pictures.items()},
             provenance=self._provenance(),
@@ -302,6 +371,11 @@ class TableReport:
         return lines
 
 
+def _sorted(names: Sequence[str], values: Sequence[float]) -> list[str]:
+    """Sort names by their values, the highest first."""
+    return [name for _, name in sorted(zip(values, names, strict=True), reverse=True)]
+
+
 def _mean_value(entries: Sequence[Entry]) -> float:
     return mean(entry.value for entry in entries if entry.value is not None)
 
@@ -327,6 +401,10 @@ def _scatter(entries: Sequence[Entry]) -> tuple[str, Figure, list[list[Any]]]:
     ]
     caption = "Test images of ten classes, coloured by class (t-SNE, first seed)"
     return caption, draw_scatter(scatter, classes), [["embedding", "x", "y", "class"], *numbers]
+
+
+def _markdown_table(lines: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def _csv(lines: Iterable[Sequence[Any]]) -> bytes:

@@ -66,17 +66,28 @@ def rkd(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
     embedding_share: float = 0.5,
+    joint: bool = False,
 ) -> list[Stage]:
     """Match distances and angles, then fine-tune with cross-entropy (Park et al., CVPR 2019).
 
-    Two stages, as the ReFilled paper uses it across tasks (supplement 2.1): ``embedding_share`` of the epochs
-    go to the first.
+    Args:
+        student: The student.
+        teacher: The teacher; its classes may be any.
+        distance_weight: Factor of the loss on distances.
+        angle_weight: Factor of the loss on angles.
+        embedding_share: Part of the epochs that goes to the first of two stages, as the ReFilled paper uses it across
+            tasks (supplement 2.1).
+        joint: Train in one stage instead, beside cross-entropy, as those who compare methods on the same task do (Tian
+            et al., ICLR 2020).
     """
     relations = {
         "distance": Term(RKDDistanceLoss(), constant(distance_weight), student="embedding", teacher="embedding"),
         "angle": Term(RKDAngleLoss(), constant(angle_weight), student="embedding", teacher="embedding"),
     }
+    classify = {"ce": Term(nn.CrossEntropyLoss())}
+    if joint:
+        return [Stage("classifier", classify | relations)]
     return [
         Stage("embedding", relations, share=embedding_share),
-        Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())}, share=1 - embedding_share, classifier="fresh"),
+        Stage("classifier", classify, share=1 - embedding_share, classifier="fresh"),
     ]
