@@ -93,9 +93,11 @@ def on_the_cache(row: Row) -> list[str]:
     cache = (row.results[0].teacher or {}).get("cache")
     if cache is None:
         return []
+    recipe = _recipe(row.folders[0])
+    mixed = ", each mixed with another image," if recipe["mixup"] or recipe["cutmix"] else ""
     return [
         f"The teacher's embeddings of {cache['views']} views of each image came from disk: by the nearest class mean "
-        f"{cache['cached_accuracy']:.1f} % of {cache['images']} training images are right with them, "
+        f"{cache['cached_accuracy']:.1f} % of {cache['images']} training images{mixed} are right with them, "
         f"{cache['live_accuracy']:.1f} % with the live teacher."
     ]
 
