@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from refilled.cli import app, main
 from refilled.errors import RefilledError
-from refilled.run import Run
+from refilled.run import PRESETS, Run
 
 TRAIN = ["--epochs", "2", "--threads", "1", "--quiet"]
 
@@ -161,6 +161,32 @@ def test_a_known_error_is_one_red_line_and_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["refilled", "--debug", "distill", "digits:5-9", "--method", "rdk"])
     with pytest.raises(RefilledError):
         main()
+
+
+def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
+    flags = [
+        "digits:5-9",
+        "--teacher",
+        student.parent / "teacher",
+        "--student",
+        "wrn_10_1",
+        "--shots",
+        4,
+        "--epochs",
+        1,
+        "--threads",
+        1,
+    ]
+    preset = ["--preset", "patient", "--views", 2, "--methods", "vanilla,refilled:patient", "--seeds", 1]
+    refilled("compare", *flags, *preset, "--out", tmp_path / "c")
+    alone, taught = (
+        Run.from_toml((tmp_path / "c" / name / "run.toml").read_text())
+        for name in ("vanilla-s0", "refilled_patient-s0")
+    )
+    for run in (alone, taught):
+        assert (run.epochs, run.views, run.cutmix, run.augmentation) == (1, 2, 1.0, "resized-crop-flip")
+    assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
 
 
 def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):

@@ -233,8 +233,13 @@ def compare(
         ),
     ],
     methods: Annotated[
-        str, typer.Option(help="Names with commas, the first the baseline; METHOD:PRESET takes its settings.")
-    ] = "vanilla,rkd,refilled,refilled:good",
+        str | None,
+        typer.Option(
+            help="Names with commas, the first the baseline; METHOD:PRESET takes the preset's settings of the method. "
+            "[default: vanilla,rkd,refilled,refilled:good, or with --preset that one]",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
     student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
@@ -253,8 +258,10 @@ def compare(
         comparison = Comparison.from_toml(_read(Path(task)))
         out = out or Path("runs") / Path(task).stem
     else:
-        run = _configure(preset, {"task": task, "student": student, **flags})
-        rows = {name: _row(name) for name in methods.split(",")}
+        # Of a preset, all rows share how they are trained; the settings are for the row that names it.
+        run = replace(_configure(preset, {"task": task, "student": student, **flags}), settings={})
+        names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
+        rows = {name: _row(name) for name in names.split(",")}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / _run_name(run)
     _compare(comparison, out, jobs, find_executor(executor, cpus, gpus))
@@ -585,7 +592,7 @@ def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "execu
 
 def _row(name: str) -> dict[str, Any]:
     method, _, preset = name.partition(":")
-    return with_preset(preset or None, {"method": method})
+    return {"method": method, "settings": with_preset(preset or None, {"method": method}).get("settings", {})}
 
 
 def _read(path: Path) -> str:
