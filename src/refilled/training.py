@@ -271,6 +271,8 @@ class _Training:
             return None
         if self.cache is not None and self.stage.embedding_suffices:
             embedding = self.cache(view.number, batch).to(self.fabric.device)
+            if not self.stage.reads("logits"):
+                return Outputs(embedding.new_empty(len(batch), 0), embedding)
             with torch.no_grad(), self.fabric.autocast():
                 return Outputs(self.teacher.classifier(embedding), embedding)
         with torch.no_grad(), self.fabric.autocast():
