@@ -458,6 +458,18 @@ def test_frozen_statistics_stay(pool, teacher):
     assert not torch.equal(moved.blocks[0][1].weight, teacher.blocks[0][1].weight)
 
 
+def test_support_images_take_turns_as_many_of_each_class(pool):
+    pixels, labels = pool
+    create = partial(create_model, "convnet4", image_size=16)
+    drawn, recipe = episodes_of(labels, tasks=1, shot=5), StudentRecipe(shots=2)
+    group = students_module._Group(Bank(pixels), create, partial_stages(methods.load_method("vanilla")), recipe, drawn)
+    turns = [group._turn(step) for step in range(5)]
+    assert all(drawn.labels[turn].tolist() == [0, 0, 1, 1, 2, 2] for turn in turns)
+    assert torch.cat(turns).bincount().tolist() == [2] * 15
+    group.recipe = StudentRecipe(shots=9)
+    assert group._turn(0).tolist() == list(range(15))
+
+
 def test_students_learn_and_do_not_change_the_teacher(pool, teacher):
     pixels, labels = pool
     before = {name: value.clone() for name, value in teacher.state_dict().items()}

@@ -218,7 +218,7 @@ _MINI_IMAGENET = FewShotData("mini_imagenet")
 _MINI: Mapping[str, Any] = {
     "epochs": 12,
     "costly_tasks": 30,
-    "steps": 50,
+    "steps": 30,
     "trials": 10,
     "costly_trials": 0,
     "tune_tasks": 60,
