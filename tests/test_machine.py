@@ -17,7 +17,7 @@ import resource, torch
 from refilled.machine import use_machine
 use_machine(threads=1)
 def step():
-    blocks = [torch.ones(size, 1024, 256) for size in (1, 16, 31, 31)]  # MB
+    blocks = [torch.ones(size, 1024, 256) for size in (1, 8, 16, 16)]  # MB
 faults = []
 for _ in range(4):
     step()
@@ -25,7 +25,7 @@ for _ in range(4):
 print(*faults)
 """
     _, second, *_, last = map(int, _run(code).split())
-    assert last - second < 100  # pages of 4 KiB, of 20,224 in the blocks of a step
+    assert last - second < 100  # pages of 4 KiB, of 10,496 in the blocks of a step
 
 
 @glibc
