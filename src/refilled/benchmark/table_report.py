@@ -307,8 +307,6 @@ class TableReport:
         for row in self.table.rows:
             cells = [self.shown(row, column) for column in self.table.columns]
             lines.append([row.name, *("" if cell is None else str(cell) for cell in cells)])
-        if any(self.ranks()):
-            lines.append([_RANKS, *self.ranks()])
         failed = "".join(f"* {names}: {reason}\n" for reason, names in self.failed())
         sources = "".join(f"* {name}: {value}\n" for name, value in self._provenance().items())
         parts = [f"# {self.title}\n", "\n\n".join(self.sentences()) + "\n", _markdown_table(lines)]
@@ -331,8 +329,6 @@ class TableReport:
             sentences=self.sentences(),
             columns=self._column_names(),
             lines=[(row.name, [self.shown(row, column) for column in self.table.columns]) for row in self.table.rows],
-            rank_of=_RANKS,
-            ranks=self.ranks(),
             in_order=_IN_ORDER,
             orders=self.orders(),
             gained=_GAINS,
