@@ -96,8 +96,8 @@ def test_a_batch_of_tasks_is_as_good_as_another(run, tmp_path):
 
 def test_tests_of_one_process_embed_an_image_once(run, tmp_path, monkeypatch):
     evaluation._known.cache_clear()
-    embedded, embed = [], bank.predict
-    monkeypatch.setattr(bank, "predict", lambda *given: (embedded.append(len(given[1])), embed(*given))[1])
+    embedded, embed = [], bank.embed
+    monkeypatch.setattr(bank, "embed", lambda *given: (embedded.append(len(given[1])), embed(*given))[1])
     alone = evaluate_few_shot(run, tmp_path / "a")
     first = sum(embedded)
     assert 0 < first <= alone.data["images"]
