@@ -46,7 +46,7 @@ def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> No
 def main() -> None:
     """Draw all pictures."""
     settings = {
-        "birds-10": "Birds, 10 images a class: a teacher that knows the field (iNaturalist), 400 epochs",
+        "birds-10": "Birds, 10 images a class: an iNaturalist teacher, 400 epochs",
         "birds": "The same with all images, 200 epochs",
         "cifar100-halves": "CIFAR-100 halves: a teacher of the other 50 classes, 60 epochs",
         "cifar10-resnet56": "The same students with a weak teacher (CIFAR-10 ResNet-56)",
