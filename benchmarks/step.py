@@ -4,10 +4,12 @@ One process, one thread of a processor, made-up images of 32 pixels and 100 clas
 
     python benchmarks/step.py                                  # students WRN-16-2 and WRN-16-1, about four minutes
     python benchmarks/step.py --students wrn_16_1 --rounds 15
+    python benchmarks/step.py --device cuda --rounds 50        # on an NVIDIA GPU
 
 Ours are the product's own training loop, ``refilled.training.fit``, held after every step until its next turn. All
 contestants take one step in turn, round after round; each number is a median over the rounds, and each ratio the
-median of the ratios within a round. Times are processor time, since others may use the machine.
+median of the ratios within a round. Times are processor time, since others may use the machine; on a GPU they are
+by the clock, from an idle GPU to an idle GPU.
 
 ``student, arithmetic`` and ``both, arithmetic`` are loops of the fewest lines on one batch that lies ready: forward,
 cross-entropy, backward and a fused optimiser, and the teacher's forward pass before it. Nothing can train faster with
@@ -23,14 +25,14 @@ import argparse
 import ctypes
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, repeat
 from pathlib import Path
 from statistics import median
 from threading import Semaphore, Thread
-from time import process_time
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.data import Split, Task, augment, epoch_batches
+from refilled.experiment import device_name, find_device
 from refilled.machine import use_machine
 from refilled.methods import list_methods, load_method
 from refilled.methods.refilled import TripletAlignmentLoss
@@ -66,8 +69,19 @@ class Scene:
     task: Task
     batch: int
     cache: TeacherCache
+    device: torch.device
     fast: bool
     """Whether bfloat16 is this machine's fastest setting."""
+
+    def clock(self) -> float:
+        """Seconds, when all that was begun is done."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def autocast(self, plain: bool) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast and not plain)
 
     def student(self, channels_last: bool = True) -> Backbone:
         return self._model(self.student_name, channels_last).train()
@@ -77,20 +91,21 @@ class Scene:
 
     def ready(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batch again and again, for nothing."""
-        return repeat((self.task.train.pixels[: self.batch], self.task.train.labels[: self.batch]))
+        labels = self.task.train.labels[: self.batch].to(self.device)
+        return repeat((self.task.train.pixels[: self.batch], labels))
 
     def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a run, augmented."""
         train, kind = self.task.train, self.task.augmentation
         for epoch in count():
             for batch in epoch_batches(train.labels, batch_size=self.batch, seed=0, epoch=epoch):
-                pixels = augment(train.pixels.index_select(0, batch), batch, seed=0, view=epoch, kind=kind)
-                yield pixels, train.labels[batch]
+                pixels = train.pixels.index_select(0, batch.to(self.device))
+                yield augment(pixels, batch, seed=0, view=epoch, kind=kind), train.labels[batch].to(self.device)
 
     def _model(self, name: str, channels_last: bool) -> Backbone:
         model = create_model(name, CLASSES, image_size=self.task.image_size)
         model.class_names = self.task.classes
-        return model.to(memory_format=_layout(channels_last))
+        return model.to(self.device, memory_format=_layout(channels_last))
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
@@ -106,10 +121,11 @@ class Ours(Journal):
         stages: Callable[[Backbone, Backbone], Sequence[Stage]],
         cached: bool = False,
         precision: str = "auto",
+        graphs: bool = True,
     ) -> None:
         self._turn, self._taken = Semaphore(0), Semaphore(0)
         self._error: Exception | None = None
-        Thread(target=self._train, args=(scene, stages, cached, precision), daemon=True).start()
+        Thread(target=self._train, args=(scene, stages, cached, precision, graphs), daemon=True).start()
 
     def __call__(self) -> None:
         """Take one step."""
@@ -118,15 +134,27 @@ class Ours(Journal):
         if self._error is not None:
             raise self._error
 
-    def _train(self, scene: Scene, stages: Callable[..., Sequence[Stage]], cached: bool, precision: str) -> None:
+    def _train(
+        self, scene: Scene, stages: Callable[..., Sequence[Stage]], cached: bool, precision: str, graphs: bool
+    ) -> None:
         self._turn.acquire()
         try:
             student, teacher = scene.student(), scene.teacher()
             recipe = Recipe(batch_size=scene.batch, epochs=10**6, views=1 if cached else None, warmup=0, **SGD)
-            setting = resolve_precision(precision, torch.device("cpu"))
-            fabric = Fabric(accelerator="cpu", devices=1, precision=setting)
-            cache = scene.cache if cached else None
-            fit(student, teacher, scene.task, stages(student, teacher), recipe, fabric, self, cache)
+            setting = resolve_precision(precision, scene.device)
+            fabric = Fabric(accelerator=scene.device.type, devices=1, precision=setting)
+            cache, plan = scene.cache if cached else None, stages(student, teacher)
+            fit(
+                student,
+                teacher,
+                scene.task,
+                plan,
+                replace(recipe, precision=setting),
+                fabric,
+                self,
+                cache,
+                cuda_graphs=graphs,
+            )
         except Exception as error:
             self._error = error
             self._taken.release()
@@ -164,12 +192,11 @@ def bare(
     student = scene.student(not plain)
     teacher = scene.teacher(not plain) if taught else None
     optimizer = torch.optim.SGD(student.parameters(), fused=not plain, **SGD)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=scene.fast and not plain)
 
     def step() -> None:
         images, labels = next(batches)
         images = images.contiguous(memory_format=_layout(not plain))
-        with autocast:
+        with scene.autocast(plain):
             with torch.no_grad():
                 heard = None if teacher is None else teacher(images)
             seen = student(images)
@@ -239,7 +266,7 @@ def of_timm(name: str, scene: Scene, plain: bool) -> Step:
     def step() -> None:
         images, labels = next(batches)
         images = images.contiguous(memory_format=_layout(not plain))
-        with torch.autocast("cpu", torch.bfloat16, enabled=scene.fast and not plain):
+        with scene.autocast(plain):
             loss = task(images, labels)["loss"]
         loss.backward()
         optimizer.step()
@@ -261,13 +288,13 @@ def of_torchdistill(scene: Scene, plain: bool) -> Step:
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": loss, "weight": 1.0}}}},
     }
     student, teacher = ForTimm(scene.student(not plain)), ForTimm(scene.teacher(not plain)).eval()
-    box = get_distillation_box(teacher, student, {}, config, torch.device("cpu"), None, False, 1.0)
+    box = get_distillation_box(teacher, student, {}, config, scene.device, None, False, 1.0)
     batches = scene.drawn()
 
     def step() -> None:
         images, labels = next(batches)
         images = images.contiguous(memory_format=_layout(not plain))
-        with torch.autocast("cpu", torch.bfloat16, enabled=scene.fast and not plain):
+        with scene.autocast(plain):
             loss = box.forward_process(images, labels)
         box.post_forward_process(loss)
 
@@ -312,6 +339,9 @@ def contestants(scene: Scene) -> dict[str, tuple[str, Step]]:
         "stage 1, plain": ("stage 1", bare(scene, our_stage_1, scene.drawn(), plain=True)),
         **peers_of("stage 1", scene),
     }
+    if scene.device.type == "cuda":
+        rows["student alone, no graphs"] = "student alone", Ours(scene, partial(method, "vanilla", {}), graphs=False)
+        rows["stage 1, no graphs"] = "stage 1", Ours(scene, partial(method, "refilled", STAGE_1), graphs=False)
     for name in baselines():
         rows |= {name: (together, Ours(scene, partial(method, name, {}))), **peers_of(name, scene)}
     return rows
@@ -382,13 +412,14 @@ def measure(scene: Scene, rounds: int) -> None:
     torch.manual_seed(0)
     rows = contestants(scene)
     for _, step in rows.values():
-        step()
+        for _ in range(1 if scene.device.type == "cpu" else 3):
+            step()
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
         for name, (_, step) in rows.items():
-            start = process_time()
+            start = scene.clock()
             step()
-            times[name].append(process_time() - start)
+            times[name].append(scene.clock() - start)
     print(f"\n{scene.student_name} taught by {scene.teacher_name}, batch {scene.batch}, {rounds} rounds")
     print(f"{'':24} {'ms':>8} {'images/s':>9} {'ratio':>7}  of its time to that of")
     for name, (against, _) in rows.items():
@@ -406,6 +437,7 @@ def main() -> None:
     options.add_argument("--teacher", default="wrn_40_2")
     options.add_argument("--batch", type=int, default=128)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--device", default="cpu")
     options.add_argument("--quick", action="store_true", help="small networks and one round: does it still run?")
     given = options.parse_args()
     if given.quick:
@@ -414,14 +446,17 @@ def main() -> None:
     use_machine(threads=1)
     one_heap()
     logging.disable(logging.WARNING)  # timm and torchdistill tell what they build
+    device = find_device(given.device)
     task = made_up_task(8 * given.batch, 32)
-    fast = resolve_precision("auto", torch.device("cpu")) == "bf16-mixed"
-    print(f"torch {torch.__version__}, 1 thread, {'bfloat16' if fast else 'float32'} where not said otherwise")
+    fast = resolve_precision("auto", device) == "bf16-mixed"
+    where = "1 thread" if device.type == "cpu" else device_name(device)
+    print(f"torch {torch.__version__}, {where}, {'bfloat16' if fast else 'float32'} where not said otherwise")
     with tempfile.TemporaryDirectory() as folder:
         for student in given.students:
             width = create_model(given.teacher, CLASSES, image_size=32).embedding_dim
             cache = made_up_cache(Path(folder), task, width)
-            measure(Scene(student, given.teacher, task, given.batch, cache, fast), given.rounds)
+            scene = Scene(student, given.teacher, task.near(device), given.batch, cache, device, fast)
+            measure(scene, given.rounds)
 
 
 if __name__ == "__main__":

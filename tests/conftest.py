@@ -1,13 +1,16 @@
 """What all tests share."""
 
+import json
 import os
 import socket
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)  # small tensors, and several test processes
 
@@ -62,3 +65,20 @@ class InProcess:
 def in_process() -> InProcess:
     """An executor of one's own."""
     return InProcess()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve classes that differ in colour, 12 noisy pictures each; one unseen class has 6 only."""
+    root = tmp_path_factory.mktemp("photos")
+    chance = np.random.default_rng(0)
+    names = [f"c{n:02}" for n in range(12)]
+    for name in names:
+        (root / name).mkdir()
+        color = chance.integers(0, 255, 3)
+        for index in range(6 if name == "c11" else 12):
+            pixels = (color + chance.normal(0, 50, (16, 16, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    split = {"seen": names[:5], "val": names[5:8], "unseen": names[8:]}
+    (root / "split.json").write_text(json.dumps(split))
+    return root

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from refilled.benchmark.sharing import shared_testing
@@ -23,23 +22,6 @@ from refilled.journal import Interrupted
 from refilled.models import create_model, load_model, save_model
 from refilled.progress import Display
 from refilled.run import FewShotRun, MetaRun
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Twelve classes that differ in colour, 12 noisy pictures each; one unseen class has 6 only."""
-    root = tmp_path_factory.mktemp("photos")
-    chance = np.random.default_rng(0)
-    names = [f"c{n:02}" for n in range(12)]
-    for name in names:
-        (root / name).mkdir()
-        color = chance.integers(0, 255, 3)
-        for index in range(6 if name == "c11" else 12):
-            pixels = (color + chance.normal(0, 50, (16, 16, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    split = {"seen": names[:5], "val": names[5:8], "unseen": names[8:]}
-    (root / "split.json").write_text(json.dumps(split))
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -451,7 +451,8 @@ class _Prepared:
 def _carry_out(
     prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float, world: World = ALONE
 ) -> Result:
-    run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
+    run, student, teacher = prepared.run, prepared.student, prepared.teacher
+    prepared.task = task = prepared.task.near(find_device(run.device))
     if world.size > 1:
         models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
         world.check_same(images=task.fingerprint, **models)
@@ -461,7 +462,7 @@ def _carry_out(
         if prepared.readout is None:
             cache = _cache(prepared, fabric, display)
             with journal.catching_signals():
-                fit(student, teacher, task, prepared.stages, run, fabric, journal, cache, world)
+                fit(student, teacher, task, prepared.stages, run, fabric, journal, cache, world, run.cuda_graphs)
             give_memory_back()  # which scoring would ask for in other pieces
             result = _measure(prepared, folder, journal.seconds, world)
             if cache is not None:

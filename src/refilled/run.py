@@ -109,6 +109,7 @@ class Run(Recipe):
             decoded once for all runs, and nothing else changes. None for a quarter of the memory that is free.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         threads: Processor threads; None for as many as torch chooses. Results are bit-identical at equal threads.
+        cuda_graphs: On an NVIDIA GPU, record the passes of networks once and replay them: the same, but faster.
     """
 
     task: str
@@ -128,6 +129,7 @@ class Run(Recipe):
     image_memory: float | None = None
     device: str = "auto"
     threads: int | None = None
+    cuda_graphs: bool = True
 
     def to_toml(self) -> str:
         """Write the configuration down; what is None is left out."""

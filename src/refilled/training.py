@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.checkpoints import State
+from refilled.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.data import Task, Views, epoch_batches
 from refilled.data.keyed import keyed_bits
 from refilled.distributed import ALONE, World
@@ -128,6 +129,7 @@ def fit(
     journal: Journal,
     cache: TeacherCache | None = None,
     world: World = ALONE,
+    cuda_graphs: bool = True,
 ) -> None:
     """Train the student through the stages, from where the journal's state stands.
 
@@ -138,7 +140,7 @@ def fit(
         RunError: there are more processes than images in a batch.
         RankError: another process has ended.
     """
-    _Training(student, teacher, task, recipe, fabric, journal, cache, world).run(stages)
+    _Training(student, teacher, task, recipe, fabric, journal, cache, world, cuda_graphs).run(stages)
 
 
 class _Training:
@@ -154,6 +156,7 @@ class _Training:
         journal: Journal,
         cache: TeacherCache | None,
         world: World,
+        cuda_graphs: bool,
     ) -> None:
         self.student, self.teacher, self.cache, self.world = student, teacher, cache, world
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
@@ -162,6 +165,7 @@ class _Training:
         self.learner = fabric.setup_module(student)
         if teacher is not None:
             teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.cuda_graphs = cuda_graphs and world.size == 1
 
     def run(self, stages: Sequence[Stage]) -> None:
         state = self.journal.restore()
@@ -192,6 +196,13 @@ class _Training:
             weight_decay=self.recipe.weight_decay,
             fused=self.fabric.device.type in ("cpu", "cuda"),
         )
+        self.graphed_student, self.graphed_teacher = self._graphed(self.student), self._graphed(self.teacher)
+
+    def _graphed(self, network: Backbone | None) -> GraphedNetwork | None:
+        device, precision = self.fabric.device, resolve_precision(self.recipe.precision, self.fabric.device)
+        if network is None or not (self.cuda_graphs and can_be_graphed(network, device, precision)):
+            return None
+        return GraphedNetwork(network, precision)
 
     def _train_stage(self) -> None:
         self._check_batches()
@@ -275,13 +286,18 @@ class _Training:
                 return Outputs(embedding.new_empty(len(batch), 0), embedding)
             with torch.no_grad(), self.fabric.autocast():
                 return Outputs(self.teacher.classifier(embedding), embedding)
+        parts = frozenset(term.teacher for term in self.stage.terms.values() if term.teacher is not None)
+        if self.graphed_teacher is not None:
+            return self.graphed_teacher(images, parts)
         with torch.no_grad(), self.fabric.autocast():
-            taught = cast(Outputs, self.teacher(images, features=self.stage.reads("features")))
-        return self.world.gather_outputs(taught, len(batch), {term.teacher for term in self.stage.terms.values()})
+            taught = cast(Outputs, self.teacher(images, features="features" in parts))
+        return self.world.gather_outputs(taught, len(batch), parts)
 
     def _learn(self, images: Tensor, count: int) -> Outputs:
         """Run the student on this process's images; returns its outputs for the whole batch of ``count``."""
-        parts = {term.student for term in self.stage.terms.values()}
+        parts = frozenset(term.student for term in self.stage.terms.values())
+        if self.graphed_student is not None:
+            return self.graphed_student(images, parts)
         with self.world.global_batch_norm():
             seen = cast(Outputs, self.learner(images, features="features" in parts))
         return self.world.gather_outputs(seen, count, parts)

@@ -20,7 +20,8 @@ from refilled.fewshot.tuning import tune
 from refilled.methods import load_method
 from refilled.run import FewShotRun, MetaRun, Run
 
-_WHERE = ("data_root", "image_memory", "device", "threads")  # where a job takes place, which is not what it is
+_WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
+"""Where and how a job is carried out, which is not what it is."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """A task: the images of some classes of a data set, divided into train, val and test, decoded and ready."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
+import torch
 from torch import Tensor
 
 from refilled.data.store import Pixels
@@ -60,6 +62,22 @@ class Task:
 
     licence: str | None = None
     citation: str | None = None
+
+    def near(self, device: torch.device) -> "Task":
+        """Hold the images on an NVIDIA GPU that has room for them, so that it draws their views itself."""
+        if device.type != "cuda":
+            return self
+        room = torch.cuda.mem_get_info(device)[0] // 4
+
+        def nearer(part: Split) -> Split:
+            nonlocal room
+            size = math.prod(part.pixels.shape)
+            if not isinstance(part.pixels, Tensor) or size > room:
+                return part
+            room -= size
+            return replace(part, pixels=part.pixels.to(device))
+
+        return replace(self, train=nearer(self.train), val=nearer(self.val), test=nearer(self.test))
 
 
 def fingerprint(classes: tuple[str, ...], splits: tuple[Split, ...]) -> str:

@@ -50,20 +50,21 @@ def augment(pixels: Tensor, indices: Tensor, *, seed: int, view: int, kind: Augm
     keys = indices.cpu().numpy()
     if kind == "resized-crop-flip":
         return _resized_crops(pixels, seed, view, keys)
-    top = torch.from_numpy(keyed_integers(2 * padding + 1, seed, "top", view, keys)) - padding  # (N,)
-    left = torch.from_numpy(keyed_integers(2 * padding + 1, seed, "left", view, keys)) - padding  # (N,)
-    along = torch.arange(side)
+    place = pixels.device  # of all that is as large as the images: only the draws are made on the processor
+    top = torch.from_numpy(keyed_integers(2 * padding + 1, seed, "top", view, keys)).to(place) - padding  # (N,)
+    left = torch.from_numpy(keyed_integers(2 * padding + 1, seed, "left", view, keys)).to(place) - padding  # (N,)
+    along = torch.arange(side, device=place)
     rows = _reflect(top[:, None] + along, side)  # (N, S): the source row of each row of the view
     columns = _reflect(left[:, None] + along, side)  # (N, S)
     if kind == "crop-flip":
-        columns = torch.where(_mirrored(seed, view, keys)[:, None], columns.flip(1), columns)
+        columns = torch.where(_mirrored(seed, view, keys).to(place)[:, None], columns.flip(1), columns)
     # One look-up of whole pixels; on a CPU it is four times as fast as indexing with rows and columns, and twice as
     # fast again for large images if the numbers of the pixels are short.
     number = torch.int32 if count * side * side < 2**31 else torch.int64
-    image = torch.arange(count, dtype=number)[:, None, None] * side * side
+    image = torch.arange(count, dtype=number, device=place)[:, None, None] * side * side
     source = (image + rows.to(number)[:, :, None] * side + columns.to(number)[:, None, :]).flatten()  # (N S S,)
     flat = pixels.permute(0, 2, 3, 1).reshape(-1, channels)  # (N S S, 3), no copy if channels-last
-    return flat.index_select(0, source.to(pixels.device)).view(count, side, side, channels).permute(0, 3, 1, 2)
+    return flat.index_select(0, source).view(count, side, side, channels).permute(0, 3, 1, 2)
 
 
 def _mirrored(seed: int, view: int, keys: NDArray[np.int64]) -> Tensor:
@@ -76,17 +77,17 @@ def _resized_crops(pixels: Tensor, seed: int, view: int, keys: NDArray[np.int64]
     def draw(what: str, low: float, high: float) -> Tensor:
         return torch.from_numpy(low + (high - low) * keyed_uniform(seed, what, view, keys)).float()
 
-    side = pixels.shape[-1]
+    side, place = pixels.shape[-1], pixels.device
     area, skew = draw("area", _LEAST_AREA, 1), draw("skew", -math.log(_WIDEST), math.log(_WIDEST)).div(2).exp()
     height, width = (area.sqrt() / skew).clamp(max=1), (area.sqrt() * skew).clamp(max=1)  # (N,), of the side
     # Centres and half lengths on the scale -1 to 1 of grid_sample, on which a mirrored axis has a negative length.
     centre_y, centre_x = draw("top", -1, 1) * (1 - height), draw("left", -1, 1) * (1 - width)
     width = torch.where(_mirrored(seed, view, keys), -width, width)
-    along = (2 * torch.arange(side) + 1) / side - 1  # (S,): the centres of the pixels
-    y = centre_y[:, None] + height[:, None] * along  # (N, S)
-    x = centre_x[:, None] + width[:, None] * along
+    along = (2 * torch.arange(side, device=place) + 1) / side - 1  # (S,): the centres of the pixels
+    y = centre_y.to(place)[:, None] + height.to(place)[:, None] * along  # (N, S)
+    x = centre_x.to(place)[:, None] + width.to(place)[:, None] * along
     grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], dim=-1)  # (N, S, S, 2)
-    views = F.grid_sample(pixels.float(), grid.to(pixels.device), padding_mode="border", align_corners=False)
+    views = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
     return views.round_().to(torch.uint8, memory_format=torch.channels_last)
 
 
