@@ -69,12 +69,11 @@ def test_graphs_change_no_bit(tmp_path, student, precision):
 @pytest.mark.parametrize("name", [n for n in list_methods() if load_method(n).takes_student])
 def test_every_method_trains_with_graphs_as_without(teacher, tmp_path, name):
     run = replace(RUN, method=name, teacher=teacher if load_method(name).takes_teacher else None)
-    logs = []
+    if name in ("kd", "kd_vid", "dkd"):  # which compare logits
+        run = replace(run, task="digits:0-4")
     for graphs in (True, False):
         distill(replace(run, cuda_graphs=graphs), tmp_path / str(graphs))
-        logs.append(log_of(tmp_path / str(graphs)))
-    for with_graphs, without in zip(*logs, strict=True):  # some losses sum in an order that varies
-        assert with_graphs == pytest.approx(without, rel=0.02)
+    assert log_of(tmp_path / "True") == log_of(tmp_path / "False")
 
 
 def test_a_loss_leaves_alone_what_it_does_not_read():
@@ -106,11 +105,11 @@ def test_recording_leaves_no_trace():
 
 
 def test_a_processor_trains_alike(teacher, tmp_path):
-    run = replace(RUN, method="kd", teacher=teacher, precision="32-true", epochs=1, lr=0.01)
+    run = replace(RUN, method="regression", teacher=teacher, precision="32-true", epochs=1, lr=0.01)
     for device in ("cuda", "cpu"):
         distill(replace(run, device=device), tmp_path / device)
     (there,), (here,) = log_of(tmp_path / "cuda"), log_of(tmp_path / "cpu")
-    assert there == pytest.approx(here, rel=1e-3)
+    assert there == pytest.approx(here, rel=0.01)  # a GPU multiplies float32 in TensorFloat-32
     assert evaluate(tmp_path / "cuda")["images"] > 0  # what a GPU trained can be used without one
 
 
@@ -118,7 +117,7 @@ def test_a_processor_trains_alike(teacher, tmp_path):
 def test_few_shot_methods_find_what_a_processor_finds(photos, tmp_path, method):
     torch.manual_seed(0)
     save_model(create_model("convnet4_average", 5, image_size=16), tmp_path / "teacher")
-    settings = {"epochs": 2} if method == "refilled" else {}
+    settings = {"steps": 4} if method == "refilled" else {}
     run = FewShotRun(
         data=str(photos), method=method, settings=settings, teacher=str(tmp_path / "teacher"), n_way=3, n_shot=2,
         n_episodes=6, device="cuda",

@@ -76,7 +76,7 @@ def content(cache: TeacherCache) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_it_says_what_the_live_teacher_says_about_the_same_views(run, precision):
-    cache = build_cache(replace(run, precision=precision))
+    cache = build_cache(replace(run, precision=precision, device="cpu"))
     task = load_task(run.task, shots=run.shots)
     live = experiment._embedder(load_teacher(run.teacher), Fabric(accelerator="cpu", precision=precision))
     for view in range(3):

@@ -184,7 +184,7 @@ def digest_all(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path):
-    run = experiment.resolve(refilled(teacher))
+    run = experiment.resolve(refilled(teacher, device="cpu"))
     prepared = experiment._Prepared(run)
     before = {name: value.clone() for name, value in prepared.teacher.state_dict().items()}
     student = {name: value.clone() for name, value in prepared.student.state_dict().items()}
@@ -223,7 +223,7 @@ def test_the_teacher_sees_the_mixture_and_labels_are_mixed_as_the_images_are(
         def epoch(self, entry):
             entries.append(entry)
 
-    run = experiment.resolve(replace(refilled(teacher), views=views, precision="32-true", **{kind: 1.0}))
+    run = experiment.resolve(refilled(teacher, views=views, device="cpu", **{kind: 1.0}))
     prepared = experiment._Prepared(run)
     task, fabric = prepared.task, experiment._fabric(run)
     cache = None if views is None else experiment.build_cache(run, say=lambda text: None)

@@ -41,7 +41,7 @@ from refilled.evaluation import (
 )
 from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
-from refilled.machine import give_memory_back, use_machine
+from refilled.machine import give_memory_back, repeat_exactly, use_machine
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
 from refilled.progress import Display
@@ -399,8 +399,7 @@ class _Prepared:
     def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
         use_machine(run.threads)
-        torch.backends.cudnn.benchmark = False  # or the choice of kernels would differ from start to start
-        torch.backends.cudnn.deterministic = True
+        repeat_exactly(torch.device(run.device))
         method = load_method(run.method)
         self.task = _load_task(run) if task is None else task
         if run.score == "val" and len(self.task.val) == 0:

@@ -1,6 +1,7 @@
-"""Settings of this process that decide how fast it computes, and never what."""
+"""Settings of this process: how fast it computes, and that it finds the same again."""
 
 import ctypes
+import os
 
 import torch
 
@@ -20,6 +21,20 @@ def use_machine(threads: int | None) -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
         mallopt(_TRIM_THRESHOLD, -1)  # never
+
+
+def repeat_exactly(device: torch.device) -> None:
+    """Let the same computation give the same bits, which a GPU does not do of itself.
+
+    Its fastest kernels are chosen by a race, and some sum in the order in which threads happen to come. Operations that
+    have no exact form warn. It has to be said before the GPU is first used.
+    """
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time, and hides no mistake here
 
 
 def give_memory_back() -> None:
