@@ -260,7 +260,7 @@ def of_timm(name: str, scene: Scene, plain: bool) -> Step:
 
     student, teacher = ForTimm(scene.student(not plain)), ForTimm(scene.teacher(not plain))
     batches = scene.drawn()
-    task = getattr(distillation, name)(student, teacher, nn.CrossEntropyLoss(), verbose=False).train()
+    task = getattr(distillation, name)(student, teacher, nn.CrossEntropyLoss(), verbose=False).to(scene.device).train()
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], **SGD)
 
     def step() -> None:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refilled import experiment
+from refilled import experiment, training
+from refilled.cuda_graphs import GraphedNetwork
 from refilled.data import epoch_batches
 from refilled.errors import NonFiniteError, RunError
 from refilled.experiment import Result, distill, resume
@@ -91,6 +92,18 @@ def test_the_same_run_twice_gives_the_same_bits(teacher, tmp_path, monkeypatch, 
     for name in "ab":
         distill(refilled(teacher, **changes), tmp_path / name)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["vanilla", "refilled", "regression", "rkd", "at", "fitnet", "vid"])
+def test_what_is_recorded_is_what_the_losses_read(teacher, tmp_path, monkeypatch, name):
+    """The way by CUDA graphs, with passes that are run instead of replayed: the rest of it needs no GPU."""
+    run = replace(refilled(teacher), method=name, device="cpu")
+    distill(run, tmp_path / "plain")
+    monkeypatch.setattr(training, "can_be_graphed", lambda network, device, precision: True)
+    monkeypatch.setattr(GraphedNetwork, "_record", lambda self, chosen, images: chosen)
+    distill(run, tmp_path / "graphed")
+    assert (tmp_path / "plain/log.jsonl").read_text() == (tmp_path / "graphed/log.jsonl").read_text()
+    assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "graphed/model.safetensors").read_bytes()
 
 
 class _Stopping(Display):

@@ -110,8 +110,9 @@ def step_cost(
     recipe = replace(run, epochs=1, lr=1e-9, warmup=0.0, sampler="shuffle", views=None)
 
     def take_steps(images: int) -> float:
-        clock, task = _Clock(), made_up_task(size, _images(images))
-        fit(student, teacher, task, [replace(stage, share=1.0)], replace(recipe, batch_size=images), fabric, clock)
+        clock, task = _Clock(), made_up_task(size, _images(images)).near(fabric.device)
+        stages, own = [replace(stage, share=1.0)], replace(recipe, batch_size=images)
+        fit(student, teacher, task, stages, own, fabric, clock, cuda_graphs=run.cuda_graphs)
         return median(after - before for before, after in pairwise(clock.ticks))
 
     return _cost_of(take_steps, batches, fabric.device)

@@ -5,6 +5,7 @@ A graph starts all of them at once. It runs the same kernels on the same numbers
 """
 
 from collections.abc import Callable
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def can_be_graphed(network: Backbone, device: torch.device, precision: Precision
 class GraphedNetwork:
     """A network on a GPU whose passes are recorded when a shape of batch is first seen; it shares all its tensors.
 
-    The outputs of a pass are overwritten by the next one. Of shapes beyond the first few, passes are run as usual.
+    The outputs of a pass are overwritten by the next one. Shapes beyond the first few, and networks that do what no
+    graph can hold, are run as usual.
 
     Args:
         network: The network, in channels-last memory, in the mode that it is to run in. Where it has parameters with
@@ -55,10 +57,16 @@ class GraphedNetwork:
         """Record a pass. Warming up leaves traces, in batch norm's statistics and the random numbers; they go again."""
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         random = torch.cuda.get_rng_state(images.device)
-        if any(parameter.requires_grad for parameter in chosen.parameters()):
-            recorded: Pass = torch.cuda.make_graphed_callables(chosen, (images,), allow_unused_input=True)  # type: ignore[assignment]
-        else:
-            recorded = _record_frozen(chosen, images)
+        recorded: Pass
+        try:
+            if any(parameter.requires_grad for parameter in chosen.parameters()):
+                recorded = torch.cuda.make_graphed_callables(chosen, (images,), allow_unused_input=True)  # type: ignore[assignment]
+            else:
+                recorded = _record_frozen(chosen, images)
+        except RuntimeError as error:
+            name = self.network.architecture
+            warn(f"{name} cannot be recorded as a CUDA graph and is run as usual: {error}", stacklevel=2)
+            recorded = _ChosenParts(self.network, chosen.parts, self.mixed)
         for name, buffer in self.network.named_buffers():
             buffer.copy_(buffers[name])
         torch.cuda.set_rng_state(random, images.device)

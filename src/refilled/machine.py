@@ -34,7 +34,8 @@ def repeat_exactly(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time, and hides no mistake here
+        # To fill fresh memory would cost time, and nothing here reads it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def give_memory_back() -> None:

@@ -306,7 +306,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 400,
         "augmentation": "resized-crop-flip",
         "cutmix": 1.0,
-        "views": 32,
         "settings": {**_STEADY, "kd_classes": "all", "regression_weight": 30.0},
     },
     # Supplement 2.1: the teacher's own network, slowly.
