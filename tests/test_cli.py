@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from refilled import cli
 from refilled.cli import app, main
 from refilled.errors import RefilledError
 from refilled.run import PRESETS, Run
@@ -199,6 +200,15 @@ def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
     assert settings["kd_weight"] == 2
     refilled("distill", *common, "--method", "vanilla", "--out", tmp_path / "b")
     assert Run.from_toml((tmp_path / "b" / "run.toml").read_text()).settings == {}
+
+
+def test_few_images_get_more_epochs_unless_epochs_are_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_LEAST_STEPS", 61)
+    common = ["train", "digits:5-9", "--shots", 1, "--val", 0, "--model", "wrn_10_1", "--threads", 1]
+    for name, flags in {"many": [], "few": ["--epochs", 2]}.items():
+        refilled(*common, *flags, "--out", tmp_path / name)
+    entries = {name: (tmp_path / name / "log.jsonl").read_text().count("\n") for name in ("many", "few")}
+    assert entries == {"many": 61, "few": 2}
 
 
 def test_every_field_of_a_run_is_a_flag_with_help():

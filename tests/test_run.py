@@ -73,3 +73,11 @@ def test_what_is_given_wins_over_the_preset_and_joins_its_settings():
     assert with_preset("good", {"method": "rkd", "settings": {"weight": 1}})["settings"] == {"weight": 1}
     with pytest.raises(RunError, match=r"preset 'goood'.*good"):
         with_preset("goood", {})
+
+
+def test_few_images_are_gone_through_more_often():
+    run = replace(FULL, epochs=10, batch_size=64, least_steps=1000)
+    assert run.epochs_over(64000) == 10
+    assert run.epochs_over(65) == 500  # in two batches
+    assert run.epochs_over(5) == 1000
+    assert replace(run, least_steps=0).epochs_over(5) == 10

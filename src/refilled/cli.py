@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from refilled.teacher_cache import TeacherCache
     from refilled.tuning import Tuned
 
+_LEAST_STEPS = 1000
+"""Of a run that says nothing of epochs: no number of them suits a handful of images and thousands alike."""
+
 app = typer.Typer(
     help="Distil a strong vision model trained on other classes into a small model for your own.",
     no_args_is_help=True,
@@ -580,7 +583,8 @@ def _first_to_tell(message: str) -> bool:
 
 
 def _configure(preset: str | None, values: dict[str, Any]) -> Run:
-    return Run(**with_preset(preset, {name: value for name, value in values.items() if value is not None}))
+    given = with_preset(preset, {name: value for name, value in values.items() if value is not None})
+    return Run(**given if "epochs" in given else {"least_steps": _LEAST_STEPS, **given})
 
 
 def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor") -> None:

@@ -107,7 +107,7 @@ def step_cost(
         batches: The two sizes of batch, in images, to draw the line through; see :func:`probe_batches`.
     """
     # Made-up images teach nothing; so as not to let the loss explode, the steps are tiny.
-    recipe = replace(run, epochs=1, lr=1e-9, warmup=0.0, sampler="shuffle", views=None)
+    recipe = replace(run, epochs=1, least_steps=0, lr=1e-9, warmup=0.0, sampler="shuffle", views=None)
 
     def take_steps(images: int) -> float:
         clock, task = _Clock(), made_up_task(size, _images(images)).near(fabric.device)

@@ -7,7 +7,6 @@ the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student
 
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -633,7 +632,7 @@ def _weights_after(stage: Stage, folder: Path) -> dict[str, Tensor] | None:
 
 
 def _few_steps(run: Run, images: int) -> list[str]:
-    steps = run.epochs * math.ceil(images / run.batch_size)
+    steps = run.epochs_over(images) * run.steps_over(images)
     if steps >= _FEW_STEPS:
         return []
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]

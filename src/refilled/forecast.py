@@ -120,12 +120,12 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     )
     looks, found = _looks_of_the_teacher(stages, run), []
     embedder = student if prepared.readout is not None else teacher if _curious(stages) else None
-    budget = share_epochs(stages, run.epochs) if stages else []
+    budget = share_epochs(stages, run.epochs_over(size.train)) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
         spared = costs.teacher.seconds(batch) if costs.teacher is not None and _is_cached(stage, run) else 0.0
         messages = communication(student, teacher, stage, run.batch_size, ranks, network)
         seconds = max(step.seconds(batch) - spared, 0.0) + messages
-        found.append(StageForecast(stage.name, epochs, math.ceil(size.train / run.batch_size), seconds, messages))
+        found.append(StageForecast(stage.name, epochs, run.steps_over(size.train), seconds, messages))
     return Forecast(
         run=run,
         size=size,

@@ -24,6 +24,8 @@ class Recipe:
 
     Attributes:
         epochs: Passes over the training images, all stages together: methods compare at equal cost.
+        least_steps: Take more epochs where images are few, so that there are at least so many steps. The command line
+            takes 1000 where neither epochs nor a preset that has them is given.
         batch_size: Images a step, at most; an epoch is cut into batches of nearly equal size.
         lr: Learning rate at its highest.
         momentum: Momentum of SGD.
@@ -47,6 +49,7 @@ class Recipe:
     """
 
     epochs: int = 60
+    least_steps: int = 0
     batch_size: int = 64
     lr: float = 0.1
     momentum: float = 0.9
@@ -66,6 +69,7 @@ class Recipe:
     def __post_init__(self) -> None:
         rules = {
             "epochs": self.epochs >= 1,
+            "least_steps": self.least_steps >= 0,
             "batch_size": self.batch_size >= 1,
             "lr": math.isfinite(self.lr) and self.lr > 0,
             "momentum": 0 <= self.momentum < 1,
@@ -82,6 +86,14 @@ class Recipe:
                 raise RunError(f"{name} = {getattr(self, name)} is out of range")
         if self.nesterov and self.momentum == 0:
             raise RunError("nesterov needs a momentum above 0")
+
+    def epochs_over(self, images: int) -> int:
+        """Return how many passes over so many training images there are."""
+        return max(self.epochs, math.ceil(self.least_steps / self.steps_over(images)))
+
+    def steps_over(self, images: int) -> int:
+        """Return how many batches such a pass is cut into."""
+        return math.ceil(images / self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ class _Training:
     def run(self, stages: Sequence[Stage]) -> None:
         state = self.journal.restore()
         start = Position(**state.data["position"]) if state else Position()
-        budget = share_epochs(stages, self.recipe.epochs)
+        budget = share_epochs(stages, self.recipe.epochs_over(len(self.task.train)))
         for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
             if number < start.stage or epochs == 0:
                 continue
