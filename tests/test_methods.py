@@ -90,6 +90,14 @@ class TestEveryMethodThatTrains:
             ]
             torch.testing.assert_close(term(seen, taught, labels), term(*shuffled, labels[order]))
 
+    def test_says_whether_it_reads_labels(self, name):
+        for term in terms(name):
+            seen, taught = outputs(30, 16, grad=False), outputs(30, 24, grad=False)
+            found = [term(seen, taught, labels) for labels in (torch.arange(30) % CLASSES, torch.arange(30) // 5)]
+            assert term.reads_labels or torch.equal(*found)
+            if term.teacher is None:  # cross-entropy
+                assert term.reads_labels
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_stays_finite_in_half_precision(self, name, dtype):
         labels = torch.arange(30) % CLASSES

@@ -66,6 +66,11 @@ class Term:
     student: Part = "logits"
     teacher: Part | None = None
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the loss looks at its labels; one that does not says so by an attribute ``reads_labels = False``."""
+        return bool(getattr(self.loss, "reads_labels", True))
+
     def __call__(self, seen: Outputs, taught: Outputs | None, labels: Tensor) -> Tensor:
         """Return the scalar loss, not yet weighted."""
         tensors = [getattr(seen, self.student)]

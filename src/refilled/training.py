@@ -252,7 +252,8 @@ class _Training:
             losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
             if self.views.mixed:
                 share, others = self._mixed_in(batch, view)
-                losses = {n: torch.lerp(term(seen, taught, others), losses[n], share) for n, term in terms.items()}
+                of_others = {name: term(seen, taught, others) for name, term in terms.items() if term.reads_labels}
+                losses |= {name: torch.lerp(loss, losses[name], share) for name, loss in of_others.items()}
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
             self.world.sum_gradients(self.student.parameters(), self.losses.parameters())

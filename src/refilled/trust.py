@@ -77,7 +77,9 @@ class Trusted(nn.Module):
             raise MethodError(f"trust must be 0 or more, but is {power}")
         self.loss = loss
         self.power = power
+        self.reads_labels = getattr(loss, "reads_labels", True)
         self.register_buffer("share", torch.tensor(math.nan))
+        self._share_is_known = False  # asked once: a GPU would be waited for
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
         """Measure the teacher by the training set ``(N, d)`` with class ids ``(N,)``; the loss may look at it too."""
@@ -87,8 +89,9 @@ class Trusted(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss."""
-        if self.share.isnan():
+        if not self._share_is_known and self.share.isnan():
             raise MethodError("how far to trust the teacher is not known yet; call prepare(teacher_embedding, labels)")
+        self._share_is_known = True
         loss: Tensor = self.loss(student, teacher, labels)
         return self.share**self.power * loss
 

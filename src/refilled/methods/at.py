@@ -31,6 +31,8 @@ class AttentionLoss(nn.Module):
     difference instead, which is neither squared nor divided by the number of places.
     """
 
+    reads_labels = False
+
     def forward(
         self, student_features: tuple[Tensor, ...], teacher_features: tuple[Tensor, ...], labels: Tensor
     ) -> Tensor:

@@ -27,6 +27,8 @@ class HintLoss(nn.Module):
         hint: Which map, counted from the deep end: 1 is the last.
     """
 
+    reads_labels = False
+
     def __init__(self, student_channels: int, teacher_channels: int, hint: int = 2) -> None:
         super().__init__()
         self.hint = hint

@@ -43,6 +43,8 @@ def standardized(logits: Tensor) -> Tensor:
 class KDLoss(nn.Module):
     """:func:`softened_kl` with its temperature, of logits that are :func:`standardized` or as they are."""
 
+    reads_labels = False
+
     def __init__(self, temperature: float = 4.0, standardize: bool = False) -> None:
         super().__init__()
         self.temperature, self.standardize = temperature, standardize

@@ -43,6 +43,8 @@ def squared_discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
 class NeuronSelectivityLoss(nn.Module):
     """:func:`squared_discrepancy`, summed over the pairs of maps."""
 
+    reads_labels = False
+
     def forward(
         self, student_features: tuple[Tensor, ...], teacher_features: tuple[Tensor, ...], labels: Tensor
     ) -> Tensor:

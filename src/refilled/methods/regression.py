@@ -38,6 +38,7 @@ class EmbeddingRegressionLoss(nn.Module):
 
     mean: Tensor
     needs_training_set = True
+    reads_labels = False
 
     def __init__(self, student_dim: int, teacher_dim: int) -> None:
         super().__init__()

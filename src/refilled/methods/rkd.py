@@ -42,6 +42,8 @@ def angles(embedding: Tensor) -> Tensor:
 class RKDDistanceLoss(nn.Module):
     """Huber loss between the relative distances of student and teacher (Park et al., Eq. 5 and 6)."""
 
+    reads_labels = False
+
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)``; the labels are not used."""
         with torch.no_grad():
@@ -51,6 +53,8 @@ class RKDDistanceLoss(nn.Module):
 
 class RKDAngleLoss(nn.Module):
     """Huber loss between the angles of student and teacher (Park et al., Eq. 8 and 9)."""
+
+    reads_labels = False
 
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)``; the labels are not used."""

@@ -31,6 +31,8 @@ class SimilarityPreservingLoss(nn.Module):
     .. math:: \frac{1}{N^2} \|G_T - G_S\|_F^2
     """
 
+    reads_labels = False
+
     def forward(
         self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...], labels: Tensor
     ) -> Tensor:

@@ -43,6 +43,8 @@ class VariationalLoss(nn.Module):
         channels: (C_S, C_T) of each pair of maps.
     """
 
+    reads_labels = False
+
     def __init__(self, channels: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         first = log(expm1(_FIRST_VARIANCE - _LEAST_VARIANCE))  # what softplus makes that variance of
