@@ -19,18 +19,19 @@ SCORING_BATCH = 256  # images at a time
 def outputs_by_batch(
     model: Backbone,
     pixels: Pixels,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     batch_size: int = SCORING_BATCH,
     world: World = ALONE,
     parts: Container[str] = ("logits", "embedding"),
 ) -> Iterator[Outputs]:
     """Run a model in evaluation mode over images ``(N, 3, H, W)``, not augmented, and give its outputs batch by batch.
 
-    They come on the CPU, in float32; what is not among the ``parts`` is ``(B, 0)``. Of no images there is one batch.
-    Several processes run it on ``batch_size`` images each, and all get the outputs of all. The model's mode is put back
-    afterwards.
+    It computes on ``device``, or where the model is. They come on the CPU, in float32; what is not among the ``parts``
+    is ``(B, 0)``. Of no images there is one batch. Several processes run it on ``batch_size`` images each, and all get
+    the outputs of all. The model's mode is put back afterwards.
     """
     training = model.training
+    device = model.mean.device if device is None else device
     model.eval()
     try:
         for start in range(0, max(len(pixels), 1), batch_size * world.size):
@@ -53,7 +54,7 @@ def _of_nothing(model: Backbone) -> Outputs:
 def predict(
     model: Backbone,
     pixels: Pixels,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     world: World = ALONE,
     parts: Container[str] = ("logits", "embedding"),
 ) -> Outputs:
@@ -65,13 +66,13 @@ def predict(
     return Outputs(torch.cat(logits), torch.cat(embedding))
 
 
-def embed(model: Backbone, pixels: Pixels, device: torch.device | str = "cpu", world: World = ALONE) -> Tensor:
+def embed(model: Backbone, pixels: Pixels, device: torch.device | str | None = None, world: World = ALONE) -> Tensor:
     """Embed all images ``(N, 3, H, W)`` as :func:`predict` does, to ``(N, d)``."""
     return predict(model, pixels, device, world, parts=("embedding",)).embedding
 
 
 def predict_classes(
-    model: Backbone, pixels: Pixels, device: torch.device | str = "cpu", world: World = ALONE
+    model: Backbone, pixels: Pixels, device: torch.device | str | None = None, world: World = ALONE
 ) -> Tensor:
     """Classify all images ``(N, 3, H, W)`` by their highest logit, to ``(N,)``; never are all logits held."""
     batches = outputs_by_batch(model, pixels, device, world=world, parts=("logits",))
@@ -79,7 +80,7 @@ def predict_classes(
 
 
 def predict_classes_twice(
-    model: Backbone, train: Split, pixels: Pixels, device: torch.device | str = "cpu", world: World = ALONE
+    model: Backbone, train: Split, pixels: Pixels, device: torch.device | str | None = None, world: World = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Classify all images by their highest logit, and by the nearest class mean of the training images.
 

@@ -248,7 +248,7 @@ def teacher_accuracy(folder: Path) -> float | None:
     if teacher is None:
         return None
     task = _load_task(run)
-    train, test = (embed(teacher, split.pixels) for split in (task.train, task.test))
+    train, test = (embed(_placed(teacher), split.pixels) for split in (task.train, task.test))
     mean = train.mean(0)  # what all images share says nothing about them
     return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
 
@@ -270,14 +270,14 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
     if _trained_nothing(folder):
         teacher = _load_teacher(_load_run(folder))
         assert teacher is not None  # or there would be no result
-        return teacher
+        return _placed(teacher)
     student = load_model(folder)
     if stage is not None:
         path = folder / "stages" / f"{stage}.safetensors"
         if not path.exists():
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
         student.load_state_dict(load_file(path))
-    return student
+    return _placed(student)
 
 
 def classify(
@@ -367,7 +367,12 @@ def _load_student(folder: Path) -> Backbone:
             f"{folder} holds no student: '{_load_run(folder).method}' reads the embedding of its teacher and trains "
             "nothing; what it reached is in result.json"
         )
-    return load_model(folder)
+    return _placed(load_model(folder))
+
+
+def _placed(model: Backbone) -> Backbone:
+    """Bring a model to the accelerator, if there is one."""
+    return model.to(find_device("auto"))
 
 
 def _load_teacher(run: Run) -> Backbone | None:

@@ -67,7 +67,7 @@ def _gradient(cell: Cell, run: Path) -> float | None:
     rows = torch.isin(task.train.labels, classes).nonzero().squeeze(1)
     batches = rows[torch.randperm(len(rows), generator=generator)].split(_BATCH)[:_BATCHES]
     torch.manual_seed(cell.seed)
-    student, teacher = create_model(cell.student, len(classes), image_size=task.image_size), network_of(run)
+    student, teacher = create_model(cell.student, len(classes), image_size=task.image_size), network_of(run).cpu()
     temperature = PROTOCOLS[cell.column.protocol].temperature
     pixels, labels = task.train.pixels, task.train.labels
     norms = [
