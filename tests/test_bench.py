@@ -31,7 +31,7 @@ from refilled.cli import app
 from refilled.data import TaskSize
 from refilled.errors import InUseError, RunError
 from refilled.evaluation import nmi
-from refilled.experiment import Result, resolve
+from refilled.experiment import Result, build_cache, distill, resolve
 from refilled.fewshot.evaluation import FewShotResult
 from refilled.models import create_model
 from refilled.run import MetaRun, Run
@@ -494,6 +494,18 @@ def test_the_estimate_adds_up(tmp_path, monkeypatch):
         "4 x wrn_10_1 alone", "1 x wrn_16_2 alone", "1 x wrn_16_2 embedding", "2 x wrn_10_1 taught by wrn_16_2",
     ]  # fmt: skip
     assert estimate(plan, {}, jobs=2) == ["nothing is left to do"]
+
+
+def test_embeddings_that_lie_on_disk_are_not_counted_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
+    run = Run(task="digits:5-9", student="wrn_10_1", teacher=str(tmp_path / "t"), shots=5, views=4, threads=1)
+    assert module._left_to_embed(run) == 1  # there is no teacher yet
+    distill(replace(run, task="digits:0-4", teacher=None, views=None, epochs=1), tmp_path / "t")
+    assert module._left_to_embed(run) == 1
+    build_cache(run, shards=[0])
+    assert module._left_to_embed(run) == 3 / 4
+    build_cache(run)
+    assert module._left_to_embed(run) == 0
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from refilled.benchmark.table_report import Entry, TableReport
 from refilled.benchmark.tables import TABLES, Table
 from refilled.data import TaskSize, task_size
 from refilled.errors import RefilledError, RunError, unknown
+from refilled.experiment import find_cache
 from refilled.fewshot.evaluation import FewShotResult
 from refilled.forecast import duration
 from refilled.run import Run
@@ -122,11 +123,12 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
         assert network is not None  # every run has one of the two
         if taught_by is not None and keeps_embeddings(run, network, taught_by):
             views = (plan.needs[name], run.task, run.shots and (run.shots, run.seed), run.views)
-            if views not in kept:
+            left = 0.0 if views in kept else _left_to_embed(run)
+            if left:
                 embedding = Work(taught_by, None, size.image_size, run.batch_size, trains=False)
                 runs[embedding] += 1
-                images[embedding] += (run.views or 0) * size.train
-                kept.add(views)
+                images[embedding] += round(left * (run.views or 0) * size.train)
+            kept.add(views)
             taught_by = None
         work = Work(network, taught_by, size.image_size, run.batch_size)
         runs[work] += 1
@@ -142,6 +144,14 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
     ]
     not_timed = [f"{others} few-shot tests and meta-trainings to do, whose time is not estimated"]
     return (said if trainings else []) + (not_timed if others else [])
+
+
+def _left_to_embed(run: Run) -> float:
+    """Say what share of the teacher's embeddings lies on no disk yet; all of it where the teacher is not trained."""
+    if run.teacher is None or not (Path(run.teacher) / "DONE").exists():
+        return 1.0
+    cache = find_cache(run)
+    return 1 - cache.shards_on_disk() / cache.contents.shards
 
 
 def _network(plan: Plan, name: str) -> str | None:
