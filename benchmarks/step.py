@@ -27,7 +27,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, repeat
 from pathlib import Path
@@ -140,21 +140,11 @@ class Ours(Journal):
         self._turn.acquire()
         try:
             student, teacher = scene.student(), scene.teacher()
-            recipe = Recipe(batch_size=scene.batch, epochs=10**6, views=1 if cached else None, warmup=0, **SGD)
-            setting = resolve_precision(precision, scene.device)
+            setting, views = resolve_precision(precision, scene.device), 1 if cached else None
+            recipe = Recipe(batch_size=scene.batch, epochs=10**6, views=views, warmup=0, precision=setting, **SGD)
             fabric = Fabric(accelerator=scene.device.type, devices=1, precision=setting)
             cache, plan = scene.cache if cached else None, stages(student, teacher)
-            fit(
-                student,
-                teacher,
-                scene.task,
-                plan,
-                replace(recipe, precision=setting),
-                fabric,
-                self,
-                cache,
-                cuda_graphs=graphs,
-            )
+            fit(student, teacher, scene.task, plan, recipe, fabric, self, cache, cuda_graphs=graphs)
         except Exception as error:
             self._error = error
             self._taken.release()

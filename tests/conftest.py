@@ -82,3 +82,15 @@ def photos(tmp_path_factory):
     split = {"seen": names[:5], "val": names[5:8], "unseen": names[8:]}
     (root / "split.json").write_text(json.dumps(split))
     return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    """The folder of a small network that knows the digits 0-4; some tests have a teacher of their own."""
+    from refilled.experiment import distill
+    from refilled.run import Run
+
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    settings = {"epochs": 8, "batch_size": 20, "shots": 40, "threads": 1, "precision": "32-true"}
+    distill(Run(task="digits:0-4", student="wrn_10_1", **settings), folder)
+    return str(folder)

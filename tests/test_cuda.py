@@ -22,13 +22,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA
 RUN = Run(task="digits:5-9", student="wrn_10_1", epochs=2, batch_size=20, shots=8, threads=1, device="cuda")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(RUN, task="digits:0-4", epochs=8, shots=40), folder)
-    return str(folder)
-
-
 def log_of(folder):
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in entry.items() if name != "stage"} for entry in entries]

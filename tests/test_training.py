@@ -34,13 +34,6 @@ from refilled.training import Journal, fit, learning_rate, share_epochs, views_o
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(QUICK, task="digits:0-4", epochs=8, shots=40), folder)
-    return str(folder)
-
-
 def refilled(teacher: str, **changes: object) -> Run:
     return replace(QUICK, method="refilled", teacher=teacher, **changes)
 

@@ -455,11 +455,11 @@ def _carry_out(
     prepared: _Prepared, folder: Path, display: Display, seconds_between_saves: float, world: World = ALONE
 ) -> Result:
     run, student, teacher = prepared.run, prepared.student, prepared.teacher
-    prepared.task = task = prepared.task.near(find_device(run.device))
+    fabric = _fabric(run, world)
+    prepared.task = task = prepared.task.near(fabric.device)
     if world.size > 1:
         models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
         world.check_same(images=task.fingerprint, **models)
-    fabric = _fabric(run, world)
     journal = RunJournal(folder, display, seconds_between_saves, world)
     try:
         if prepared.readout is None:

@@ -59,6 +59,11 @@ class StoredImages:
         side = self._file.shape[1]
         return torch.Size((len(self._rows), 3, side, side))
 
+    @property
+    def device(self) -> torch.device:
+        """The processor's memory, where they are copied to."""
+        return self._rows.device
+
     def __len__(self) -> int:
         return len(self._rows)
 

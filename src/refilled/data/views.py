@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refilled.data.keyed import keyed_bits, keyed_integers
-from refilled.data.store import Pixels, StoredImages
+from refilled.data.store import Pixels
 from refilled.data.transforms import Augmentation, augment
 from refilled.errors import TaskError
 
@@ -57,8 +57,8 @@ class Views:
         """Return a view of the images with these indices ``(N,)``: ``(N, 3, S, S)``, uint8, or float after a blend."""
 
         def one(chosen: Tensor) -> Tensor:
-            rows = chosen if isinstance(pixels, StoredImages) else chosen.to(pixels.device)
-            return augment(pixels.index_select(0, rows), chosen, seed=seed, view=view, kind=self.augmentation)
+            images = pixels.index_select(0, chosen.to(pixels.device))
+            return augment(images, chosen, seed=seed, view=view, kind=self.augmentation)
 
         if not self.mixed:
             return one(indices)
