@@ -250,7 +250,7 @@ def main() -> None:
     if given.part in ("all", "students"):
         train_students(tasks=8, steps=10)
     if given.part in ("all", "processes"):
-        share_students(given.jobs, threads, tasks=8, steps=10)
+        share_students(given.jobs, threads, tasks=8, steps=30)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from refilled.benchmark import bench as module
 from refilled.benchmark.bench import bench, estimate, find_table
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second
+from refilled.benchmark.few_shot_estimate import meta_tasks_per_second, tasks_per_second
 from refilled.benchmark.jobs import FewShotTest, carry_out, name_of
 from refilled.benchmark.measures import added_gradients
 from refilled.benchmark.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
@@ -33,6 +34,7 @@ from refilled.errors import InUseError, RunError
 from refilled.evaluation import nmi
 from refilled.experiment import Result, build_cache, distill, resolve
 from refilled.fewshot.evaluation import FewShotResult
+from refilled.forecast import duration
 from refilled.models import create_model
 from refilled.run import MetaRun, Run
 
@@ -271,12 +273,31 @@ def test_one_process_at_a_time_searches(tmp_path):
         carry_out(job, tmp_path / "test")
 
 
-def test_few_shot_tests_are_counted_where_they_cannot_be_timed(tmp_path):
-    cell = few_shot_cell("smoke", "FEAT", "1-shot")
-    plan = Plan([cell], tmp_path)
-    lines = estimate(plan, plan.missing([cell]), jobs=1)
-    assert lines[0].startswith("1 run to do")
-    assert lines[-1].startswith("2 few-shot tests and meta-trainings")
+def test_few_shot_tests_and_meta_trainings_are_estimated_too(tmp_path, monkeypatch):
+    every = [few_shot_cell("smoke", *names) for names in (("FEAT", "1-shot"), ("SVM", "1-shot"), ("MAML", "5-shot"))]
+    every.append(few_shot_cell("smoke", "ReFilled from ResNet", "5-shot"))
+    plan = Plan(every, tmp_path)
+    missing = plan.missing(every)
+    monkeypatch.setattr(module, "images_per_second", lambda work, device: 1e9)
+    monkeypatch.setattr(module, "tasks_per_second", lambda run, network, student, size: 0.1 if student else 1.0)
+    monkeypatch.setattr(module, "meta_tasks_per_second", lambda run, network, size: 0.5)
+    first, *lines = estimate(plan, missing, jobs=2)
+    tests = [job for job in missing.values() if isinstance(job, FewShotTest)]
+    seconds = sum((10 if job.student else 1) * (job.run.n_episodes + job.trials * job.tune_tasks) for job in tests)
+    seconds += sum(2 * job.n_episodes for job in missing.values() if isinstance(job, MetaRun))
+    assert first == f"{len(missing)} runs to do, about {duration(seconds / 2)} in 2 processes:"
+    assert sum(int(line.split()[0]) for line in lines) == len(missing)
+
+
+@pytest.mark.parametrize(
+    "name", ["1NN", "SVM", "LR", "Fine-Tune", "MAML", "ProtoNet", "FEAT", "RKD from ResNet", "ReFilled from ResNet"]
+)
+def test_every_few_shot_row_can_be_timed(name):
+    cell = few_shot_cell("smoke", name, "5-shot")
+    student = "convnet4" if cell.start else None
+    assert tasks_per_second(cell.run.run, "convnet4", student, image_size=16) > 0
+    if cell.meta:
+        assert meta_tasks_per_second(cell.meta, "convnet4", image_size=16) > 0
 
 
 # From cells to runs

@@ -40,7 +40,7 @@ from refilled.evaluation import (
 )
 from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
-from refilled.machine import give_memory_back, repeat_exactly, use_machine
+from refilled.machine import give_memory_back, use_machine
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
 from refilled.progress import Display
@@ -402,8 +402,7 @@ class _Prepared:
 
     def __init__(self, run: Run, task: Task | None = None) -> None:
         self.run = run
-        use_machine(run.threads)
-        repeat_exactly(torch.device(run.device))
+        use_machine(run.threads, run.device)
         method = load_method(run.method)
         self.task = _load_task(run) if task is None else task
         if run.score == "val" and len(self.task.val) == 0:
@@ -554,7 +553,7 @@ def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
     if run.views is None:
         raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
     run = resolve(run)
-    use_machine(run.threads)
+    use_machine(run.threads, run.device)
     teacher = _load_teacher(run)
     if teacher is None:
         raise RunError("a cache holds what a teacher says; name one with --teacher")

@@ -12,7 +12,8 @@ from rich.console import Console
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second, keeps_embeddings
 from refilled.benchmark.executors import Executor, processes
-from refilled.benchmark.jobs import Found, Job, accuracy
+from refilled.benchmark.few_shot_estimate import FewShotWork, meta_tasks_per_second, tasks_per_second
+from refilled.benchmark.jobs import FewShotTest, Found, Job, accuracy
 from refilled.benchmark.measures import measure
 from refilled.benchmark.runner import run_grid
 from refilled.benchmark.summary import count_of
@@ -23,7 +24,7 @@ from refilled.errors import RefilledError, RunError, unknown
 from refilled.experiment import find_cache
 from refilled.fewshot.evaluation import FewShotResult
 from refilled.forecast import duration
-from refilled.run import Run
+from refilled.run import MetaRun, Run
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,33 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
     """
     if not missing:
         return ["nothing is left to do"]
+    kinds = [*_trainings(plan, missing), *_few_shot(plan, missing)]
+    total = duration(sum(kind.seconds for kind in kinds) / jobs)
+    return [f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:", *map(str, kinds)]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Work of a kind that is still to be done."""
+
+    what: Work | FewShotWork
+    number: int
+    speed: str
+    seconds: float
+    """Of all of it, one after the other."""
+
+    def __str__(self) -> str:
+        return f"  {self.number} x {self.what}: {self.speed}, {duration(self.seconds / self.number)} each"
+
+
+def _trainings(plan: Plan, missing: Mapping[str, Job]) -> list[_Kind]:
     runs: Counter[Work] = Counter()
     images: Counter[Work] = Counter()
     trainings = {name: job for name, job in missing.items() if isinstance(job, Run)}
     kept = set()  # what teachers say once for all runs
     for name, run in trainings.items():
-        size = _size(run.task, run.shots, run.val, run.data_root, run.image_size)
-        teacher = _network(plan, *plan.needs[name]) if name in plan.needs else None
+        size = _size_of(run)
+        teacher = None if run.teacher is None else _network(plan, run.teacher)
         # A method without a student of its own trains the teacher's network, or nothing: that costs no more.
         network, taught_by = (run.student, teacher) if run.student else (teacher, None)
         assert network is not None  # every run has one of the two
@@ -135,15 +156,33 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
         images[work] += run.epochs * size.train
     devices = {run.device for run in trainings.values()}
     rates = {work: images_per_second(work, *devices) for work in images}
-    seconds = {work: images[work] / rates[work] for work in images}
-    total = duration(sum(seconds.values()) / jobs)
-    others = len(missing) - len(trainings)
-    said = [
-        f"{count_of(len(trainings), 'run')} to do, about {total} in {count_of(jobs, 'process')}:",
-        *(f"  {runs[w]} x {w}: {rates[w]:.0f} images/s, {duration(seconds[w] / runs[w])} each" for w in images),
-    ]
-    not_timed = [f"{others} few-shot tests and meta-trainings to do, whose time is not estimated"]
-    return (said if trainings else []) + (not_timed if others else [])
+    return [_Kind(w, runs[w], f"{rates[w]:.0f} images/s", images[w] / rates[w]) for w in images]
+
+
+def _few_shot(plan: Plan, missing: Mapping[str, Job]) -> list[_Kind]:
+    """Tests and meta-trainings; for tests it is left out that each image goes through the frozen model once."""
+    number: Counter[FewShotWork] = Counter()
+    tasks: Counter[FewShotWork] = Counter()
+    rates: dict[FewShotWork, float] = {}
+    for job in missing.values():
+        if isinstance(job, Run):
+            continue
+        folder = job.teacher if isinstance(job, FewShotTest) else job.start
+        assert folder is not None  # as in every table
+        network, size = _network(plan, folder), _size_of(_training(plan, folder)).image_size
+        if isinstance(job, FewShotTest):
+            work = FewShotWork(job.run.method, network, job.run.n_shot, size)
+            tasks[work] += job.run.n_episodes + job.trials * job.tune_tasks
+            if work not in rates:
+                student = None if job.student is None else _network(plan, job.student)
+                rates[work] = tasks_per_second(job.run, network, student, size)
+        else:
+            work = FewShotWork(f"meta-training of {job.method}", network, job.n_shot, size)
+            tasks[work] += job.n_episodes
+            if work not in rates:
+                rates[work] = meta_tasks_per_second(job, network, size)
+        number[work] += 1
+    return [_Kind(w, number[w], f"{rates[w]:.1f} tasks/s", tasks[w] / rates[w]) for w in number]
 
 
 def _left_to_embed(run: Run) -> float:
@@ -154,10 +193,25 @@ def _left_to_embed(run: Run) -> float:
     return 1 - cache.shards_on_disk() / cache.contents.shards
 
 
-def _network(plan: Plan, name: str) -> str | None:
-    job = plan.runs[name]
-    assert isinstance(job, Run)  # what teaches in a run has been trained in one
-    return job.student
+def _network(plan: Plan, folder: str) -> str:
+    """Find the architecture of the model that a job leaves in its folder."""
+    student = _training(plan, folder).student
+    assert student is not None  # or there would be no model
+    return student
+
+
+def _training(plan: Plan, folder: str) -> Run:
+    """Find the training behind a model, which meta-training may have gone on from."""
+    job = plan.runs[Path(folder).name]
+    if isinstance(job, MetaRun):
+        assert job.start is not None  # as in every table
+        return _training(plan, job.start)
+    assert isinstance(job, Run)  # nothing else leaves a model for others
+    return job
+
+
+def _size_of(run: Run) -> TaskSize:
+    return _size(run.task, run.shots, run.val, run.data_root, run.image_size)
 
 
 @cache

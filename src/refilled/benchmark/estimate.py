@@ -65,7 +65,7 @@ def images_per_second(work: Work, device: str = "auto") -> float:
     if work.teacher is not None:
         teacher = freeze(create_model(work.teacher, len(_CLASSES), image_size=work.image_size))
     (stage,) = vanilla(student, None) if teacher is None else refilled(student, teacher, gamma=0.1)
-    with _one_thread():
+    with one_thread():
         if not work.trains:
             return work.batch_size / scoring_cost(freeze(student), size, run, fabric).seconds(work.batch_size)
         cost = step_cost(student, teacher, stage, size, run, fabric, probe_batches(run.device, work.batch_size))
@@ -73,7 +73,8 @@ def images_per_second(work: Work, device: str = "auto") -> float:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute on one thread for a while, as the jobs of a table do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

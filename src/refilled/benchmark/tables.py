@@ -165,7 +165,7 @@ _REFILLED_OF_A_TASK: Mapping[str, Any] = {
     "centers": "global",
     "normalize": True,
     "kd_temperature": 0.2,
-    "kd_weight": 4.0,
+    "kd_weight": 1.0,
     "kd_decay": 0.0,
 }
 _STUDENT_OF_A_TASK: Mapping[str, Any] = {"trains": "student", "costly": True}

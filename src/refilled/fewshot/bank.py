@@ -78,10 +78,11 @@ class Bank:
             embeddings = torch.empty(len(self.pixels), self.model.embedding_dim)
             self._known[view] = embeddings, torch.zeros(len(self.pixels), dtype=torch.bool)
         embeddings, known = self._known[view]
-        wanted = rows.unique()
-        for missing in wanted[~known[wanted]].split(256):
-            embeddings[missing] = embed(self.model, self.images(missing, view), self.device)
-            known[missing] = True
+        if not known[rows].all():
+            wanted = rows.unique()
+            for missing in wanted[~known[wanted]].split(256):
+                embeddings[missing] = embed(self.model, self.images(missing, view), self.device)
+                known[missing] = True
         found: Tensor = embeddings[rows]
         return found
 

@@ -101,7 +101,7 @@ def evaluate_few_shot(
     refuse_other(folder, run.to_toml())
     if (folder / "DONE").exists():
         return FewShotResult.load(folder)
-    use_machine(run.threads)
+    use_machine(run.threads, run.device)
     pool = load_side(run)
     bank = make_bank(run, pool)
     learner = load_few_shot_method(run.method).learner(bank, run.settings)
@@ -191,7 +191,7 @@ def batch_accuracies(run: FewShotRun, numbers: range) -> list[float]:
 @lru_cache(maxsize=1)
 def _ready(described: str) -> tuple[Learner, Tensor]:
     run = FewShotRun(**json.loads(described))
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    use_machine(run.threads, run.device)
     pool = load_side(run)
     return load_few_shot_method(run.method).learner(make_bank(run, pool), run.settings), pool.train.labels
 

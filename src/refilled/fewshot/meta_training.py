@@ -73,7 +73,7 @@ def meta_train(
     refuse_other(folder, run.to_toml())
     if (folder / "DONE").exists():
         return MetaResult.load(folder)
-    use_machine(run.threads)
+    use_machine(run.threads, run.device)
     training = _MetaTraining(run)
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):

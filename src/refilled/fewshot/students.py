@@ -233,7 +233,7 @@ class _Group:
         for number, steps in enumerate(share_epochs(self.stages[0], self.recipe.steps)):
             if steps > 0:
                 self._train([stages[number] for stages in self.stages], steps, first=number == 0)
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             if self.recipe.norm == "batch":
                 self._take_statistics()
             self.students.eval()

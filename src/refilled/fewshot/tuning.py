@@ -50,7 +50,7 @@ def tune(
     method = load_few_shot_method(run.method)
     distributions = {name: _distribution(method, name, text) for name, text in search.items()}
     run = resolve(replace(run, side="val", n_episodes=n_episodes))
-    use_machine(run.threads)
+    use_machine(run.threads, run.device)
     pool = load_side(run)
     bank = make_bank(run, pool)  # shared by all trials, so that each image is embedded once
     run = replace(run, n_query=queries_left(pool.train.labels, run.n_shot, run.n_query, pool.classes))
