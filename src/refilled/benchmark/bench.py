@@ -26,6 +26,8 @@ from refilled.fewshot.evaluation import FewShotResult
 from refilled.forecast import duration
 from refilled.run import MetaRun, Run
 
+_SHORT = 3  # seconds; what takes less is not told one by one
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -114,7 +116,10 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
         return ["nothing is left to do"]
     kinds = [*_trainings(plan, missing), *_few_shot(plan, missing)]
     total = duration(sum(kind.seconds for kind in kinds) / jobs)
-    return [f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:", *map(str, kinds)]
+    first = f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:"
+    long = [kind for kind in kinds if kind.seconds >= _SHORT * kind.number]
+    others = sum(kind.number for kind in kinds) - sum(kind.number for kind in long)
+    return [first, *map(str, long), *([f"  {others} of a few seconds each"] if others else [])]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from refilled.models import Backbone, create_model
 from refilled.models.backbone import freeze
 from refilled.run import FewShotRun, MetaRun
 
-_SOON = 0.1  # seconds; what takes less is timed for many tasks
+_SOON, _LONG = 0.1, 1.0  # seconds: less is timed for many tasks, more is not done again to warm up
+_FEW_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ def tasks_per_second(run: FewShotRun, network: str, student: str | None, image_s
     """
     start = {} if student is None else {"student": student}
     run = resolve(replace(run, settings={**run.settings, **start}))
+    steps: int = run.settings.get("steps", 0)
+    if steps > _FEW_STEPS:  # each costs the same
+        one, few = (_seconds_a_task(_with_steps(run, number), network, image_size) for number in (1, _FEW_STEPS))
+        return 1 / (one + (steps - 1) * max(0.0, few - one) / (_FEW_STEPS - 1))
+    return 1 / _seconds_a_task(run, network, image_size)
+
+
+def _with_steps(run: FewShotRun, steps: int) -> FewShotRun:
+    return replace(run, settings={**run.settings, "steps": steps})
+
+
+def _seconds_a_task(run: FewShotRun, network: str, image_size: int) -> float:
     shape = (run.n_way * (run.n_shot + run.n_query), 3, image_size, image_size)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
     labels = torch.arange(len(pixels)) % run.n_way
@@ -65,7 +78,7 @@ def tasks_per_second(run: FewShotRun, network: str, student: str | None, image_s
     }
     bank = Bank(pixels, freeze(model), augmentation="crop-flip", device=run.device, head=head, known=known)
     learner = load_few_shot_method(run.method).learner(bank, run.settings)
-    return 1 / _seconds(lambda tasks: task_accuracies(learner, labels, range(tasks), run), run.batch)
+    return _seconds(lambda tasks: task_accuracies(learner, labels, range(tasks), run), run.batch)
 
 
 def meta_tasks_per_second(run: MetaRun, network: str, image_size: int) -> float:
@@ -101,10 +114,11 @@ def _meta_learner(method: str, backbone: Backbone, **settings: Any) -> MetaLearn
 
 
 def _seconds(work: Callable[[int], object], together: int) -> float:
-    """Seconds a task, after one that warms up; of so many together where a single one is soon done."""
+    """Seconds a task; of so many together where a single one is soon done."""
     with one_thread():
-        work(1)
         taken = _time(work, 1)
+        if taken < _LONG:
+            taken = _time(work, 1)
         return taken if taken > _SOON else _time(work, together) / together
 
 
