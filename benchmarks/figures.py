@@ -53,7 +53,8 @@ def main() -> None:
         "birds-10": "Birds, 10 images a class, x0.25, 400 epochs",
         "birds-5": "Birds, 5 images a class",
         "cifar100-halves": "CIFAR-100 halves: a teacher of the other 50 classes, 60 epochs",
-        "cifar10-resnet56": "The same students with a weak teacher (CIFAR-10 ResNet-56)",
+        "cifar100-halves-10": "The same teacher and classes with 10 images a class, 150 epochs",
+        "cifar10-resnet56": "Halves, 50 images a class, 60 epochs: a weak teacher (CIFAR-10 ResNet-56)",
     }
     label = "test accuracy in percent after the last epoch; a dot a seed"
     draw("settings", {title: read(name) for name, title in settings.items()}, label)
