@@ -187,7 +187,7 @@ def _few_shot(plan: Plan, missing: Mapping[str, Job]) -> list[_Kind]:
             if work not in rates:
                 rates[work] = meta_tasks_per_second(job, network, size)
         number[work] += 1
-    return [_Kind(w, number[w], f"{rates[w]:.1f} tasks/s", tasks[w] / rates[w]) for w in number]
+    return [_Kind(w, number[w], f"{1 / rates[w]:.2g} seconds a task", tasks[w] / rates[w]) for w in number]
 
 
 def _left_to_embed(run: Run) -> float:
