@@ -118,7 +118,7 @@ def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
     total = duration(sum(kind.seconds for kind in kinds) / jobs)
     first = f"{count_of(len(missing), 'run')} to do, about {total} in {count_of(jobs, 'process')}:"
     long = [kind for kind in kinds if kind.seconds >= _SHORT * kind.number]
-    others = sum(kind.number for kind in kinds) - sum(kind.number for kind in long)
+    others = sum(kind.number for kind in kinds if kind not in long)
     return [first, *map(str, long), *([f"  {others} of a few seconds each"] if others else [])]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from refilled.benchmark.estimate import one_thread
-from refilled.data import sample_episodes
+from refilled.cost import made_up_task
+from refilled.data import TaskSize, sample_episodes
 from refilled.experiment import find_device
 from refilled.fewshot.bank import Bank, Known
 from refilled.fewshot.evaluation import resolve, task_accuracies
@@ -64,9 +65,9 @@ def _with_steps(run: FewShotRun, steps: int) -> FewShotRun:
 
 
 def _seconds_a_task(run: FewShotRun, network: str, image_size: int) -> float:
-    shape = (run.n_way * (run.n_shot + run.n_query), 3, image_size, image_size)
-    pixels = torch.randint(256, shape, dtype=torch.uint8)
-    labels = torch.arange(len(pixels)) % run.n_way
+    size = TaskSize(tuple(map(str, range(run.n_way))), 0, 0, 0, image_size, "crop-flip", images_per_second=0.0)
+    pool = made_up_task(size, run.n_way * (run.n_shot + run.n_query))
+    pixels, labels = pool.train.pixels, pool.train.labels
     model = create_model(network, run.n_way, image_size=image_size)
     head = {}
     if run.method in list_meta_learners():
@@ -76,7 +77,7 @@ def _seconds_a_task(run: FewShotRun, network: str, image_size: int) -> float:
         view: (torch.randn(len(pixels), model.embedding_dim), everything)
         for view in (None, *range(run.settings.get("views", 0)))
     }
-    bank = Bank(pixels, freeze(model), augmentation="crop-flip", device=run.device, head=head, known=known)
+    bank = Bank(pixels, freeze(model), augmentation=pool.augmentation, device=run.device, head=head, known=known)
     learner = load_few_shot_method(run.method).learner(bank, run.settings)
     return _seconds(lambda tasks: task_accuracies(learner, labels, range(tasks), run), run.batch)
 
