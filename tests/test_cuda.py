@@ -4,17 +4,18 @@ Most other tests run there too where there is one, since ``auto`` chooses it.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
-from refilled.cuda_graphs import GraphedNetwork
+from refilled.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.data import Views, load_task
 from refilled.experiment import distill, evaluate
 from refilled.fewshot.evaluation import evaluate_few_shot
 from refilled.methods import list_methods, load_method
-from refilled.models import create_model, freeze, save_model
+from refilled.models import create_model, freeze, load_teacher, save_model
 from refilled.run import FewShotRun, Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
@@ -95,6 +96,48 @@ def test_recording_leaves_no_trace():
         torch.testing.assert_close(network(other).logits, found, rtol=0, atol=0)
         for name, value in network.named_buffers():
             torch.testing.assert_close(value, after[name], rtol=0, atol=0)
+
+
+PLAIN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    num_features = 8
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.seen = nn.Conv2d(3, 8, 3), 0
+    def forward_features(self, x):
+        BODY
+        return self.layer(x).relu().mean((2, 3))
+
+def load():
+    return Net(), {"mean": [0.5] * 3, "std": [0.5] * 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "recorded"),
+    [
+        ("pass", True),
+        ("x = x if x[0, 0, 0, 0].item() < 0 else -x", False),  # looks at a number, which no graph can
+        ("self.seen += 1; x = x * self.seen", False),  # would stand still in a graph
+        ("x = x * torch.rand(3, 1, 1, device=x.device)", False),
+    ],
+)
+def test_a_teacher_from_a_file_is_recorded_where_that_changes_nothing(tmp_path, body, recorded):
+    file = tmp_path / "net.py"
+    file.write_text(PLAIN.replace("BODY", body))
+    teacher = freeze(load_teacher(f"{file}:load")).cuda()
+    assert can_be_graphed(teacher, torch.device("cuda"), "32-true")
+    graphed = GraphedNetwork(teacher, "32-true")
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, device="cuda")
+    with nullcontext() if recorded else pytest.warns(UserWarning, match="run as usual"):
+        graphed(images, frozenset({"embedding"}))
+    if body == "pass":
+        torch.testing.assert_close(graphed(images, frozenset({"embedding"})).embedding, teacher(images).embedding)
+    assert torch.zeros(1, device="cuda").item() == 0  # a recording that failed leaves the GPU usable
 
 
 def test_a_processor_trains_alike(teacher, tmp_path):

@@ -22,8 +22,13 @@ Pass = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def can_be_graphed(network: Backbone, device: torch.device, precision: Precision) -> bool:
-    """Whether the passes of a network can be recorded: not where a user's own code may do what no graph can hold."""
-    return device.type == "cuda" and precision in ("bf16-mixed", "32-true") and network.architecture is not None
+    """Whether the passes of a network may be recorded; a user's own code is trusted with a teacher's only.
+
+    What code does beside its kernels, a graph leaves out. A teacher's is checked when it has been recorded
+    (:class:`GraphedNetwork`); a student changes with every pass, so that there is nothing to compare with.
+    """
+    known = network.architecture is not None or not any(parameter.requires_grad for parameter in network.parameters())
+    return known and device.type == "cuda" and precision in ("bf16-mixed", "32-true")
 
 
 class GraphedNetwork:
@@ -57,14 +62,19 @@ class GraphedNetwork:
         """Record a pass. Warming up leaves traces, in batch norm's statistics and the random numbers; they go again."""
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         random = torch.cuda.get_rng_state(images.device)
+        generator = torch.cuda.default_generators[images.device.index]
+        spare = generator.clone_state()
         recorded: Pass
         try:
             if any(parameter.requires_grad for parameter in chosen.parameters()):
                 recorded = torch.cuda.make_graphed_callables(chosen, (images,), allow_unused_input=True)  # type: ignore[assignment]
             else:
                 recorded = _record_frozen(chosen, images)
+                if self.network.architecture is None:
+                    _check_replay(recorded, chosen, images.flip(0))
         except RuntimeError as error:
-            name = self.network.architecture
+            generator.graphsafe_set_state(spare)  # the other one takes itself to be recorded for ever
+            name = self.network.architecture or "a network from a Python file"
             warn(f"{name} cannot be recorded as a CUDA graph and is run as usual: {error}", stacklevel=2)
             recorded = _ChosenParts(self.network, chosen.parts, self.mixed)
         for name, buffer in self.network.named_buffers():
@@ -112,3 +122,15 @@ def _record_frozen(network: nn.Module, images: Tensor) -> Pass:
         return outputs
 
     return replay
+
+
+def _check_replay(recorded: Pass, network: nn.Module, images: Tensor) -> None:
+    """Compare a replay with a pass; code that chooses by what it sees, or by how often it ran, would differ.
+
+    Raises:
+        RuntimeError: they are not the same.
+    """
+    with torch.no_grad():
+        wanted: tuple[Tensor, ...] = network(images)
+    if not all(map(torch.equal, recorded(images), wanted)):
+        raise RuntimeError("on other images it does not give what it gives when it is run")

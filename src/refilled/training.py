@@ -380,6 +380,7 @@ class _Training:
         self.position = Position(**state.data["position"])
         self.student.load_state_dict(dict(_under("student/", state.tensors)))
         self.losses.load_state_dict(dict(_under("losses/", state.tensors)))
+        self.losses.to(self.fabric.device)  # what only the state knew the size of was made on the processor
         self.sums = {name: state.tensors[f"sums/{name}"] for name in state.data["sums"]}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, value in _under("optimizer/", state.tensors):
