@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import reference
 from refilled.distances import class_centers, pairwise_distances
 from refilled.errors import MethodError
-from refilled.methods.refilled import LocalKDLoss, TripletAlignmentLoss, local_kd, triplet_alignment
+from refilled.methods.refilled import LocalKDLoss, LogitKDLoss, TripletAlignmentLoss, local_kd, triplet_alignment
 from refilled.mining import semi_hard_triplets
 from refilled.stages import Prepares, Reports
 
@@ -75,6 +75,17 @@ def test_local_kd_is_that_of_the_loop_for_all_kinds_of_centers(labels, seed, tau
         loss = LocalKDLoss(centers="global", classes="all", class_centers=means, right_only=only, **settings)
         expected = reference.local_kd(*given_rows, centers=means.tolist(), every=True, right_only=only)
         assert loss(logits, teacher, y).item() == close(expected)
+        loss.average = "elements"
+        assert loss(logits, teacher, y).item() == close(expected / 6)
+    over_elements = LocalKDLoss(average="elements", **settings)(logits, teacher, y).item()
+    assert over_elements == close(reference.local_kd(*given_rows) / len(set(labels)))
+
+
+def test_kd_of_the_teachers_logits_is_torch_s_divergence():
+    student, teacher = normal(8, 5), normal(8, 5, seed=1)
+    each = torch.nn.KLDivLoss(reduction="none")(student.log_softmax(1), (teacher / 3).softmax(1))
+    for average, expected in (("images", each.sum(1).mean()), ("elements", each.mean())):
+        torch.testing.assert_close(LogitKDLoss(3, average)(student, teacher, torch.zeros(8)), expected)
 
 
 @few

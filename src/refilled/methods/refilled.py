@@ -40,6 +40,7 @@ Reduction = Literal["sum", "mean"]
 Centers = Literal["batch", "leave-one-out", "global"]
 Classes = Literal["batch", "all"]
 Targets = Literal["embedding", "logits"]
+Average = Literal["images", "elements"]
 
 
 def triplet_alignment(u_student: Tensor, u_teacher: Tensor) -> Tensor:
@@ -236,6 +237,7 @@ def local_kd(
     classes: Classes = "batch",
     normalize: bool = False,
     right_only: bool = False,
+    average: Average = "images",
 ) -> Tensor:
     r"""Local knowledge distillation over the classes present in the batch (Eq. 7 to 9 of the paper).
 
@@ -258,11 +260,14 @@ def local_kd(
         normalize: Bring the teacher's embedding to length 1 first.
         right_only: Count images that the teacher's classifier gets wrong as 0, for a teacher that knows little would
             otherwise contradict the labels; the paper counts all.
+        average: Over ``"images"`` as above; ``"elements"`` divides by the number of compared classes too, as
+            :class:`torch.nn.KLDivLoss` does by default and the authors' first code did.
 
     Raises:
         MethodError: Shapes or labels do not fit.
     """
     check_batch(labels, student_logits, teacher_embedding)
+    _check_choice("average", average, get_args(Average))
     embedding = _teacher_rows(teacher_embedding, normalize)
     means, compared = distances.class_centers(embedding, labels)
     if isinstance(centers, Tensor):
@@ -280,10 +285,11 @@ def local_kd(
         squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
     log_q = F.log_softmax(-squared / temperature, dim=1)
     log_p = F.log_softmax(at_least_float32(student_logits)[:, compared] / student_temperature, dim=1)
+    share = len(compared) if average == "elements" else 1
     if not right_only:
-        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
+        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True) / share
     divergence = F.kl_div(log_p, log_q.to(log_p.dtype), reduction="none", log_target=True).sum(1)
-    return torch.where(own.gather(1, log_q.argmax(1, keepdim=True)).squeeze(1), divergence, 0).mean()
+    return torch.where(own.gather(1, log_q.argmax(1, keepdim=True)).squeeze(1), divergence, 0).mean() / share
 
 
 class LocalKDLoss(nn.Module):
@@ -302,6 +308,7 @@ class LocalKDLoss(nn.Module):
             loaded state dict gives it.
         class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
         right_only: Count images that the teacher's classifier gets wrong as 0.
+        average: Over ``"images"``, or ``"elements"``.
 
     Raises:
         MethodError: A parameter is out of its range, or (on a call) shapes or labels do not fit, or the global class
@@ -322,9 +329,11 @@ class LocalKDLoss(nn.Module):
         centered: bool = False,
         class_centers: Tensor | None = None,
         right_only: bool = False,
+        average: Average = "images",
     ) -> None:
         super().__init__()
         _check_choice("centers", centers, get_args(Centers))
+        _check_choice("average", average, get_args(Average))
         _check_positive(temperature=temperature, student_temperature=student_temperature)
         _check_choice("classes", classes, get_args(Classes))
         if classes == "all" and centers != "global":
@@ -340,6 +349,7 @@ class LocalKDLoss(nn.Module):
         self.normalize = normalize
         self.centered = centered
         self.right_only = right_only
+        self.average = average
         self.register_buffer("class_centers", class_centers)
         self.register_buffer("mean", None)
 
@@ -375,11 +385,12 @@ class LocalKDLoss(nn.Module):
             classes=self.classes,
             normalize=self.normalize,
             right_only=self.right_only,
+            average=self.average,
         )
 
     def extra_repr(self) -> str:
         """Name the hyper-parameters when printed."""
-        names = ("centers", "classes", "temperature", "normalize", "centered", "right_only")
+        names = ("centers", "classes", "temperature", "normalize", "centered", "right_only", "average")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _prepared(self, buffer: Tensor | None, what: str) -> Tensor:
@@ -409,18 +420,22 @@ class LogitKDLoss(nn.Module):
 
     Args:
         temperature: tau.
+        average: Over ``"images"``, or ``"elements"``: divided by the number of classes too.
     """
 
-    def __init__(self, temperature: float = 2.0) -> None:
+    def __init__(self, temperature: float = 2.0, average: Average = "images") -> None:
         super().__init__()
         _check_positive(temperature=temperature)
+        _check_choice("average", average, get_args(Average))
         self.temperature = temperature
+        self.average = average
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of ``(N, C)`` logits; the labels are not used."""
         log_p = F.log_softmax(at_least_float32(student_logits), dim=1)
         log_q = F.log_softmax(at_least_float32(teacher_logits.detach()) / self.temperature, dim=1)
-        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True)
+        share = log_p.shape[1] if self.average == "elements" else 1
+        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True) / share
 
 
 def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
@@ -478,6 +493,7 @@ def refilled(
     kd_temperature: float = 2.0,
     kd_weight: float = 10.0,
     kd_decay: float = 0.05,
+    kd_average: Average = "images",
     kd_targets: Targets = "embedding",
     right_only: bool = False,
     regression_weight: float = 0.0,
@@ -504,6 +520,7 @@ def refilled(
         kd_weight: Weight of local distillation in the first epoch of its stage: ``1000 * lambda`` with lambda = 0.01
             (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
         kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
+        kd_average: Over what distillation is a mean: ``images``, or ``elements``, images times the classes compared.
         kd_targets: ``embedding``: local distillation; ``logits``: of the teacher's own classifier (Table 5), for a
             teacher of the same classes.
         right_only: Whether local distillation leaves out the images that the teacher's local classifier gets wrong.
@@ -524,10 +541,13 @@ def refilled(
             normalize=normalize,
             centered=centered,
             right_only=right_only,
+            average=kd_average,
         )
         classify["local_kd"] = Term(_trusted(local, trust), exponential(kd_weight, kd_decay), teacher="embedding")
     elif kd_weight > 0:
-        classify["kd"] = Term(LogitKDLoss(kd_temperature), exponential(kd_weight, kd_decay), teacher="logits")
+        classify["kd"] = Term(
+            LogitKDLoss(kd_temperature, kd_average), exponential(kd_weight, kd_decay), teacher="logits"
+        )
     if regression_weight > 0:
         projected = _trusted(EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim), trust)
         classify["regression"] = Term(projected, constant(regression_weight), student="embedding", teacher="embedding")
