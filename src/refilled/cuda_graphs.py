@@ -67,6 +67,7 @@ class GraphedNetwork:
         recorded: Pass
         try:
             if any(parameter.requires_grad for parameter in chosen.parameters()):
+                _accept_streams()
                 recorded = torch.cuda.make_graphed_callables(chosen, (images,), allow_unused_input=True)  # type: ignore[assignment]
             else:
                 recorded = _record_frozen(chosen, images)
@@ -103,6 +104,13 @@ class _ChosenParts(nn.Module):
             outputs: Outputs = self.network(images, features="features" in self.parts)
         tensors = (*(getattr(outputs, name) for name in _SINGLE if name in self.parts), *outputs.features)
         return tuple(tensor.float() for tensor in tensors) if self.training else tensors
+
+
+def _accept_streams() -> None:
+    """Let PyTorch not warn that gradients of a recording come from another stream: that is what recordings do."""
+    warn_of_it = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # not in every torch
+    if warn_of_it is not None:
+        warn_of_it(False)
 
 
 def _record_frozen(network: nn.Module, images: Tensor) -> Pass:
