@@ -108,8 +108,8 @@ class _ChosenParts(nn.Module):
 
 def _accept_streams() -> None:
     """Let PyTorch not warn that gradients of a recording come from another stream: that is what recordings do."""
-    warn_of_it = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # not in every torch
-    if warn_of_it is not None:
+    warn_of_it = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn_of_it is not None:  # it is not in every PyTorch
         warn_of_it(False)
 
 
