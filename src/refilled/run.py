@@ -296,6 +296,7 @@ _STEADY: Mapping[str, Any] = {
     "kd_temperature": 0.2,
     "kd_weight": 4.0,
     "kd_decay": 0.0,
+    "kd_average": "images",
     "trust": 1.0,
 }
 

@@ -167,6 +167,7 @@ _REFILLED_OF_A_TASK: Mapping[str, Any] = {
     "kd_temperature": 0.2,
     "kd_weight": 1.0,
     "kd_decay": 0.0,
+    "kd_average": "images",
 }
 _STUDENT_OF_A_TASK: Mapping[str, Any] = {"trains": "student", "costly": True}
 _LEARNING_RATES = {"lr": "0.001..0.1:log"}
