@@ -105,6 +105,18 @@ def test_a_folder_of_another_comparison_is_refused(page):
         compare(replace(other, run=replace(other.run, lr=0.05)), page.parent)
 
 
+def test_a_folder_of_an_earlier_version_is_refused(page):
+    """What a record does not name may have been otherwise: a default that came later says nothing about it."""
+    record = next(path for path in page.parent.glob("*/run.toml") if "kd_average" in path.read_text())
+    whole = record.read_text()
+    try:
+        record.write_text(whole.replace('kd_average = "elements"\n', ""))
+        with pytest.raises(RunError, match="holds a run of another configuration"):
+            compare(Comparison.from_toml(TEXT), page.parent)
+    finally:
+        record.write_text(whole)
+
+
 def test_a_killed_comparison_leaves_no_worker_and_goes_on(tmp_path):
     (tmp_path / "c.toml").write_text(TEXT.replace("epochs = 2", "epochs = 200"))
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli import main; main()"]

@@ -125,6 +125,17 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(teacher, tmp_path, monkeypatc
         assert digest(folder) == digest(tmp_path / "whole"), f"stopped after step {step}"
 
 
+def test_a_run_of_an_earlier_version_is_not_gone_on_with(teacher, tmp_path):
+    """A parameter that its record does not name was not there; today's default would change the run in its middle."""
+    with pytest.raises(Interrupted):
+        distill(refilled(teacher), tmp_path / "a", display=_Stopping(1))
+    record = tmp_path / "a" / "run.toml"
+    record.write_text(record.read_text().replace('kd_average = "elements"\n', ""))
+    with pytest.raises(RunError, match=r"had no kd_average; go on with that version, or .*--overwrite"):
+        resume(tmp_path / "a")
+    assert (tmp_path / "a" / "last.ckpt").exists()
+
+
 def test_a_run_killed_at_random_times_goes_on_exactly(teacher, tmp_path):
     run = refilled(teacher, epochs=16, precision="bf16-mixed")
     distill(run, tmp_path / "whole")

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import shutil
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -170,7 +171,7 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
         if not (folder / "run.toml").exists():
             _refuse_used(folder)
             return _begin(_Prepared(resolve(run)), folder, display, seconds_between_saves)
-        if resolve(_load_run(folder)) != resolve(run):
+        if _recorded(folder) != _to_record(run):
             raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
         return _go_on(folder, display, seconds_between_saves)
 
@@ -186,7 +187,7 @@ def _go_on(folder: Path, display: Display, seconds_between_saves: float, world: 
     finished = world.lead(lambda: Result.load(folder) if (folder / "DONE").exists() else None)
     if finished is not None:
         return finished
-    prepared = _Prepared(world.lead(lambda: _load_run(folder)))
+    prepared = _Prepared(world.lead(lambda: _load_unfinished(folder)))
     return _carry_out(prepared, folder, display, seconds_between_saves, world)
 
 
@@ -354,6 +355,27 @@ def _load_run(folder: Path) -> Run:
     if not path.exists():
         raise RunError(f"{folder} holds no run: there is no {path.name}")
     return Run.from_toml(path.read_text(encoding="utf-8"))
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+
+
+def _to_record(run: Run) -> dict[str, Any]:
+    """Return what the folder of a run would record: all of it, so that what is missing there had no name yet."""
+    return tomllib.loads(resolve(run).to_toml())
+
+
+def _load_unfinished(folder: Path) -> Run:
+    run = _load_run(folder)
+    wanted, recorded = _to_record(run), _recorded(folder)
+    new = [*(wanted.keys() - recorded.keys()), *(wanted["settings"].keys() - recorded.get("settings", {}).keys())]
+    if new:
+        raise RunError(
+            f"{folder} was begun by a version of refilled, or of its method, that had no {', '.join(sorted(new))}; "
+            "go on with that version, or begin anew with --overwrite"
+        )
+    return run
 
 
 def _trained_nothing(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """From a table to the jobs that fill it: what each cell carries out, and where it finds it done already."""
 
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -287,11 +288,13 @@ class Plan:
     def _refuse_outdated(self, name: str, run: Run) -> None:
         """Refuse a folder whose run had other defaults than a run has now: a name tells only what is no default."""
         path = self.folder / name / "run.toml"
-        if path.exists() and _in_full(Run.from_toml(path.read_text(encoding="utf-8"))) != _in_full(run):
+        settled = replace(run, settings=load_method(run.method).settle(run.settings))
+        if path.exists() and _in_full(path.read_text(encoding="utf-8")) != _in_full(settled.to_toml()):
             raise RunError(f"{path.parent} was run when other defaults held; remove it, or choose another --out")
 
 
-def _in_full(run: Run) -> dict[str, Any]:
-    """Return how a run optimises and what its method is set to, defaults included; not what a machine settles."""
-    recipe = {f.name: getattr(run, f.name) for f in fields(Recipe) if f.name != "precision"}
-    return {**recipe, **load_method(run.method).settle(run.settings)}
+def _in_full(record: str) -> dict[str, Any]:
+    """Return how a recorded run optimises and what its method is set to; not what a machine settles."""
+    recorded = tomllib.loads(record)
+    recipe = [field.name for field in fields(Recipe) if field.name != "precision"]
+    return {name: recorded.get(name) for name in ("settings", *recipe)}
