@@ -521,7 +521,7 @@ def refilled(
             (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
         kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
         kd_average: Over what distillation is a mean. ``elements``: images times the classes compared, which the paper's
-            factor of 1000 goes with (as in the authors' first code): of 10, some 0.15 for each image of a batch of 128.
+            factor of 1000 goes with (as in the authors' first code): of 10, some 0.14 for each image of a batch of 128.
             ``images``: the divergence of an image, as Eq. 9 has it.
         kd_targets: ``embedding``: local distillation; ``logits``: of the teacher's own classifier (Table 5), for a
             teacher of the same classes.
