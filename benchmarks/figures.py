@@ -51,6 +51,7 @@ def main() -> None:
         "birds-long": "Birds, all images: an iNaturalist teacher for a MobileNetV1 x0.25, 400 epochs",
         "birds": "The same, 200 epochs",
         "birds-half-width": "The same for a MobileNetV1 x0.5",
+        "birds-20": "Birds, 20 images a class, x0.25, 400 epochs",
         "birds-10-long": "Birds, 10 images a class, x0.25, 1200 epochs",
         "birds-10": "The same, 400 epochs",
         "birds-5": "Birds, 5 images a class",
