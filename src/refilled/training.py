@@ -391,7 +391,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = state.data["lr"]
         torch.set_rng_state(state.tensors["random"])
-        if "random_cuda" in state.tensors:
+        if "random_cuda" in state.tensors and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
 
 
