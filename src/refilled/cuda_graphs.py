@@ -27,8 +27,12 @@ def can_be_graphed(network: Backbone, device: torch.device, precision: Precision
     What code does beside its kernels, a graph leaves out. A teacher's is checked when it has been recorded
     (:class:`GraphedNetwork`); a student changes with every pass, so that there is nothing to compare with.
     """
-    known = network.architecture is not None or not any(parameter.requires_grad for parameter in network.parameters())
+    known = network.architecture is not None or not _is_trained(network)
     return known and device.type == "cuda" and precision in ("bf16-mixed", "32-true")
+
+
+def _is_trained(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 class GraphedNetwork:
@@ -66,7 +70,7 @@ class GraphedNetwork:
         spare = generator.clone_state()
         recorded: Pass
         try:
-            if any(parameter.requires_grad for parameter in chosen.parameters()):
+            if _is_trained(chosen):
                 _accept_streams()
                 recorded = torch.cuda.make_graphed_callables(chosen, (images,), allow_unused_input=True)  # type: ignore[assignment]
             else:

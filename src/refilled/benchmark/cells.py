@@ -288,8 +288,10 @@ class Plan:
     def _refuse_outdated(self, name: str, run: Run) -> None:
         """Refuse a folder whose run had other defaults than a run has now: a name tells only what is no default."""
         path = self.folder / name / "run.toml"
+        if not path.exists():
+            return
         settled = replace(run, settings=load_method(run.method).settle(run.settings))
-        if path.exists() and _in_full(path.read_text(encoding="utf-8")) != _in_full(settled.to_toml()):
+        if _in_full(path.read_text(encoding="utf-8")) != _in_full(settled.to_toml()):
             raise RunError(f"{path.parent} was run when other defaults held; remove it, or choose another --out")
 
 
