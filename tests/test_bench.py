@@ -17,7 +17,7 @@ from sklearn.datasets import make_blobs
 from typer.testing import CliRunner
 
 from refilled.benchmark import bench as module
-from refilled.benchmark.bench import bench, estimate, find_table
+from refilled.benchmark.bench import bench, estimate, estimate_table, find_table
 from refilled.benchmark.cells import Cell, Choice, Plan, cells, chosen
 from refilled.benchmark.estimate import Work, images_per_second
 from refilled.benchmark.few_shot_estimate import meta_tasks_per_second, tasks_per_second
@@ -325,6 +325,16 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path, then):
     written.write_text(settled.to_toml().replace("angle_weight = 50.0\n", then))
     (problem,) = Plan(cells(table, ONE), tmp_path).problems.values()
     assert f"{name} was run when other defaults held" in str(problem)
+
+
+def test_a_dry_run_says_what_cannot_be_done(tmp_path):
+    table = small_table(Row("taught", "rkd", (None,)))
+    plan = Plan(cells(table, ONE), tmp_path / "runs")
+    (name,) = plan.needs
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "run.toml").write_text(resolve(plan.runs[name]).to_toml().replace("50.0", "10.0"))
+    (line,) = estimate_table(table, ONE, tmp_path)
+    assert re.fullmatch(f"failed: taught.*{name} was run when other defaults held.*", line)
 
 
 def test_teachers_and_equal_cells_are_one_run(tmp_path):

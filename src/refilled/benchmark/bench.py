@@ -100,10 +100,13 @@ def bench(
 
 
 def estimate_table(table: Table, choice: Choice, folder: Path, jobs: int = 1) -> list[str]:
-    """Say what of a table is missing and how long it will take, without doing it."""
+    """Say what of a table is missing and how long it will take, and what cannot be done, without doing it."""
     every = cells(table, choice)
     plan = Plan(every, folder / "runs")
-    return estimate(plan, plan.missing(chosen(table, every, choice.only)), jobs)
+    wanted = chosen(table, every, choice.only)
+    failed = [f"failed: {cell.name}: {problem}" for cell, problem in plan.problems.items() if cell in wanted]
+    missing = plan.missing(wanted)
+    return failed if failed and not missing else [*failed, *estimate(plan, missing, jobs)]
 
 
 def estimate(plan: Plan, missing: Mapping[str, Job], jobs: int) -> list[str]:
