@@ -88,6 +88,19 @@ def test_a_second_start_repeats_nothing(page):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
 
 
+def test_what_was_run_elsewhere_is_found_here(page):
+    """A comparison is begun on one machine and read on another; what is done need not be done again."""
+    record = next(page.parent.glob("*-s0/run.toml"))
+    whole = record.read_text()
+    try:
+        elsewhere = re.sub('device = ".*"', 'device = "mps"', whole).replace("threads = 1", "threads = 64")
+        record.write_text(elsewhere)
+        compare(Comparison.from_toml(TEXT), page.parent)
+        assert record.read_text() == elsewhere != whole  # where it was run remains true
+    finally:
+        record.write_text(whole)
+
+
 def test_a_row_may_change_a_preset():
     text = TEXT.replace(
         'method = "refilled", settings = { centers = "global" }', 'preset = "good", settings = { trust = 0 }'

@@ -108,6 +108,10 @@ MISTAKES = [
         "temperature must be greater than 0",
     ),
     (["distill", "digits:5-9", "--resume", "x"], "leave out the task"),
+    (
+        ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
+        "leave out --epochs. What may change is: --data-r",
+    ),
     (["distill", "--resume", "no_run"], "no_run holds no run"),
     (["distill", "digits:5-9", "--preset", "papre"], "did you mean 'paper'"),
     (["distill", "digits:5-9", "--student", "wrn_15_1", "--method", "vanilla"], "depth"),
@@ -242,7 +246,10 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
     assert f"Go on with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["a b"]
     done = subprocess.run(
-        [*command, "distill", "--resume", str(tmp_path / "a b"), "--json"], capture_output=True, text=True
+        [*command, "distill", "--resume", str(tmp_path / "a b"), "--image-memory", "3", "--json"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"] > 50
+    assert "image_memory = 3.0" in (tmp_path / "a b" / "run.toml").read_text()

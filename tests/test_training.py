@@ -22,7 +22,7 @@ from refilled import experiment, training
 from refilled.cuda_graphs import GraphedNetwork
 from refilled.data import epoch_batches
 from refilled.errors import NonFiniteError, RunError
-from refilled.experiment import Result, distill, resume
+from refilled.experiment import Result, complete, distill, resume
 from refilled.journal import Interrupted, RunJournal
 from refilled.models import load_model
 from refilled.progress import Display
@@ -134,6 +134,28 @@ def test_a_run_of_an_earlier_version_is_not_gone_on_with(teacher, tmp_path):
     with pytest.raises(RunError, match=r"had no kd_average; go on with that version, or .*--overwrite"):
         resume(tmp_path / "a")
     assert (tmp_path / "a" / "last.ckpt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used here")
+def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
+    """A state says nothing of the machine; the record does, and is changed with it."""
+    run = refilled(teacher)
+    distill(run, tmp_path / "whole")
+    for folder, go_on in (
+        (tmp_path / "a", lambda: resume(tmp_path / "a", where={"device": "cpu"})),
+        (tmp_path / "b", lambda: complete(run, tmp_path / "b")),
+    ):
+        with pytest.raises(Interrupted):
+            distill(run, folder, display=_Stopping(3))
+        record = folder / "run.toml"
+        record.write_text(record.read_text().replace('device = "cpu"', 'device = "cuda"'))
+        with pytest.raises(RunError, match="'cuda' cannot be used here, choose another with --device"):
+            resume(folder)
+        with pytest.raises(RunError, match="epochs cannot change, only data_root, "):
+            resume(folder, where={"device": "cpu", "epochs": 1})
+        go_on()
+        assert digest(folder) == digest(tmp_path / "whole")
+        assert record.read_text() == (tmp_path / "whole" / "run.toml").read_text()
 
 
 def test_a_run_killed_at_random_times_goes_on_exactly(teacher, tmp_path):

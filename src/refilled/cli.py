@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from refilled.errors import RefilledError, RunError, unknown
-from refilled.run import PRESETS, FewShotRun, MetaRun, Recipe, Run, with_preset
+from refilled.run import PRESETS, WHERE, FewShotRun, MetaRun, Recipe, Run, with_preset
 
 if TYPE_CHECKING:
     from refilled.benchmark import executors
@@ -119,6 +119,7 @@ def train(
 @app.command()
 @_run_flags("task", "settings")
 def distill(
+    context: typer.Context,
     task: Annotated[
         str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
     ] = None,
@@ -134,7 +135,11 @@ def distill(
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder; nothing else is needed.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder; nothing else is needed. --device and the like move it.",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: DryRun = False,
@@ -145,9 +150,7 @@ def distill(
 ) -> None:
     """Train a student with the help of a teacher whose classes may be others."""
     if resume is not None:
-        if task is not None:
-            raise RunError("--resume goes on with a run as it was begun; leave out the task")
-        _resume(resume, quiet, as_json)
+        _resume(context, resume, quiet, as_json)
         return
     if task is None:
         raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
@@ -636,10 +639,26 @@ def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     console.print(table)
 
 
-def _resume(folder: Path, quiet: bool, as_json: bool) -> None:
+def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) -> None:
     from refilled import experiment
 
-    _carry_out(lambda display: experiment.resume(folder, display=display), folder, quiet or as_json, as_json)
+    given = _given(context)
+    if others := [flag for name, flag in given.items() if name not in (*WHERE, "resume", "quiet", "as_json")]:
+        movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
+        raise RunError(
+            f"--resume goes on with a run as it was begun; leave out {', '.join(others)}. What may change is: {movable}"
+        )
+    where = {name: context.params[name] for name in WHERE if name in given}
+    _carry_out(
+        lambda display: experiment.resume(folder, where=where, display=display), folder, quiet or as_json, as_json
+    )
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """Return how each parameter that stands on the command line is written there."""
+    sources = {p: context.get_parameter_source(p.name) for p in context.command.params if p.name}
+    given = [p for p, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return {str(p.name): p.opts[-1] if p.param_type_name == "option" else f"the {p.name}" for p in given}
 
 
 def _carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,7 +45,7 @@ from refilled.machine import give_memory_back, use_machine
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
 from refilled.progress import Display
-from refilled.run import Run
+from refilled.run import WHERE, Run
 from refilled.stages import FineTuning, Readout, Stage
 from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
 from refilled.training import fit, resolve_precision, views_of
@@ -132,19 +132,34 @@ def prepare(run: Run, task: Task) -> "_Prepared":
     return _Prepared(run, task)
 
 
-def resume(folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
+def resume(
+    folder: Path,
+    *,
+    where: Mapping[str, Any] | None = None,
+    display: Display | None = None,
+    seconds_between_saves: float = 60.0,
+) -> Result:
     """Go on with an interrupted run, exactly as if it had not been interrupted; a finished one gives its result.
 
-    Processes that torchrun started go on together, however many there were before; in another number of them the run
-    ends as it would have up to rounding.
+    Processes that torchrun started go on together, however many there were before; in another number of them, or
+    elsewhere, the run ends as it would have up to rounding.
+
+    Args:
+        folder: Of the run.
+        where: Values of fields named in :data:`~refilled.run.WHERE` that hold from now on, and are recorded.
+        display: Where progress is shown.
+        seconds_between_saves: Of the state.
 
     Raises:
-        RunError: there is no run in the folder, or another process is at it.
+        RunError: there is no run in the folder, another process is at it, or ``where`` names something else or a
+            device that cannot be used here.
         CheckpointError: its saved states are damaged.
     """
+    if others := sorted(set(where or ()) - set(WHERE)):
+        raise RunError(f"a run goes on as it was begun: {', '.join(others)} cannot change, only {', '.join(WHERE)}")
     with joined() as world, ExitStack() as held:
         world.lead(lambda: held.enter_context(_begun(folder)))
-        return _go_on(folder, display or Display(), seconds_between_saves, world)
+        return _go_on(folder, where or {}, display or Display(), seconds_between_saves, world)
 
 
 @contextmanager
@@ -158,7 +173,8 @@ def _begun(folder: Path) -> Iterator[None]:
 def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
     """Begin a run, or go on with it where it stands; a finished one gives its result.
 
-    Several processes may ask for the same run in the same folder: one carries it out.
+    Several processes may ask for the same run in the same folder: one carries it out. It is the same run wherever it
+    is carried out, so that what one machine has begun, another can end.
 
     Raises:
         InUseError: another process is at it.
@@ -171,9 +187,11 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
         if not (folder / "run.toml").exists():
             _refuse_used(folder)
             return _begin(_Prepared(resolve(run)), folder, display, seconds_between_saves)
-        if _recorded(folder) != _to_record(run):
+        recorded, wanted = _recorded(folder), _to_record(run)
+        if _what(recorded) != _what(wanted):
             raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
-        return _go_on(folder, display, seconds_between_saves)
+        where = {name: wanted.get(name) for name in WHERE}
+        return _go_on(folder, where, display, seconds_between_saves)
 
 
 def _begin(
@@ -183,11 +201,15 @@ def _begin(
     return _carry_out(prepared, folder, display, seconds_between_saves, world)
 
 
-def _go_on(folder: Path, display: Display, seconds_between_saves: float, world: World = ALONE) -> Result:
+def _go_on(
+    folder: Path, where: Mapping[str, Any], display: Display, seconds_between_saves: float, world: World = ALONE
+) -> Result:
     finished = world.lead(lambda: Result.load(folder) if (folder / "DONE").exists() else None)
     if finished is not None:
         return finished
-    prepared = _Prepared(world.lead(lambda: _load_unfinished(folder)))
+    prepared = _Prepared(world.lead(lambda: _load_unfinished(folder, where)))
+    if where:
+        world.lead(lambda: write_atomic(folder / "run.toml", prepared.run.to_toml().encode()))
     return _carry_out(prepared, folder, display, seconds_between_saves, world)
 
 
@@ -346,7 +368,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"device '{name}' cannot be used here, choose another with --device: {reason}") from error
     return device
 
 
@@ -366,10 +389,17 @@ def _to_record(run: Run) -> dict[str, Any]:
     return tomllib.loads(resolve(run).to_toml())
 
 
-def _load_unfinished(folder: Path) -> Run:
-    run = _load_run(folder)
+def _what(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in WHERE}
+
+
+def _load_unfinished(folder: Path, where: Mapping[str, Any]) -> Run:
+    run = resolve(replace(_load_run(folder), **where))
     wanted, recorded = _to_record(run), _recorded(folder)
-    new = [*(wanted.keys() - recorded.keys()), *(wanted["settings"].keys() - recorded.get("settings", {}).keys())]
+    new = [
+        *(_what(wanted).keys() - recorded.keys()),
+        *(wanted["settings"].keys() - recorded.get("settings", {}).keys()),
+    ]
     if new:
         raise RunError(
             f"{folder} was begun by a version of refilled, or of its method, that had no {', '.join(sorted(new))}; "

@@ -17,6 +17,9 @@ from refilled.errors import RunError, unknown
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
 
+WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
+"""Fields that say where and how a run is carried out, and not what it is: they change its result by rounding alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

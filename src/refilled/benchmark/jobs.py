@@ -18,10 +18,7 @@ from refilled.fewshot.meta_training import MetaResult, meta_train
 from refilled.fewshot.methods import load_few_shot_method, load_meta_learner
 from refilled.fewshot.tuning import tune
 from refilled.methods import load_method
-from refilled.run import FewShotRun, MetaRun, Run
-
-_WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
-"""Where and how a job is carried out, which is not what it is."""
+from refilled.run import WHERE, FewShotRun, MetaRun, Run
 
 
 @dataclass(frozen=True)
@@ -112,12 +109,12 @@ def _decisive(run: Run) -> dict[str, Any]:
     method = load_method(run.method)
     settings = method.settle(run.settings)
     unusual = {key: value for key, value in settings.items() if value != method.parameters[key]}
-    named = [f for f in fields(run) if f.name not in (*_WHERE, "settings") and getattr(run, f.name) != f.default]
+    named = [f for f in fields(run) if f.name not in (*WHERE, "settings") and getattr(run, f.name) != f.default]
     return {f.name: getattr(run, f.name) for f in named} | {"settings": unusual}
 
 
 def _what(run: MetaRun | FewShotRun) -> dict[str, Any]:
-    return {name: value for name, value in asdict(run).items() if name not in _WHERE}
+    return {name: value for name, value in asdict(run).items() if name not in WHERE}
 
 
 def _method_and_seed(run: Run | MetaRun | FewShotRun) -> str:
