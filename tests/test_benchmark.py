@@ -1,6 +1,7 @@
 """Comparisons: what is run, what is repeated, and what the page says."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from refilled.benchmark.report import Row, verdict
 from refilled.benchmark.summary import Gain
 from refilled.checkpoints import hold
 from refilled.errors import RunError
+from refilled.experiment import Result, complete, teacher_accuracy
 from refilled.run import PRESETS, Run
 
 TEXT = """
@@ -99,6 +101,24 @@ def test_what_was_run_elsewhere_is_found_here(page):
         assert record.read_text() == elsewhere != whole  # where it was run remains true
     finally:
         record.write_text(whole)
+
+
+def test_a_comparison_may_be_moved_with_the_teacher_that_it_trained(page, tmp_path):
+    away = tmp_path / "away"
+    shutil.copytree(page.parent, away)
+    run, folder = Comparison.from_toml(TEXT).grid(away)["<i>Re|Filled</i>"][0], away / "_i_Re_Filled__i_-s0"
+    with pytest.raises(RunError, match="another configuration"):  # what is still there may be another teacher
+        complete(run, folder)
+    page.parent.rename(tmp_path / "gone")
+    try:
+        assert complete(run, folder) == Result.load(folder)
+        assert Run.from_toml((folder / "run.toml").read_text()).teacher == str(away / "teacher")
+        assert teacher_accuracy(folder) is not None
+        (away / "teacher").rename(away / "teacher2")
+        with pytest.raises(RunError, match="another configuration"):  # one of another name
+            complete(replace(run, teacher=str(away / "teacher2")), folder)
+    finally:
+        (tmp_path / "gone").rename(page.parent)
 
 
 def test_a_row_may_change_a_preset():

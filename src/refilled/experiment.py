@@ -174,7 +174,8 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
     """Begin a run, or go on with it where it stands; a finished one gives its result.
 
     Several processes may ask for the same run in the same folder: one carries it out. It is the same run wherever it
-    is carried out, so that what one machine has begun, another can end.
+    is carried out, so that what one machine has begun, another can end; a teacher that lies beside the folder may have
+    been moved along with it.
 
     Raises:
         InUseError: another process is at it.
@@ -188,8 +189,13 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
             _refuse_used(folder)
             return _begin(_Prepared(resolve(run)), folder, display, seconds_between_saves)
         recorded, wanted = _recorded(folder), _to_record(run)
-        if _what(recorded) != _what(wanted):
+        moved: dict[str, Any] = (
+            {"teacher": run.teacher} if _moved_along(recorded.get("teacher"), run.teacher, folder) else {}
+        )
+        if _what(recorded | moved) != _what(wanted):
             raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
+        if moved:
+            write_atomic(folder / "run.toml", replace(_load_run(folder), **moved).to_toml().encode())
         where = {name: wanted.get(name) for name in WHERE}
         return _go_on(folder, where, display, seconds_between_saves)
 
@@ -387,6 +393,13 @@ def _recorded(folder: Path) -> dict[str, Any]:
 def _to_record(run: Run) -> dict[str, Any]:
     """Return what the folder of a run would record: all of it, so that what is missing there had no name yet."""
     return tomllib.loads(resolve(run).to_toml())
+
+
+def _moved_along(recorded: str | None, wanted: str | None, folder: Path) -> bool:
+    """Tell whether a run's teacher, which lies beside the run, did so elsewhere before."""
+    if recorded is None or wanted is None or recorded == wanted or Path(recorded).exists():
+        return False
+    return Path(wanted).parent == folder.parent and Path(wanted).name == Path(recorded).name
 
 
 def _what(record: Mapping[str, Any]) -> dict[str, Any]:
