@@ -90,8 +90,30 @@ def test_a_trusted_loss_is_the_loss_times_the_share_to_a_power():
         torch.testing.assert_close(again(logits, embedding, labels), loss(logits, embedding, labels))
 
 
+def test_a_teacher_counts_like_so_many_images_of_each_class():
+    embedding, labels = embeddings(4, 8, 3.0)
+    embedding = embedding.float()
+    logits = torch.randn(32, 4)
+
+    def value(worth):
+        loss = Trusted(LocalKDLoss(centers="global"), worth=worth)
+        loss.prepare(embedding, labels)
+        again = Trusted(LocalKDLoss(centers="global"), worth=worth)
+        again.load_state_dict(loss.state_dict())
+        torch.testing.assert_close(again(logits, embedding, labels), loss(logits, embedding, labels))
+        return loss(logits, embedding, labels).item()
+
+    share = label_information(embedding, labels)
+    enough = 8 * (1 - share) / share  # it is then worth the 8 images that there are
+    assert value(1.01 * enough) == value(100 * enough) == value(None)
+    for part in (0.5, 0.1):
+        assert value(part * enough) == pytest.approx(part * value(None), rel=1e-5)
+
+
 def test_trust_must_be_measured_and_its_power_make_sense():
     with pytest.raises(MethodError, match="call prepare"):
         Trusted(nn.MSELoss())(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2))
     with pytest.raises(MethodError, match="trust must be 0 or more"):
         Trusted(nn.MSELoss(), -1.0)
+    with pytest.raises(MethodError, match="worth must be greater than 0"):
+        Trusted(nn.MSELoss(), worth=0.0)

@@ -315,7 +315,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "warmup": 0.0,
     },
     # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right.
-    "good": {"method": "refilled", "settings": {**_STEADY, "regression_weight": 10.0, "right_only": True}},
+    "good": {
+        "method": "refilled",
+        "settings": {**_STEADY, "regression_weight": 10.0, "right_only": True, "worth": 100.0},
+    },
     # What won there with few images and much time: more to see, of which the teacher says what it sees itself.
     "patient": {
         "method": "refilled",

@@ -56,34 +56,48 @@ def label_information(embedding: Tensor, labels: Tensor) -> float:
 
 
 class Trusted(nn.Module):
-    """A loss that listens to the teacher as far as its embedding knows the labels.
+    r"""A loss that listens to the teacher as far as its embedding knows the labels.
 
-    It is the given loss times :func:`label_information` of the training set, to a power.
+    It is the given loss times :math:`s^{power}`, where s is :func:`label_information` of the training set. With
+    ``worth``, the teacher counts besides as a prior does: like :math:`worth \cdot s / (1 - s)` labelled images of each
+    class, so that where there are n, more than that, its weight falls as :math:`1 / n`.
 
     Args:
         loss: A loss that is called with ``(student_tensor, teacher_tensor, labels)``.
         power: 0 trusts every teacher alike; the higher, the less a weak teacher counts.
+        worth: Labelled images a class that a teacher counts for whose embedding takes half of the labels' entropy
+            away; None for ever so many.
 
     Raises:
-        MethodError: the power is negative, or (on a call) :meth:`prepare` was not called.
+        MethodError: the power is negative, ``worth`` is not above 0, or (on a call) :meth:`prepare` was not called.
     """
 
     share: Tensor
+    prior: Tensor
     needs_training_set = True
 
-    def __init__(self, loss: nn.Module, power: float = 1.0) -> None:
+    def __init__(self, loss: nn.Module, power: float = 1.0, worth: float | None = None) -> None:
         super().__init__()
         if not power >= 0:
             raise MethodError(f"trust must be 0 or more, but is {power}")
+        if worth is not None and not worth > 0:
+            raise MethodError(f"worth must be greater than 0, but is {worth}")
         self.loss = loss
         self.power = power
+        self.worth = worth
         self.reads_labels = getattr(loss, "reads_labels", True)
         self.register_buffer("share", torch.tensor(math.nan))
+        if worth is not None:
+            self.register_buffer("prior", torch.tensor(math.nan))
         self._share_is_known = False  # asked once: a GPU would be waited for
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
         """Measure the teacher by the training set ``(N, d)`` with class ids ``(N,)``; the loss may look at it too."""
-        self.share.fill_(label_information(teacher_embedding, labels))
+        share = label_information(teacher_embedding, labels)
+        self.share.fill_(share)
+        if self.worth is not None:
+            of_a_class = len(labels) / labels.unique().numel()
+            self.prior.fill_(min(1.0, self.worth * share / max(1 - share, 1e-6) / of_a_class))
         if isinstance(self.loss, Prepares) and self.loss.needs_training_set:
             self.loss.prepare(teacher_embedding, labels)
 
@@ -93,8 +107,9 @@ class Trusted(nn.Module):
             raise MethodError("how far to trust the teacher is not known yet; call prepare(teacher_embedding, labels)")
         self._share_is_known = True
         loss: Tensor = self.loss(student, teacher, labels)
-        return self.share**self.power * loss
+        weight = self.share**self.power
+        return (weight if self.worth is None else weight * self.prior) * loss
 
     def statistics(self) -> Mapping[str, Tensor]:
-        """Return the share, for the log."""
-        return {"label_information": self.share}
+        """Return the share, and what the number of images leaves of it, for the log."""
+        return {"label_information": self.share} | ({} if self.worth is None else {"prior": self.prior})

@@ -498,6 +498,7 @@ def refilled(
     right_only: bool = False,
     regression_weight: float = 0.0,
     trust: float = 0.0,
+    worth: float | None = None,
     gamma: float | None = None,
 ) -> list[Stage]:
     """Match triplets in the embedding, then distil a local classifier (Ye, Lu and Zhan, CVPR 2020).
@@ -530,6 +531,8 @@ def refilled(
             through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
         trust: Weigh stage 2's terms of the teacher by what its embedding says about the training labels, to this
             power (see :mod:`refilled.trust`); 0 trusts every teacher alike, as the paper does.
+        worth: If given, let those terms count as a prior does: like so many labelled images of each class, for a
+            teacher that knows half of the labels, more for a better one; the weights fall where there are more images.
         gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
@@ -545,13 +548,15 @@ def refilled(
             right_only=right_only,
             average=kd_average,
         )
-        classify["local_kd"] = Term(_trusted(local, trust), exponential(kd_weight, kd_decay), teacher="embedding")
+        classify["local_kd"] = Term(
+            _trusted(local, trust, worth), exponential(kd_weight, kd_decay), teacher="embedding"
+        )
     elif kd_weight > 0:
         classify["kd"] = Term(
             LogitKDLoss(kd_temperature, kd_average), exponential(kd_weight, kd_decay), teacher="logits"
         )
     if regression_weight > 0:
-        projected = _trusted(EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim), trust)
+        projected = _trusted(EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim), trust, worth)
         classify["regression"] = Term(projected, constant(regression_weight), student="embedding", teacher="embedding")
     if gamma is not None:
         aligned = Term(alignment, constant(gamma), student="embedding", teacher="embedding")
@@ -563,5 +568,5 @@ def refilled(
     ]
 
 
-def _trusted(loss: nn.Module, power: float) -> nn.Module:
-    return loss if power == 0 else Trusted(loss, power)
+def _trusted(loss: nn.Module, power: float, worth: float | None) -> nn.Module:
+    return loss if power == 0 and worth is None else Trusted(loss, power, worth)
