@@ -189,13 +189,11 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
             _refuse_used(folder)
             return _begin(_Prepared(resolve(run)), folder, display, seconds_between_saves)
         recorded, wanted = _recorded(folder), _to_record(run)
-        moved: dict[str, Any] = (
-            {"teacher": run.teacher} if _moved_along(recorded.get("teacher"), run.teacher, folder) else {}
-        )
-        if _what(recorded | moved) != _what(wanted):
+        moved = _moved_along(recorded.get("teacher"), run.teacher, folder)
+        if _what(recorded | ({"teacher": run.teacher} if moved else {})) != _what(wanted):
             raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
         if moved:
-            write_atomic(folder / "run.toml", replace(_load_run(folder), **moved).to_toml().encode())
+            write_atomic(folder / "run.toml", replace(_load_run(folder), teacher=run.teacher).to_toml().encode())
         where = {name: wanted.get(name) for name in WHERE}
         return _go_on(folder, where, display, seconds_between_saves)
 
