@@ -48,15 +48,21 @@ def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> No
 def main() -> None:
     """Draw all pictures."""
     settings = {
-        "birds-long": "Birds, all images: an iNaturalist teacher for a MobileNetV1 x0.25, 400 epochs",
+        "birds-long": "Birds, all images: iNaturalist teacher, MobileNetV1 x0.25, 400 epochs",
         "birds": "The same, 200 epochs",
         "birds-half-width": "The same for a MobileNetV1 x0.5",
+        "birds-mobilenetv3": "The same for a MobileNetV3-Small x0.5",
+        "birds-paper": "Birds, all images, x0.25, the paper's recipe, 400 epochs",
         "birds-20": "Birds, 20 images a class, x0.25, 400 epochs",
         "birds-10-long": "Birds, 10 images a class, x0.25, 1200 epochs",
-        "birds-10": "The same, 400 epochs",
+        "birds-10-half-width-long": "The same, x0.5",
+        "birds-10": "Birds, 10 images a class, x0.25, 400 epochs",
         "birds-5": "Birds, 5 images a class",
         "cifar100-halves-long": "CIFAR-100 halves: a teacher of the other 50 classes, 400 epochs",
         "cifar100-halves": "The same, 60 epochs",
+        "cifar100-random-halves": "Random halves, otherwise the same",
+        "cifar100-halves-500": "Halves with 500 images a class, 30 epochs",
+        "cifar100-halves-200": "Halves with 200 images a class, 30 epochs",
         "cifar100-halves-10": "The same teacher and classes with 10 images a class, 150 epochs",
         "cifar10-resnet56": "Halves, 50 images a class, 60 epochs: a weak teacher (CIFAR-10 ResNet-56)",
     }
