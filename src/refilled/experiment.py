@@ -45,7 +45,7 @@ from refilled.machine import give_memory_back, use_machine
 from refilled.methods import load_method
 from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
 from refilled.progress import Display
-from refilled.run import WHERE, Run
+from refilled.run import WHERE, Run, what
 from refilled.stages import FineTuning, Readout, Stage
 from refilled.teacher_cache import TeacherCache, fingerprint, teacher_cache
 from refilled.training import fit, resolve_precision, views_of
@@ -190,7 +190,7 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
             return _begin(_Prepared(resolve(run)), folder, display, seconds_between_saves)
         recorded, wanted = _recorded(folder), _to_record(run)
         moved = _moved_along(recorded.get("teacher"), run.teacher, folder)
-        if _what(recorded | ({"teacher": run.teacher} if moved else {})) != _what(wanted):
+        if what(recorded | ({"teacher": run.teacher} if moved else {})) != what(wanted):
             raise RunError(f"{folder} holds a run of another configuration; remove it or choose another folder")
         if moved:
             write_atomic(folder / "run.toml", replace(_load_run(folder), teacher=run.teacher).to_toml().encode())
@@ -400,15 +400,11 @@ def _moved_along(recorded: str | None, wanted: str | None, folder: Path) -> bool
     return Path(wanted).parent == folder.parent and Path(wanted).name == Path(recorded).name
 
 
-def _what(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in WHERE}
-
-
 def _load_unfinished(folder: Path, where: Mapping[str, Any]) -> Run:
     run = resolve(replace(_load_run(folder), **where))
     wanted, recorded = _to_record(run), _recorded(folder)
     new = [
-        *(_what(wanted).keys() - recorded.keys()),
+        *(what(wanted).keys() - recorded.keys()),
         *(wanted["settings"].keys() - recorded.get("settings", {}).keys()),
     ]
     if new:

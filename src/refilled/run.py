@@ -21,6 +21,11 @@ WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 """Fields that say where and how a run is carried out, and not what it is: they change its result by rounding alone."""
 
 
+def what(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a configuration's fields that say what is carried out."""
+    return {name: value for name, value in values.items() if name not in WHERE}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a student is optimised. The defaults suit short runs; ``PRESETS["paper"]`` is what the paper did.

@@ -18,7 +18,7 @@ from refilled.fewshot.meta_training import MetaResult, meta_train
 from refilled.fewshot.methods import load_few_shot_method, load_meta_learner
 from refilled.fewshot.tuning import tune
 from refilled.methods import load_method
-from refilled.run import WHERE, FewShotRun, MetaRun, Run
+from refilled.run import WHERE, FewShotRun, MetaRun, Run, what
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def name_of(job: Job) -> str:
             return f"{(job.student or 'teacher').replace('/', '_')}-{_method_and_seed(job)}-{_digest(decisive)}"
         case MetaRun():
             in_full = replace(job, settings=load_meta_learner(job.method).settle(job.settings))
-            return f"meta-{job.n_shot}shot-{_method_and_seed(job)}-{_digest(_what(in_full))}"
+            return f"meta-{job.n_shot}shot-{_method_and_seed(job)}-{_digest(what(asdict(in_full)))}"
         case FewShotTest():
             run = replace(job.run, settings=load_few_shot_method(job.run.method).settle(job.run.settings))
             about_the_search = {name: value for name, value in vars(job).items() if name != "run"}
-            return f"{run.n_shot}shot-{_method_and_seed(run)}-{_digest({**_what(run), **about_the_search})}"
+            return f"{run.n_shot}shot-{_method_and_seed(run)}-{_digest({**what(asdict(run)), **about_the_search})}"
 
 
 def _decisive(run: Run) -> dict[str, Any]:
@@ -111,10 +111,6 @@ def _decisive(run: Run) -> dict[str, Any]:
     unusual = {key: value for key, value in settings.items() if value != method.parameters[key]}
     named = [f for f in fields(run) if f.name not in (*WHERE, "settings") and getattr(run, f.name) != f.default]
     return {f.name: getattr(run, f.name) for f in named} | {"settings": unusual}
-
-
-def _what(run: MetaRun | FewShotRun) -> dict[str, Any]:
-    return {name: value for name, value in asdict(run).items() if name not in WHERE}
 
 
 def _method_and_seed(run: Run | MetaRun | FewShotRun) -> str:
