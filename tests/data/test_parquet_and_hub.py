@@ -84,7 +84,7 @@ def test_any_rows_are_read_from_shards_and_row_groups(tmp_path, rows):
         ({"label": [7, 3] * 5, "class_name": ["dog", "cat"] * 5}, ("cat", "dog")),
         ({"label": [1, 0] * 5, "class_name": ["same", "same"] * 5}, ("same", "same")),
         ({"label": [1, 0] * 5, "class_name": list("abcdefghij")}, ("0", "1")),  # no one name for a number
-        ({"anything": [1, 0] * 5}, ("0", "1")),
+        ({"Target ": [1, 0] * 5}, ("0", "1")),
         ({"other": [1, 0] * 5, "label": pa.array([4, 5] * 5, pa.uint8())}, ("4", "5")),
     ],
 )
@@ -144,8 +144,13 @@ def test_bad_cells_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([0, None] * 5, "NoneType"),
-        ([0.5, 1.5] * 5, "which column"),
+        ([0, None] * 5, r"x\.parquet has 5 empty cells among 10"),
+        ([0.0, float("nan")] * 5, r"x\.parquet has 5 empty cells among 10"),
+        (["a", ""] * 5, "5 empty cells"),
+        ([0.5, 1.5] * 5, r"'label' of .*x\.parquet holds fractions such as 0\.5"),
+        ([float("inf"), 1.5] * 5, "fractions"),
+        ([[0], [1]] * 5, "holds list"),
+        (list(range(10)), "another value in each of its 10 rows"),
         ([0, -1] * 5, "label -1, but there are names for 0 to 1 only"),
         ([0, 2] * 5, "label 2, but"),
     ],

@@ -116,7 +116,7 @@ def load_task(
         augmentation=wanted.options.augment or source.augmentation,
         fingerprint=fingerprint(names, (splits["train"], splits["val"], splits["test"])),
         skipped=skipped,
-        notes=(*plan.notes, *_copies_notes(decoded)),
+        notes=(*source.notes, *plan.notes, *_copies_notes(decoded)),
         licence=source.licence,
         citation=source.citation,
     )

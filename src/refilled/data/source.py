@@ -1,6 +1,7 @@
 """What a source of images offers before anything is decoded: classes, labels, and a way to the pictures."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -19,6 +20,7 @@ PART_NAMES = {
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
     "testing": "test",
 }
@@ -55,6 +57,18 @@ class Part(Protocol):
 
     def stamp(self) -> str:
         """Say in a digest which pictures these are; when a file is changed or another one added, so is this."""
+
+
+def part_in_name(name: str) -> tuple[str | None, str]:
+    """Find the part that a name of a file or folder says, and the word that says it; (None, "") where none does.
+
+    The first word counts, ``train-00000-of-00002.parquet``, else the only one that names a part, ``birds_test.csv``.
+    """
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    named = [word for word in words if word in PART_NAMES]
+    if named and (named[0] == words[0] or len({PART_NAMES[word] for word in named}) == 1):
+        return PART_NAMES[named[0]], named[0]
+    return None, ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,8 @@ class Source:
     image_size: int | None = None  # the side length, where the source knows it
     licence: str | None = None
     citation: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know of how the source was read."""
 
 
 def pool(source: Source) -> Source:
@@ -146,6 +162,32 @@ class PooledPart:
 
     def _starts(self) -> list[int]:
         return [0, *self._ends()[:-1]]
+
+
+@dataclass(frozen=True)
+class SelectedPart:
+    """Some of the rows of another part."""
+
+    whole: Part
+    rows: Rows
+    """Which ones, ascending."""
+
+    @property
+    def labels(self) -> Rows:
+        """Positions ``(N,)`` in the source's classes."""
+        return self.whole.labels[self.rows]
+
+    def name(self, row: int) -> str:
+        """Say where an image came from, as the whole part does."""
+        return self.whole.name(int(self.rows[row]))
+
+    def pictures(self, rows: Rows) -> Iterator[Picture]:
+        """Give the pictures of these rows, which ascend, one after the other."""
+        return self.whole.pictures(self.rows[rows])
+
+    def stamp(self) -> str:
+        """Digest the stamp of the whole part, and which rows these are."""
+        return stamp_of((), self.whole.stamp(), sha256(self.rows.tobytes()).hexdigest())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from refilled.data.decode import SUFFIXES, regular_file_size
 from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
-from refilled.data.sources.parquet import number_labels
+from refilled.data.sources.columns import Cells, read_labels
 from refilled.errors import TaskError
 
 _LABEL = "cls"  # what the label's name ends in, by WebDataset's custom
@@ -47,8 +47,17 @@ def open_webdataset(path: Path, image: str | None = None, label: str | None = No
         raise TaskError(f"{path} has no training part; name its shards train-0000.tar and so on")
     image = image or _find_image(files["train"][0])
     found = {part: [_list_shard(file, image, label or _LABEL) for file in shards] for part, shards in files.items()}
-    raw = {part: [text for shard in shards for text in shard.labels] for part, shards in found.items()}
-    classes, labels = number_labels(_integers(raw), None, f"{path}")
+    whole = all(
+        re.fullmatch("[0-9]{1,9}", text) for shards in found.values() for shard in shards for text in shard.labels
+    )
+    cells = {
+        part: [
+            Cells(str(file), list(map(int, shard.labels)) if whole else shard.labels)
+            for file, shard in zip(files[part], shards, strict=True)
+        ]
+        for part, shards in found.items()
+    }
+    classes, labels = read_labels(cells, label or _LABEL)
     parts = {
         part: TarPart(
             labels[part],
@@ -172,13 +181,6 @@ def _list_shard(file: Path, image: str, label: str) -> _Shard:
             found = members.get(image)
             places.append((found.offset_data, found.size) if found else (0, 0))
     return _Shard(labels, np.array(places, dtype=np.int64).reshape(-1, 2))
-
-
-def _integers(raw: dict[str, list[str]]) -> dict[str, list[str]] | dict[str, list[int]]:
-    """Read labels as integers where all of them are."""
-    if all(re.fullmatch("[0-9]{1,9}", text) for part in raw.values() for text in part):
-        return {part: [int(text) for text in found] for part, found in raw.items()}
-    return raw
 
 
 def _listed(members: Iterable[str]) -> str:
