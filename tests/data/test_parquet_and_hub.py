@@ -149,7 +149,7 @@ def test_bad_cells_are_listed(tmp_path):
         (["a", ""] * 5, "5 empty cells"),
         ([0.5, 1.5] * 5, r"'label' of .*x\.parquet holds fractions such as 0\.5"),
         ([float("inf"), 1.5] * 5, "fractions"),
-        ([[0], [1]] * 5, "holds list"),
+        ([[0], [1]] * 5, "None of them can be"),
         (list(range(10)), "another value in each of its 10 rows"),
         ([0, -1] * 5, "label -1, but there are names for 0 to 1 only"),
         ([0, 2] * 5, "label 2, but"),

@@ -16,7 +16,7 @@ from refilled.data.selection import select_classes
 from refilled.data.source import Names, Part, Rows, Source, pool
 from refilled.data.sources import cifar100, cub, digits
 from refilled.data.sources.cifar100 import open_cifar100
-from refilled.data.sources.csv_folder import is_csv_folder, open_csv_folder
+from refilled.data.sources.csv_folder import is_csv_folder, is_list, open_csv_folder
 from refilled.data.sources.cub import open_cub
 from refilled.data.sources.digits import open_digits
 from refilled.data.sources.hub import open_hub
@@ -46,6 +46,7 @@ def list_datasets() -> list[tuple[str, str]]:
         ("folder:PATH", "class folders of images, with or without train, val and test above them; PATH alone will do"),
         ("NAME", "a folder of this name below the data root: class folders, or train.parquet and test.parquet"),
         ("FILE.parquet", "a table with a column of encoded images and one of labels"),
+        ("FILE.csv", "a list of images and labels; a folder with labels.csv, or with train.csv and test.csv, will do"),
         ("wds:PATH", "WebDataset shards: a tar file, or a folder of them, with a .cls member beside each image"),
         ("hub:NAME", "a data set of the Hugging Face hub"),
     ]
@@ -80,7 +81,7 @@ def load_task(
         text: The task. Its options ``shots``, ``shots_seed``, ``val`` and ``size`` go before the arguments below;
             besides there are ``seed`` (of halves, cuts and shots), ``test`` (the fraction of each class to test on, cut
             from all images in place of the source's own parts), ``augment``, ``image`` and ``label``, the columns of
-            a table, and ``split``, which classes are seen and unseen.
+            a table or list, and ``split``, which classes are seen and unseen.
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         shots: Training images of each class; all if None.
         shots_seed: Which ones.
@@ -246,6 +247,8 @@ def open_source(wanted: TaskText, data_root: Path) -> Source:
         return open_webdataset(Path(wanted.source), *columns)
     if wanted.kind == "path" and is_parquet(Path(wanted.source)):
         return open_parquet(Path(wanted.source), *columns)
+    if wanted.kind == "path" and (is_list(Path(wanted.source)) or is_csv_folder(Path(wanted.source))):
+        return open_csv_folder(Path(wanted.source), *columns)
     if any(columns):
         raise TaskError(f"'{wanted.source}' is no table and has no columns; leave out @image= and @label=")
     if wanted.kind == "digits":
@@ -253,9 +256,10 @@ def open_source(wanted: TaskText, data_root: Path) -> Source:
     if wanted.kind == "cub":
         return open_cub(data_root)
     if not Path(wanted.source).is_dir():
-        raise TaskError(f"{wanted.source} is neither a folder nor a .parquet file")
-    folder = Path(wanted.source)
-    return open_csv_folder(folder) if is_csv_folder(folder) else open_image_folder(folder)
+        raise TaskError(
+            f"{wanted.source} is neither a folder, nor a .parquet file, nor a .csv list of images and labels"
+        )
+    return open_image_folder(Path(wanted.source))
 
 
 def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Plan:
