@@ -262,7 +262,7 @@ def _part_files(folder: Path) -> dict[str, list[Path]]:
                 f"and {file}); keep one, or rename the other"
             )
         parts.setdefault(part, []).append(file)
-    return parts
+    return {part: parts[part] for part in ("train", "val", "test") if part in parts}
 
 
 def _tables_in(folder: Path) -> list[tuple[Path, str]]:
