@@ -9,6 +9,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from refilled.data.grey import GreyRange
 from refilled.data.store import Pixels
 from refilled.data.transforms import Augmentation
 
@@ -59,6 +60,9 @@ class Task:
 
     notes: tuple[str, ...] = ()
     """What a reader of results should know: parts that were cut, copies, classes without images."""
+
+    grey_range: GreyRange | None = None
+    """The levels that became black and white in pictures with more than 8 bits a channel; None if there are none."""
 
     licence: str | None = None
     citation: str | None = None

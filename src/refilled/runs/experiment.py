@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import WHERE, Run, what
-from refilled.data import Pixels, Split, Task, load_task
+from refilled.data import GreyRange, Pixels, Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.errors import RunError, TaskError
 from refilled.files import cache_folder, write_atomic
@@ -225,7 +225,7 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
     """
     model = _load_student(folder)
     run = _load_run(folder)
-    data = _load_task(replace(run, task=task or run.task, data_root=data_root or run.data_root))
+    data = _load_task(replace(run, task=task or run.task, data_root=data_root or run.data_root), grey_range_of(model))
     if data.classes != model.class_names:
         raise RunError(f"{task} has other classes than the student in {folder}")
     found = predict_classes(model, data.test.pixels)
@@ -329,7 +329,7 @@ def classify(
     unreadable: list[tuple[Path, str]] = []
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), model.image_size)
+        pixels, reasons = read_pixels(batch, len(batch), model.image_size, grey_range_of(model))
         probabilities = predict(model, pixels).logits.softmax(1).tolist()
         kept = [path for position, path in enumerate(batch) if position not in reasons]
         readable += [
@@ -441,7 +441,12 @@ def _load_teacher(run: Run) -> Backbone | None:
     return load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
 
 
-def _load_task(run: Run) -> Task:
+def grey_range_of(model: Backbone) -> GreyRange | None:
+    """Return the black and white of a student's training images with more than 8 bits a channel, if they had any."""
+    return None if model.grey_range is None else GreyRange(*model.grey_range)
+
+
+def _load_task(run: Run, grey_range: GreyRange | None = None) -> Task:
     return load_task(
         run.task,
         data_root=Path(run.data_root) if run.data_root else None,
@@ -450,6 +455,7 @@ def _load_task(run: Run) -> Task:
         val=run.val,
         image_size=run.image_size,
         memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
+        grey_range=grey_range,
     )
 
 
@@ -500,12 +506,12 @@ class _Prepared:
             std=std,
             pretrained=self.run.pretrained,
         )
-        student.class_names = self.task.classes
+        student.class_names, student.grey_range = self.task.classes, self.task.grey_range
         return student
 
     def _copy(self, teacher: Backbone) -> Backbone:
         student = trainable_copy(teacher, self.task.classes, torch.Generator().manual_seed(self.run.seed))
-        student.image_size = self.task.image_size
+        student.image_size, student.grey_range = self.task.image_size, self.task.grey_range
         return student
 
 
@@ -661,6 +667,7 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
             "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
             "scored": run.score,
             "image_size": task.image_size,
+            "grey_range": task.grey_range,
             "skipped": [list(pair) for pair in task.skipped],
             "notes": [*task.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
         },
