@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refilled.data.transforms import Augmentation
+from refilled.errors import TaskError
 
 PART_NAMES = {
     "train": "train",
@@ -69,6 +70,36 @@ def part_in_name(name: str) -> tuple[str | None, str]:
     if named and (named[0] == words[0] or len({PART_NAMES[word] for word in named}) == 1):
         return PART_NAMES[named[0]], named[0]
     return None, ""
+
+
+def by_part(named: Iterable[tuple[Path, str]], where: Path) -> dict[str, list[Path]]:
+    """Group files by the part that a name says; empty where no name says one.
+
+    Args:
+        named: Each file, and the name that should say its part.
+        where: The folder, for errors.
+
+    Raises:
+        TaskError: Some files are of no part, or two words are used for one part, so that it is unclear what counts.
+    """
+    found = [(file, *part_in_name(name)) for file, name in named]
+    if all(part is None for _, part, _ in found):
+        return {}
+    parts: dict[str, list[Path]] = {}
+    words: dict[str, str] = {}
+    for file, part, word in found:
+        if part is None:
+            raise TaskError(
+                f"{file} belongs to no part of {where}: its name should begin with train, validation or test; rename "
+                "it, or move it elsewhere"
+            )
+        if words.setdefault(part, word) != word:
+            raise TaskError(
+                f"{where} has two kinds of files for the {part} part, '{words[part]}' and '{word}' ({parts[part][0]} "
+                f"and {file}); keep one, or rename the other"
+            )
+        parts.setdefault(part, []).append(file)
+    return {part: parts[part] for part in ("train", "val", "test") if part in parts}
 
 
 @dataclass(frozen=True)

@@ -284,8 +284,9 @@ class _List:
         if not self._rows:
             raise TaskError(f"{self.file} holds nothing: no row with the name of an image and a label")
         self._image = self._image_column() if image is None else self.columns.index(image)
-        self._label = self.columns.index(self._label_column() if label is None else label)
         self._above = self._folders_above()
+        self._refuse_none_there()
+        self._label = self.columns.index(self._label_column() if label is None else label)
         for row, line in zip(self._rows, self._lines, strict=True):
             if max(self._image, self._label) >= len(row) or not _parts(row[self._image]):
                 raise TaskError(
@@ -294,11 +295,14 @@ class _List:
                 )
             if ".." in _parts(row[self._image]):  # it could lead anywhere
                 raise TaskError(f"{self.file}, line {line}: '{row[self._image]}' leads out of {self.images.root}")
-        if not any(map(self._find, self.names())):
+
+    def _refuse_none_there(self) -> None:
+        names = [name for name in self._column(self._image) if name]
+        if names and not any(".." in _parts(name) or self._find(name) for name in names):
             raise TaskError(
-                f"none of the {len(self._rows)} images that {self.file} lists in column "
-                f"'{self.columns[self._image]}' is below {self.images.root}; the first is '{self.names()[0]}'. Put the "
-                "images there, or name the column of their names with @image=COLUMN"
+                f"none of the {len(names)} images that {self.file} lists in column '{self.columns[self._image]}' is "
+                f"below {self.images.root}; the first is '{names[0]}'. Put the images there, or name the column of "
+                "their names with @image=COLUMN"
             )
 
     def names(self) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refilled.data.source import Part, Picture, Rows, SelectedPart, Source, part_in_name, stamp_of
+from refilled.data.source import Part, Picture, Rows, SelectedPart, Source, by_part, part_in_name, stamp_of
 from refilled.data.sources.columns import (
     Cells,
     Column,
@@ -238,31 +238,10 @@ def as_picture(value: Any, folder: Path) -> Picture:
 
 
 def _part_files(folder: Path) -> dict[str, list[Path]]:
-    """Find the files of each part; a lone file is the training part.
-
-    Raises:
-        TaskError: There are several configurations, a file of unknown part, or two names for one part.
-    """
-    found = [(file, *part_in_name(name)) for file, name in _tables_in(folder)]
-    if len(found) == 1 and found[0][1] is None:
-        return {"train": [found[0][0]]}
-    if all(part is None for _, part, _ in found):
-        return {}
-    parts: dict[str, list[Path]] = {}
-    words: dict[str, str] = {}
-    for file, part, word in found:
-        if part is None:
-            raise TaskError(
-                f"{file} belongs to no part of {folder}: its name should begin with train, validation or test; rename "
-                "it, or move it elsewhere"
-            )
-        if words.setdefault(part, word) != word:
-            raise TaskError(
-                f"{folder} has two kinds of files for the {part} part, '{words[part]}' and '{word}' ({parts[part][0]} "
-                f"and {file}); keep one, or rename the other"
-            )
-        parts.setdefault(part, []).append(file)
-    return {part: parts[part] for part in ("train", "val", "test") if part in parts}
+    """Find the files of each part; a lone file of no part is the training part."""
+    found = _tables_in(folder)
+    parts = by_part(found, folder)
+    return {"train": [found[0][0]]} if len(found) == 1 and not parts else parts
 
 
 def _tables_in(folder: Path) -> list[tuple[Path, str]]:

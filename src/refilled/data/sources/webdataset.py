@@ -16,7 +16,7 @@ from sys import intern
 import numpy as np
 
 from refilled.data.decode import SUFFIXES, regular_file_size
-from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
+from refilled.data.source import Picture, Rows, Source, by_part, stamp_of
 from refilled.data.sources.columns import Cells, read_labels
 from refilled.errors import TaskError
 
@@ -29,7 +29,7 @@ _BLOCK = 512  # bytes; the unit of a tar file
 def open_webdataset(path: Path, image: str | None = None, label: str | None = None) -> Source:
     """Open one tar file, or a folder of them; not compressed, since compressed ones can be read from the start only.
 
-    A shard belongs to the part that its name begins with, as in ``train-0001.tar``; if no name does so, all of them are
+    A shard belongs to the part that its name says, as in ``train-0001.tar``; if no name does so, all of them are
     training part. A label is text, or an integer, in a member of its own. Links, devices and sparse members are passed
     over.
 
@@ -115,11 +115,7 @@ def _part_files(path: Path) -> dict[str, list[Path]]:
     files = [file for file in found if regular_file_size(file) is not None]  # opening a pipe would wait for ever
     if not files:
         raise TaskError(f"{path} has no tar files; WebDataset shards end in .tar, not compressed")
-    parts: dict[str, list[Path]] = {}
-    for file in files:
-        part = PART_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
-        if part:
-            parts.setdefault(part, []).append(file)
+    parts = by_part(((file, file.name) for file in files), path) if path.is_dir() else {}
     return parts or {"train": files}
 
 
