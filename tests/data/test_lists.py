@@ -183,6 +183,8 @@ def test_a_part_may_be_missing(tmp_path, names):
     task = load_task(str(tmp_path), val=0)
     check(task)
     assert (len(task.train), len(task.test)) == (12, 8)
+    frame[12:].rename(columns={"label": "class"}).to_csv(tmp_path / "test.csv", index=False)
+    check(load_task(str(tmp_path), val=0))
     frame[12:][["filename"]].to_csv(tmp_path / "test.csv", index=False)
     task = load_task(str(tmp_path))
     assert "test.csv has no column of labels and was not used" in task.notes

@@ -174,16 +174,20 @@ class _Images:
     def files(self) -> list[PurePosixPath]:
         """Paths within the root, in order; hidden ones are left out, links to folders followed at the top only."""
         found = []
-        for top in sorted(self.root.iterdir()):
-            if top.name.startswith("."):
+        try:
+            tops = sorted(self.root.iterdir())
+        except OSError as error:
+            raise TaskError(f"the folder {self.root} cannot be listed: {error.strerror}") from error
+        for top in tops:
+            if _is_hidden(top.name):
                 continue
             if not top.is_dir():
                 found.append(PurePosixPath(top.name))
                 continue
             for place, folders, files in os.walk(top):
                 inner = PurePosixPath(Path(place).relative_to(self.root).as_posix())
-                found += [inner / name for name in files if not name.startswith(".")]
-                folders[:] = [name for name in folders if not name.startswith(".")]
+                found += [inner / name for name in files if not _is_hidden(name)]
+                folders[:] = [name for name in folders if not _is_hidden(name)]
         return sorted(found)
 
     @cached_property
@@ -263,9 +267,9 @@ class _List:
         """Whether the column of labels of another list is here too, as far as the header tells."""
         if self._header is None:
             return len(self.columns) > 1
-        if other._header is None:
-            return self.names_labels()
-        return _plain(other.label_column) in map(_plain, self.columns)
+        if self.names_labels() and (other._header is None or other.names_labels()):
+            return True
+        return other._header is not None and _plain(other.label_column) in map(_plain, self.columns)
 
     @property
     def label_column(self) -> str:
@@ -561,6 +565,10 @@ def _parts(name: str) -> list[str]:
 
 def _is_absolute(name: str) -> bool:
     return bool(re.match(r"[/\\]|[A-Za-z]:[/\\]", name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
 def _plain(name: str) -> str:
