@@ -43,7 +43,17 @@ from refilled.files import cache_folder, write_atomic
 from refilled.journal import RunJournal
 from refilled.machine import give_memory_back, use_machine
 from refilled.methods import load_method
-from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
+from refilled.models import (
+    PROBE_IMAGES,
+    Backbone,
+    create_model,
+    load_model,
+    load_teacher,
+    probe,
+    refuse_non_finite,
+    save_model,
+    trainable_copy,
+)
 from refilled.progress import Display
 from refilled.run import WHERE, Run, what
 from refilled.stages import FineTuning, Readout, Stage
@@ -271,11 +281,11 @@ def teacher_accuracy(folder: Path) -> float | None:
     None for a run without a teacher.
     """
     run = _load_run(folder)
-    teacher = _load_teacher(run)
-    if teacher is None:
+    if run.teacher is None:
         return None
     task = _load_task(run)
-    train, test = (embed(_placed(teacher), split.pixels) for split in (task.train, task.test))
+    teacher = _load_teacher(run, task.image_size)
+    train, test = (_finite_embedding(_placed(teacher), split) for split in (task.train, task.test))
     mean = train.mean(0)  # what all images share says nothing about them
     return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
 
@@ -295,9 +305,7 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
         ModelError: the folder holds no student.
     """
     if _trained_nothing(folder):
-        teacher = _load_teacher(_load_run(folder))
-        assert teacher is not None  # or there would be no result
-        return _placed(teacher)
+        return _placed(_load_teacher(_load_run(folder), Result.load(folder).data["image_size"]))
     student = load_model(folder)
     if stage is not None:
         path = folder / "stages" / f"{stage}.safetensors"
@@ -434,11 +442,36 @@ def _placed(model: Backbone) -> Backbone:
     return model.to(find_device("auto"))
 
 
-def _load_teacher(run: Run) -> Backbone | None:
-    if run.teacher is None:
-        return None
-    name = os.path.expandvars(run.teacher)
-    return load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+def _load_teacher(run: Run, image_size: int) -> Backbone:
+    assert run.teacher is not None  # whoever asks has checked it
+    return load_teacher(
+        os.path.expandvars(run.teacher),
+        mean=run.teacher_mean,
+        std=run.teacher_std,
+        input_size=run.teacher_size,
+        image_size=image_size,
+    )
+
+
+def examine(teacher: Backbone, images: Split) -> tuple[str, ...]:
+    """Look at what a teacher gives for a few of the images, before anything is done with all of them.
+
+    Returns:
+        What a user should know about the teacher: how it was loaded, and warnings.
+
+    Raises:
+        ModelError: it gives nothing that can be used.
+    """
+    rows = torch.linspace(0, len(images) - 1, min(PROBE_IMAGES, len(images))).round().long()
+    return (*teacher.notes, *probe(teacher, images.pixels[rows], [images.sources[row] for row in rows.tolist()]))
+
+
+def _finite_embedding(
+    teacher: Backbone, images: Split, device: torch.device | str | None = None, world: World = ALONE
+) -> Tensor:
+    embedding = embed(teacher, images.pixels, device, world)
+    refuse_non_finite(embedding, images.sources)
+    return embedding
 
 
 def _load_task(run: Run) -> Task:
@@ -466,7 +499,8 @@ class _Prepared:
         self.task = _load_task(run) if task is None else task
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
-        self.teacher = _load_teacher(run)
+        self.teacher = None if run.teacher is None else _load_teacher(run, self.task.image_size)
+        self.notes: tuple[str, ...] = ()
         torch.manual_seed(run.seed)
         student = None if run.student is None else self._fresh(run.student)
         plan = method.build(student, self.teacher, run.settings)
@@ -483,6 +517,8 @@ class _Prepared:
             self.stages, self.student = list(plan), student
             if not any(stage.needs_teacher for stage in plan):
                 self.teacher = None
+        if self.teacher is not None:
+            self.notes = examine(self.teacher, self.task.train)
 
     @property
     def scored(self) -> Split:
@@ -519,6 +555,8 @@ def _carry_out(
         models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
         world.check_same(images=task.fingerprint, **models)
     journal = RunJournal(folder, display, seconds_between_saves, world)
+    for note in prepared.notes:
+        display.message(f"note: {note}")
     try:
         if prepared.readout is None:
             cache = _cache(prepared, fabric, display)
@@ -589,6 +627,8 @@ def build_cache(
         RefilledError: the run has no teacher or no number of views, or names something that cannot be found.
     """
     run, teacher, task = _cacheable(run)
+    for note in examine(teacher, task.train):
+        say(f"note: {note}")
     cache = _cache_of(run, teacher, task)
     cache.build(task, _embedder(teacher, _fabric(run)), shards, say)
     return cache
@@ -613,10 +653,10 @@ def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
         raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
     run = resolve(run)
     use_machine(run.threads, run.device)
-    teacher = _load_teacher(run)
-    if teacher is None:
+    if run.teacher is None:
         raise RunError("a cache holds what a teacher says; name one with --teacher")
-    return run, teacher, _load_task(run)
+    task = _load_task(run)
+    return run, _load_teacher(run, task.image_size), task
 
 
 def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
@@ -645,7 +685,7 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
         found, nearest = predict_classes_twice(student, task.train, prepared.scored.pixels, device, world)
         ncm_accuracy = accuracy(nearest, labels)
     else:
-        train, scored = (embed(student, split.pixels, device, world) for split in (task.train, prepared.scored))
+        train, scored = (_finite_embedding(student, split, device, world) for split in (task.train, prepared.scored))
         found = prepared.readout.classify(train, task.train.labels, scored)
         ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
     return Result(
@@ -662,7 +702,7 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
             "scored": run.score,
             "image_size": task.image_size,
             "skipped": [list(pair) for pair in task.skipped],
-            "notes": [*task.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
+            "notes": [*task.notes, *prepared.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
         versions=versions(),

@@ -26,7 +26,7 @@ from refilled.data import Augmentation, Task, Views
 from refilled.errors import RunError
 from refilled.evaluation import nearest_center_accuracy
 from refilled.files import write_atomic
-from refilled.models import Backbone
+from refilled.models import Backbone, refuse_non_finite
 
 VIEW_SEED = 0  # of the augmentation of cached views: not the run's, so that runs can share them
 SHARD_IMAGES = 16384
@@ -245,7 +245,9 @@ class TeacherCache:
         contents = self.contents
         views = Views(contents.augmentation, contents.mixup, contents.cutmix)
         pixels = views.load(task.train.pixels, indices, seed=VIEW_SEED, view=view)
-        return embed(pixels).float().cpu()
+        embedding = embed(pixels).float().cpu()
+        refuse_non_finite(embedding, [task.train.sources[row] for row in indices.tolist()])
+        return embedding
 
     def _write_manifest(self) -> None:
         teacher, task = self.of

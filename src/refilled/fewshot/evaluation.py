@@ -22,7 +22,7 @@ from torch import Tensor
 from refilled.checkpoints import hold
 from refilled.data import Side, Task, load_pool, queries_left, sample_episodes
 from refilled.errors import RunError
-from refilled.experiment import device_name, find_device, versions
+from refilled.experiment import device_name, examine, find_device, versions
 from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import write_atomic
@@ -164,7 +164,10 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
     if run.teacher is None:
         return Bank(pool.train.pixels, augmentation=pool.augmentation, device=run.device)
     name = os.path.expandvars(run.teacher)
-    model = load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+    model = load_teacher(
+        name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size, image_size=pool.image_size
+    )
+    notes = examine(model, pool.train)
     beside = Path(name) / HEAD
     return Bank(
         pool.train.pixels,
@@ -173,6 +176,8 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
         device=run.device,
         head=load_file(beside) if beside.is_file() else {},
         known=_known(name, fingerprint(model), pool.fingerprint, pool.augmentation, run.device),
+        sources=pool.train.sources,
+        notes=notes,
     )
 
 
@@ -252,7 +257,7 @@ def _batches(numbers: range, size: int, jobs: int) -> Iterator[range]:
 
 def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int) -> FewShotResult:
     accuracy, interval = mean_and_interval(done.accuracies)
-    notes = [] if n_query == run.n_query else [f"{n_query} query images a class: the smallest class has no more"]
+    fewer = [] if n_query == run.n_query else [f"{n_query} query images a class: the smallest class has no more"]
     return FewShotResult(
         accuracy=accuracy,
         interval=interval,
@@ -268,7 +273,7 @@ def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int
             "classes": len(pool.classes),
             "image_size": pool.image_size,
             "skipped": [list(pair) for pair in pool.skipped],
-            "notes": notes,
+            "notes": [*bank.notes, *fewer],
         },
         teacher={"name": run.teacher, "fingerprint": fingerprint(bank.model)} if bank.has_model else None,
         versions=versions(),

@@ -37,6 +37,7 @@ class TimmBackbone(Backbone):
             config["mean"],
             config["std"],
             size if num_classes is None else self.required_size,
+            channels=_channels(body),
         )
         self.body = body
         mend_strided(self)
@@ -51,8 +52,24 @@ class TimmBackbone(Backbone):
         return self.body.forward_head(last, pre_logits=True), tuple(maps)
 
 
-def timm_model(name: str, pretrained: bool = False) -> Any:
+def first_convolution(body: Any) -> str | None:
+    """Return the name of the convolution of a timm model that sees the images, where timm knows of one."""
+    name = body.pretrained_cfg.get("first_conv")
+    return name if isinstance(name, str) else None
+
+
+def _channels(body: Any) -> int:
+    name = first_convolution(body)
+    return 3 if name is None else int(body.get_submodule(name).weight.shape[1])
+
+
+def timm_model(name: str, pretrained: bool = False, **options: Any) -> Any:
     """Build the timm model ``name``, with its published weights (downloaded on first use) or fresh ones.
+
+    Args:
+        name: As timm knows it.
+        pretrained: Whether with the published weights.
+        options: Further arguments of :func:`timm.create_model`, such as ``in_chans``.
 
     Raises:
         ModelError: for a name or weights that timm does not have, or cannot fetch.
@@ -64,7 +81,7 @@ def timm_model(name: str, pretrained: bool = False) -> Any:
         guess = f"; did you mean {' or '.join(f'timm/{model}' for model in near)}?" if near else ";"
         raise ModelError(f"unknown timm model '{name}'{guess} timm.list_models() names all")
     try:
-        return timm.create_model(name, pretrained=pretrained)
+        return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # timm and the download below it raise a dozen unrelated kinds
         if not pretrained:
             raise ModelError(f"timm/{name} cannot be built: {error}") from error

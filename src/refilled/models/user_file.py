@@ -30,21 +30,26 @@ class UserBackbone(Backbone):
         mean: Mean of each channel that the module expects, on the scale [0, 1].
         std: Standard deviation likewise.
         input_size: Side length in pixels that images are resized to, or None for as they come.
+        image_size: Side length of the images that it will be asked about, for a module that fits one size only.
 
     Raises:
         ModelError: when the module gives no embedding.
     """
 
     def __init__(
-        self, module: nn.Module, mean: Sequence[float], std: Sequence[float], input_size: int | None = None
+        self,
+        module: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        input_size: int | None = None,
+        image_size: int | None = None,
     ) -> None:
         module.float().cpu().eval()
-        side = input_size or _PROBE_SIZE
-        images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+        images = _made_up(input_size or image_size or _PROBE_SIZE)
         with torch.no_grad():
-            embedding = _embedding(module, images)
+            images, embedding = _fitting(module, images, channels=len(mean))
             classifier = _classifier(module, images, embedding)
-        super().__init__(embedding.shape[1], (), 0, mean, std, input_size)
+        super().__init__(embedding.shape[1], (), 0, mean, std, input_size, channels=images.shape[1])
         self.module = module
         if classifier is not None:
             self.classifier, self.num_classes = classifier, classifier.out_features
@@ -52,6 +57,23 @@ class UserBackbone(Backbone):
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map normalised images to the module's embedding ``(N, d)``; there are no feature maps."""
         return _embedding(self.module, images), ()
+
+
+def _made_up(side: int) -> Tensor:
+    return torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+
+
+def _fitting(module: nn.Module, images: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the images, in RGB or else in grayscale, that the module takes, and its embedding of them."""
+    if channels == 1:
+        return images[:, :1], _embedding(module, images[:, :1])
+    try:
+        return images, _embedding(module, images)
+    except RuntimeError as error:
+        try:
+            return images[:, :1], _embedding(module, images[:, :1])
+        except RuntimeError:
+            raise error from None  # it was not the number of channels
 
 
 def _embedding(module: nn.Module, images: Tensor) -> Tensor:
@@ -98,6 +120,7 @@ def load_user_file(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_size: int | None = None,
+    image_size: int | None = None,
 ) -> Backbone:
     """Call ``function``, with ``argument`` as one string if there is one, and make a teacher of what it returns.
 
@@ -122,7 +145,7 @@ def load_user_file(
         std = std or _numbers("std", module, about, path)
         sizes = _numbers("input_size", module, about, path)  # some say (3, H, W)
         input_size = input_size or (int(sizes[-1]) if sizes else None)
-        teacher = _backbone(module, mean, std, input_size, path)
+        teacher = _backbone(module, mean, std, input_size, image_size, path)
         teacher.class_names = _class_names(teacher, module, about, path)
     return teacher
 
@@ -164,7 +187,12 @@ def _errors_in(path: Path) -> Iterator[None]:
 
 
 def _backbone(
-    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int | None, path: Path
+    module: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_size: int | None,
+    image_size: int | None,
+    path: Path,
 ) -> Backbone:
     if hasattr(module, "pretrained_cfg") and hasattr(module, "forward_head"):
         teacher = TimmBackbone(module)
@@ -175,7 +203,7 @@ def _backbone(
             f"{path} does not say how its teacher's images are normalised: give --teacher-mean and --teacher-std, or "
             "let the function return (module, {'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]})"
         )
-    return UserBackbone(module, mean, std, input_size)
+    return UserBackbone(module, mean, std, input_size, image_size)
 
 
 def _numbers(name: str, module: nn.Module, about: Mapping[str, Any], path: Path) -> list[float] | None:
@@ -190,9 +218,19 @@ def _numbers(name: str, module: nn.Module, about: Mapping[str, Any], path: Path)
 
 
 def _class_names(teacher: Backbone, module: nn.Module, about: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
-    names = getattr(module, "class_names", None) or about.get("labels")
-    if names is None or teacher.num_classes == 0:
+    given = getattr(module, "class_names", None)
+    given = about.get("labels") if given is None else given
+    if given is None or teacher.num_classes == 0:
         return None
+    names = _in_order(given) if isinstance(given, Mapping) else tuple(map(str, given))
     if len(names) != teacher.num_classes:
         raise ModelError(f"{path}: {len(names)} names of classes for the {teacher.num_classes} that the teacher scores")
-    return tuple(map(str, names.values() if isinstance(names, Mapping) else names))
+    return names
+
+
+def _in_order(names: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Read names by number or numbers by name, in the order of the numbers; else the values as they come."""
+    for pairs in (list(names.items()), [(number, name) for name, number in names.items()]):
+        if all(str(number).isdecimal() for number, _ in pairs):
+            return tuple(str(name) for _, name in sorted(pairs, key=lambda pair: int(pair[0])))
+    return tuple(map(str, names.values()))
