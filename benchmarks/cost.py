@@ -9,7 +9,7 @@ First table: the milliseconds of a step at a third batch size or image size, fro
 cost of an image grows with its area. The sizes take turns, and each time is the median over the rounds. Second table:
 runs in processes of their own, started by the command line, beside what ``--dry-run`` says of them. Seconds are those
 in ``result.json``; memory is the largest resident set that the system saw. Third table: a model of what this machine
-cannot measure, from rates of a GPU that are assumed and from :class:`refilled.cost.Network`.
+cannot measure, from rates of a GPU that are assumed and from :class:`refilled.cost.step.Network`.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from tempfile import TemporaryDirectory
 import torch
 from lightning_fabric import Fabric
 
-from refilled.cost import Line, Network, step_cost
+from refilled.config import Run
+from refilled.cost.run import communication, duration
+from refilled.cost.step import Line, Network, step_cost
 from refilled.data import TaskSize
-from refilled.experiment import resolve
-from refilled.forecast import communication, duration
 from refilled.methods.refilled import refilled
 from refilled.models import create_model
 from refilled.models.backbone import freeze
-from refilled.run import Run
+from refilled.runs.experiment import resolve
 
 PAIRS = (("wrn_16_1", "wrn_16_2", 32), ("resnet20", "wrn_40_1", 32), ("mobilenet_0.5", "wrn_16_2", 64))
 """Student, teacher, and the smallest image size; MobileNet is another network below 64 pixels."""
@@ -69,7 +69,7 @@ def third_from_two(rounds: int, pairs: tuple[tuple[str, str, int], ...]) -> None
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from refilled.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from refilled.cli.main import main; main()", *map(str, arguments)]
 
 
 def real_runs(folder: Path, runs: tuple[tuple[str, str, dict[str, int], str], ...]) -> None:

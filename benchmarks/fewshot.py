@@ -41,7 +41,7 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from refilled import methods
-from refilled.benchmark.executors import processes
+from refilled.config import FewShotRun
 from refilled.data import sample_episodes
 from refilled.fewshot import students
 from refilled.fewshot.bank import Bank
@@ -51,8 +51,8 @@ from refilled.fewshot.methods.fine_tune import tuned_classifier
 from refilled.fewshot.methods.linear import logistic_regression
 from refilled.fewshot.methods.protonet import prototype_scores
 from refilled.fewshot.methods.svm import support_vector_machine
+from refilled.grid.executors import processes
 from refilled.models import create_model, freeze, save_model
-from refilled.run import FewShotRun
 
 WAY, QUERIES = 5, 15
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -13,11 +13,11 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from refilled.cuda_graphs import GraphedNetwork
 from refilled.errors import RunError
-from refilled.experiment import device_name, find_device
-from refilled.machine import repeat_exactly
 from refilled.models import create_model
+from refilled.runs.determinism import repeat_exactly
+from refilled.runs.experiment import device_name, find_device
+from refilled.training.cuda_graphs import GraphedNetwork
 
 CLASSES = 100
 

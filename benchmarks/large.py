@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from refilled.data import augment, epoch_batches, load_task
-from refilled.experiment import channel_statistics
 from refilled.models import create_model
+from refilled.runs.experiment import channel_statistics
 
 SIDE, CLASSES, SHARD, BATCH = 32, 100, 20_000, 256
 TRAINING_STEPS = 50

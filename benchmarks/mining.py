@@ -25,9 +25,9 @@ from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from refilled.distances import pairwise_distances, unit_rows
-from refilled.methods.refilled import TripletAlignmentLoss, triplet_alignment
-from refilled.mining import semi_hard_triplets
+from refilled.losses.distances import pairwise_distances, unit_rows
+from refilled.losses.mining import semi_hard_triplets
+from refilled.losses.triplet_alignment import TripletAlignmentLoss, triplet_alignment
 
 CLASSES = 100
 COLUMNS = ("ours", "floor", "mining", "tuple", "peer", "matrix")

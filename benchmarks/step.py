@@ -6,7 +6,7 @@ One process, one thread of a processor, made-up images of 32 pixels and 100 clas
     python benchmarks/step.py --students wrn_16_1 --rounds 15
     python benchmarks/step.py --device cuda --rounds 50        # on an NVIDIA GPU
 
-Ours are the product's own training loop, ``refilled.training.fit``, held after every step until its next turn. All
+Ours are the product's own training loop, ``refilled.training.loop.fit``, held after every step until its next turn. All
 contestants take one step in turn, round after round; each number is a median over the rounds, and each ratio the
 median of the ratios within a round. Times are processor time, since others may use the machine; on a GPU they are
 by the clock, from an idle GPU to an idle GPU.
@@ -40,17 +40,17 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from refilled.config import Recipe
 from refilled.data import Split, Task, augment, epoch_batches
-from refilled.experiment import device_name, find_device
-from refilled.machine import use_machine
+from refilled.losses.triplet_alignment import TripletAlignmentLoss
 from refilled.methods import list_methods, load_method
-from refilled.methods.refilled import TripletAlignmentLoss
 from refilled.models import Backbone, create_model, freeze
 from refilled.outputs import Outputs
-from refilled.run import Recipe
+from refilled.runs.determinism import use_machine
+from refilled.runs.experiment import device_name, find_device
 from refilled.stages import Stage, Term, constant
-from refilled.teacher_cache import Contents, TeacherCache
-from refilled.training import Journal, Position, fit, resolve_precision
+from refilled.training.loop import Journal, Position, fit, resolve_precision
+from refilled.training.teacher_cache import Contents, TeacherCache
 
 CLASSES = 100
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}

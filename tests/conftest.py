@@ -87,8 +87,8 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> str:
     """The folder of a small network that knows the digits 0-4; some tests have a teacher of their own."""
-    from refilled.experiment import distill
-    from refilled.run import Run
+    from refilled.config import Run
+    from refilled.runs.experiment import distill
 
     folder = tmp_path_factory.mktemp("teacher") / "run"
     settings = {"epochs": 8, "batch_size": 20, "shots": 40, "threads": 1, "precision": "32-true"}

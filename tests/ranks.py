@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from refilled.distributed import World, joined
+from refilled.training.distributed import World, joined
 
 _LAUNCHES = 2  # the first of two was seen to abort now and then
 _SECONDS = 120
 
 # A server that has torch loaded, from which processes fork at once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["refilled.experiment"])
+_CONTEXT.set_forkserver_preload(["refilled.runs.experiment"])
 
 
 class Ranks:

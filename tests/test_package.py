@@ -28,7 +28,7 @@ def test_the_losses_load_torch_and_nothing_else_heavy():
 
 
 def test_the_command_line_starts_without_torch():
-    assert "torch" not in loaded_by("import refilled.cli")
+    assert "torch" not in loaded_by("import refilled.cli.app")
 
 
 def test_public_names_are_what_they_say():

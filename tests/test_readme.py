@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import refilled
-from refilled.benchmark.comparison import Comparison
-from refilled.cli import app
+from refilled.cli.app import app
+from refilled.compare.comparison import Comparison
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,23 +12,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refilled.distances import class_centers
+    from refilled.config import Run
     from refilled.errors import RefilledError
-    from refilled.methods.refilled import LocalKDLoss, TripletAlignmentLoss
-    from refilled.mining import Triplets, semi_hard_triplets
+    from refilled.losses.distances import class_centers
+    from refilled.losses.local_kd import LocalKDLoss
+    from refilled.losses.mining import Triplets, semi_hard_triplets
+    from refilled.losses.triplet_alignment import TripletAlignmentLoss
     from refilled.outputs import Outputs
-    from refilled.run import Run
 
 # Where each public name lives. It is loaded when it is first asked for: the command line starts without torch.
 _HOMES = {
-    "LocalKDLoss": "refilled.methods.refilled",
+    "LocalKDLoss": "refilled.losses.local_kd",
     "Outputs": "refilled.outputs",
     "RefilledError": "refilled.errors",
-    "Run": "refilled.run",
-    "TripletAlignmentLoss": "refilled.methods.refilled",
-    "Triplets": "refilled.mining",
-    "class_centers": "refilled.distances",
-    "semi_hard_triplets": "refilled.mining",
+    "Run": "refilled.config",
+    "TripletAlignmentLoss": "refilled.losses.triplet_alignment",
+    "Triplets": "refilled.losses.mining",
+    "class_centers": "refilled.losses.distances",
+    "semi_hard_triplets": "refilled.losses.mining",
 }
 
 __all__ = [

@@ -9,24 +9,24 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from refilled.data import cifar100, cub, digits
-from refilled.data.cifar100 import open_cifar100
 from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
-from refilled.data.csv_folder import is_csv_folder, open_csv_folder
-from refilled.data.cub import open_cub
 from refilled.data.decode import keep, read_pixels, short_side
-from refilled.data.digits import open_digits
-from refilled.data.hub import open_hub
-from refilled.data.image_folder import open_image_folder
-from refilled.data.parquet import is_parquet, open_parquet
 from refilled.data.partition import DIGEST, Digests, draw_shots, first_copies, hold_out, pixel_digests
 from refilled.data.selection import select_classes
 from refilled.data.source import Names, Part, Rows, Source, pool
+from refilled.data.sources import cifar100, cub, digits
+from refilled.data.sources.cifar100 import open_cifar100
+from refilled.data.sources.csv_folder import is_csv_folder, open_csv_folder
+from refilled.data.sources.cub import open_cub
+from refilled.data.sources.digits import open_digits
+from refilled.data.sources.hub import open_hub
+from refilled.data.sources.image_folder import open_image_folder
+from refilled.data.sources.parquet import is_parquet, open_parquet
+from refilled.data.sources.webdataset import open_webdataset
 from refilled.data.store import Pixels, StoredImages, free_memory, stored_images
 from refilled.data.task import Split, Task, fingerprint
 from refilled.data.task_text import TaskOptions, TaskText, expand_home, parse_task_text
 from refilled.data.transforms import Augmentation
-from refilled.data.webdataset import open_webdataset
 from refilled.errors import TaskError
 
 TEST_FRACTION = 0.2  # cut from a source that has no test part

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from refilled.data import Augmentation, Episodes, Pixels, augment
 from refilled.errors import MethodError
-from refilled.evaluation import embed
 from refilled.models import Backbone, refuse_non_finite
-from refilled.teacher_cache import VIEW_SEED
+from refilled.training.evaluation import embed
+from refilled.training.teacher_cache import VIEW_SEED
 
 Learner = Callable[[Episodes], Tensor]
 """Scores ``(T, N Q, N)`` of the query images of T tasks, learned from their support images."""

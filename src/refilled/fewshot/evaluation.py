@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refilled.checkpoints import hold
+from refilled.config import FewShotRun
 from refilled.data import Side, Task, load_pool, queries_left, sample_episodes
 from refilled.errors import RunError
-from refilled.experiment import device_name, examine, find_device, versions
 from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import write_atomic
-from refilled.machine import use_machine
 from refilled.models import load_teacher
-from refilled.run import FewShotRun
-from refilled.teacher_cache import fingerprint
+from refilled.runs.determinism import use_machine
+from refilled.runs.experiment import device_name, examine, find_device, versions
+from refilled.training.checkpoints import hold
+from refilled.training.teacher_cache import fingerprint
 
 TASKS = "tasks.jsonl"
 """Each task's accuracy."""

@@ -15,23 +15,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from refilled.checkpoints import State, discard_states, hold
+from refilled.config import MetaRun
 from refilled.data import Task, augment, load_pool, sample_episodes
 from refilled.data.keyed import keyed_integers
 from refilled.errors import NonFiniteError, RunError
-from refilled.experiment import channel_statistics, device_name, find_device, versions
 from refilled.fewshot.evaluation import HEAD, mean_and_interval, refuse_other
 from refilled.fewshot.meta_learner import MetaLearner, MetaTask
 from refilled.fewshot.methods import load_meta_learner
 from refilled.fewshot.students import with_classifier
 from refilled.files import write_atomic
-from refilled.journal import RunJournal
-from refilled.machine import use_machine
 from refilled.models import Backbone, create_model, load_model, save_model
-from refilled.progress import Display
-from refilled.run import MetaRun
+from refilled.runs.determinism import use_machine
+from refilled.runs.experiment import channel_statistics, device_name, find_device, versions
 from refilled.stages import Stage
-from refilled.training import Position
+from refilled.training.checkpoints import State, discard_states, hold
+from refilled.training.journal import RunJournal
+from refilled.training.loop import Position
+from refilled.training.progress import Display
 
 _STAGE = Stage("meta-training", {})
 _HALVINGS = 10  # of the learning rate, as FEAT's authors do

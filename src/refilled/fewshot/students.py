@@ -13,18 +13,18 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from refilled.config import Recipe
 from refilled.data import Episodes
 from refilled.data.keyed import keyed_integers
-from refilled.distances import at_least_float32
 from refilled.errors import NonFiniteError, RunError
 from refilled.fewshot.bank import Bank, Learner
 from refilled.fewshot.methods.linear import logistic_weights
+from refilled.losses.distances import at_least_float32
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs
-from refilled.run import Recipe
 from refilled.stages import Prepares, Stage
-from refilled.training import learning_rate, resolve_precision, share_epochs
+from refilled.training.loop import learning_rate, resolve_precision, share_epochs
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]

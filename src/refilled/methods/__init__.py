@@ -16,7 +16,7 @@ from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from refilled.errors import MethodError, unknown
-from refilled.feature_maps import check_feature_maps
+from refilled.losses.feature_maps import check_feature_maps
 from refilled.outputs import ModelShape
 from refilled.stages import FineTuning, Plan, Readout
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refilled.distances import unit_rows
 from refilled.errors import MethodError
-from refilled.mining import check_batch
+from refilled.losses.distances import unit_rows
+from refilled.losses.mining import check_batch
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refilled.distances import at_least_float32
+from refilled.losses.distances import at_least_float32
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, warm_up
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refilled.errors import MethodError
-from refilled.feature_maps import paired_channels, same_size
+from refilled.losses.feature_maps import paired_channels, same_size
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 

@@ -8,7 +8,7 @@ References:
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refilled.distances import unit_rows
+from refilled.losses.distances import unit_rows
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refilled.distances import unit_rows
 from refilled.errors import MethodError
+from refilled.losses.distances import unit_rows
 from refilled.outputs import ModelShape
 from refilled.stages import Readout
 

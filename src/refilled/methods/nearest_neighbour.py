@@ -7,7 +7,7 @@ References:
 import torch
 from torch import Tensor
 
-from refilled.distances import pairwise_distances, unit_rows
+from refilled.losses.distances import pairwise_distances, unit_rows
 from refilled.outputs import ModelShape
 from refilled.stages import Readout
 

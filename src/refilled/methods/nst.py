@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refilled.distances import at_least_float32
-from refilled.feature_maps import check_feature_maps, paired_maps
+from refilled.losses.distances import at_least_float32
+from refilled.losses.feature_maps import check_feature_maps, paired_maps
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 

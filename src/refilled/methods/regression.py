@@ -8,7 +8,7 @@ References:
 import torch
 from torch import Tensor, nn
 
-from refilled.distances import at_least_float32, unit_rows
+from refilled.losses.distances import at_least_float32, unit_rows
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 

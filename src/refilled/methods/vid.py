@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refilled.feature_maps import paired_channels, paired_maps
+from refilled.losses.feature_maps import paired_channels, paired_maps
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant
 

@@ -1,0 +1,176 @@
+"""Compare methods on a task at equal cost: what to run as one readable file, and a page that says who won.
+
+A comparison is TOML::
+
+    title = "Birds"
+    seeds = [0, 1, 2]
+
+    [run]                       # what all rows share: the fields of a run
+    task = "cub100_84"
+    student = "mobilenet_0.25"
+    teacher = "tf_mobilenet.py:load_mobilenet:mobilenetv2_100_inat_bird"
+    epochs = 40
+
+    [rows]                      # the first is the baseline, the last the one that the page is about
+    vanilla = { method = "vanilla" }
+    RKD = { method = "rkd" }
+    ReFilled = { preset = "good", settings = { kd_temperature = 0.1 } }
+
+A row's preset is what ``--preset`` is on the command line. With a table ``[teacher]``, the fields of a run, the teacher
+is trained first.
+"""
+
+import csv
+import io
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from refilled.compare.page import Row, on_the_cache, on_the_teacher, table, verdict, write_report
+from refilled.compare.summary import count_of
+from refilled.config import Run
+from refilled.errors import RunError, unknown
+from refilled.files import write_atomic
+from refilled.grid.executors import Executor, processes
+from refilled.grid.jobs import accuracy
+from refilled.grid.runner import run_grid
+from refilled.methods import load_method
+from refilled.presets import with_preset
+from refilled.runs.experiment import Result, resolve
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods on one task, each with several seeds.
+
+    Attributes:
+        title: The heading of the page.
+        run: What all rows share.
+        rows: Each row's name, and the fields in which its runs differ.
+        seeds: One run of every row for each.
+        teacher: A teacher to train first, if ``run`` does not name one.
+    """
+
+    title: str
+    run: Run
+    rows: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = (0, 1, 2)
+    teacher: Run | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise RunError("a comparison needs at least one row")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise RunError(f"a comparison needs different seeds, not {list(self.seeds)}")
+        for row in self.grid(Path()).values():
+            resolve(row[self.seeds[0]])  # so that a wrong row is found before anything trains
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read a comparison.
+
+        Raises:
+            RunError: the text is no TOML, or something in it is unknown, missing or of the wrong type.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
+        except tomllib.TOMLDecodeError as error:
+            raise RunError(f"not a comparison: {error}") from error
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise RunError(f"not a comparison: {'; '.join(problems)}") from error
+
+    def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
+        """Return the run of each row and seed; a teacher that is to be trained lies in ``folder/teacher``."""
+        shared = self.run if self.teacher is None else replace(self.run, teacher=str(folder / "teacher"))
+        return {
+            name: {seed: _with(shared, {**changes, "seed": seed}) for seed in self.seeds}
+            for name, changes in self.rows.items()
+        }
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    jobs: int = 1,
+    console: Console | None = None,
+    executor: Executor = processes,
+) -> Path:
+    """Carry out what is missing of a comparison, and write its table and page.
+
+    Returns:
+        The page, ``report.html``; beside it lie ``results.csv``, a line a run, and ``results.md``.
+    """
+    console = console or Console()
+    if comparison.teacher is not None:
+        console.print("training the teacher", highlight=False)
+        teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor)["teacher"]
+        console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
+    grid = comparison.grid(folder)
+    runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
+    run_grid(runs, folder, jobs, lambda name, found: _tell(console, name, accuracy(found)), executor=executor)
+    places = {name: [folder / _place(name, seed) for seed in row] for name, row in grid.items()}
+    rows = [Row(name, [Result.load(place) for place in own], own) for name, own in places.items()]
+    baseline, shown = rows[0], rows[-1]
+    lines = table(rows, baseline)
+    seeds = count_of(len(comparison.seeds), "seed")
+    console.print(_terminal_table(lines, f"{comparison.title}: {seeds}, last epoch, percent"))
+    sentences = [verdict(shown, baseline), on_the_teacher(shown, baseline), *on_the_cache(shown)]
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    write_atomic(folder / "results.csv", _csv(rows, comparison.seeds).encode())
+    write_atomic(folder / "results.md", _markdown(lines).encode())
+    write_report(folder / "report.html", comparison.title, rows, baseline, shown, sentences)
+    return folder / "report.html"
+
+
+def _with(run: Run, changes: Mapping[str, Any]) -> Run:
+    for name in changes:
+        if name not in vars(run) and name != "preset":
+            raise RunError(unknown("key", name, ["preset", *vars(run)]))
+    given = {name: value for name, value in changes.items() if name != "preset"}
+    changed = replace(run, **with_preset(changes.get("preset"), given))
+    if not load_method(changed.method).ignores_teacher:
+        return changed
+    # It is the same run whatever the teacher, and need not be repeated for another one.
+    return replace(changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None)
+
+
+def _place(row: str, seed: int) -> str:
+    letters = "".join(c if c.isalnum() or c in ".+-" else "_" for c in row)
+    return f"{letters}-s{seed}"
+
+
+def _tell(console: Console, name: str, reached: float) -> None:
+    console.print(f"  {name}: {reached:.2f} %", markup=False, highlight=False)
+
+
+def _terminal_table(lines: Sequence[Mapping[str, str]], title: str) -> Table:
+    shown = Table(*lines[0], title=title)
+    for line in lines:
+        shown.add_row(*line.values())
+    return shown
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
+
+
+def _csv(rows: Sequence[Row], seeds: Sequence[int]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    stages = sorted({stage for row in rows for result in row.results for stage in result.stages})
+    writer.writerow(["row", "seed", "accuracy", "ncm_accuracy", *(f"ncm_after_{s}" for s in stages), "seconds", "data"])
+    for row in rows:
+        for seed, result in zip(seeds, row.results, strict=True):
+            after = [f"{result.stages[s]['ncm_accuracy']:.2f}" if s in result.stages else "" for s in stages]
+            measures = [f"{result.accuracy:.2f}", f"{result.ncm_accuracy:.2f}", *after, f"{result.seconds:.0f}"]
+            writer.writerow([row.name, seed, *measures, result.data["fingerprint"][:16]])
+    return text.getvalue()

@@ -1,0 +1,202 @@
+"""A page that says whether the teacher helped: one HTML file, without scripts and without anything from elsewhere."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from refilled.compare.pictures import COLORS, address, draw_scatter, plain_text, svg, tsne
+from refilled.compare.summary import Gain, mean_and_spread, paired_gain
+from refilled.config import Recipe, Run
+from refilled.data import Split
+from refilled.files import write_atomic
+from refilled.models import Backbone
+from refilled.runs.experiment import Result, network_of, task_of, teacher_accuracy
+from refilled.training.evaluation import embed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table: its results, one a seed, and the folders that they lie in."""
+
+    name: str
+    results: Sequence[Result]
+    folders: Sequence[Path]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracy of each seed, in percent."""
+        return [result.accuracy for result in self.results]
+
+    def gain_over(self, other: "Row") -> Gain:
+        """Compare with another row, seed by seed."""
+        return paired_gain(self.accuracies, other.accuracies)
+
+    def differences_to(self, other: "Row") -> list[str]:
+        """List in what the two were trained differently, their methods apart: ``cutmix 1.0 against 0.0``."""
+        ours, theirs = _recipe(self.folders[0]), _recipe(other.folders[0])
+        return [f"{name} {value} against {theirs[name]}" for name, value in ours.items() if value != theirs[name]]
+
+
+def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
+    """Lay the rows out as text, with the gain of each over the baseline."""
+    return [
+        {
+            "method": row.name,
+            "accuracy": mean_and_spread(row.accuracies),
+            "nearest class mean": mean_and_spread([result.ncm_accuracy for result in row.results]),
+            f"gain over {baseline.name}": "" if row is baseline else str(row.gain_over(baseline)),
+            "minutes": f"{sum(result.seconds for result in row.results) / len(row.results) / 60:.1f}",
+        }
+        for row in rows
+    ]
+
+
+def verdict(row: Row, baseline: Row) -> str:
+    """Say in a sentence whether the teacher helped; that a recipe did is not the teacher's merit."""
+    gain, seeds = row.gain_over(baseline), len(row.results)
+    if differences := row.differences_to(baseline):
+        return (
+            f"It is not established that the teacher helped: {row.name} and {baseline.name} differ by {gain} points, "
+            f"but also in their training ({', '.join(differences)}). Compare with a baseline that is trained alike."
+        )
+    if seeds < 2:
+        return f"{row.name} differs by {gain.mean:+.2f} points from {baseline.name}; a single seed establishes nothing."
+    interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {seeds} seeds"
+    if not gain.established:
+        return f"It is not established that the teacher helped: {row.name} {gain.mean:+.2f} points ({interval})."
+    if gain.mean > 0:
+        return f"The teacher helped: {row.name} gains {gain.mean:.2f} points over {baseline.name} ({interval})."
+    return f"The teacher hurt: {row.name} loses {-gain.mean:.2f} points against {baseline.name} ({interval})."
+
+
+def on_the_teacher(row: Row, baseline: Row) -> str:
+    """Say how much the teacher had to teach: what its embedding alone makes of the same images."""
+    accuracy = teacher_accuracy(row.folders[0])
+    if accuracy is None:
+        return f"{row.name} has no teacher."
+    compared = "less" if accuracy < mean(baseline.accuracies) else "more"
+    return (
+        f"By the nearest class mean in the teacher's own embedding, {accuracy:.1f} % of the test images are right: "
+        f"{compared} than {baseline.name} reaches."
+    )
+
+
+def on_the_cache(row: Row) -> list[str]:
+    """Say how far the teacher's cached embeddings are from the live ones, where there was a cache."""
+    cache = (row.results[0].teacher or {}).get("cache")
+    if cache is None:
+        return []
+    recipe = _recipe(row.folders[0])
+    mixed = ", each mixed with another image," if recipe["mixup"] or recipe["cutmix"] else ""
+    return [
+        f"The teacher's embeddings of {cache['views']} views of each image came from disk: by the nearest class mean "
+        f"{cache['cached_accuracy']:.1f} % of {cache['images']} training images{mixed} are right with them, "
+        f"{cache['live_accuracy']:.1f} % with the live teacher."
+    ]
+
+
+def write_report(
+    path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, sentences: Sequence[str]
+) -> None:
+    """Write the page: verdict, table, curves, and t-SNE of the test images in the embeddings of the first seed.
+
+    Args:
+        path: The HTML file.
+        title: What was done, as a heading.
+        rows: All methods, the baseline among them.
+        baseline: The student without a teacher.
+        shown: The method that the pictures are about.
+        sentences: What there is to say above the table.
+    """
+    test = task_of(shown.folders[0]).test
+    held_out = any("val_accuracy" in entry for row in rows for entry in _log(row.folders[0]))
+    measure = "val_accuracy" if held_out else "ce"
+    curves = "Accuracy on held-out images in percent" if held_out else "Cross-entropy on training images"
+    pictures = {
+        f"{curves}, mean over seeds": _curves(rows, measure),
+        "Test images in the embedding, coloured by class (t-SNE, first seed)": draw_scatter(
+            tsne(embeddings(baseline, shown, test), test.labels), list(shown.results[0].class_accuracies)
+        ),
+    }
+    result, run = shown.results[0], _run(shown.folders[0])
+    page = Environment(loader=PackageLoader("refilled.compare"), autoescape=True).get_template("comparison.html")
+    text = page.render(
+        title=title,
+        sentences=sentences,
+        rows=table(rows, baseline),
+        shown=shown.name,
+        pictures={caption: address(svg(figure)) for caption, figure in pictures.items()},
+        provenance={
+            "data": f"{result.data['task']}; {_listed(result.data['images'])} images",
+            "data fingerprints": ", ".join(dict.fromkeys(r.data["fingerprint"][:16] for r in shown.results)),
+            "teacher": (result.teacher or {}).get("name", "none"),
+            "recipe": _listed(_recipe(shown.folders[0])),
+            shown.name: _listed({"method": run.method, **run.settings}),
+            "seeds": len(shown.results),
+            "figure": "last epoch, mean ± standard deviation over seeds; gains paired by seed, with 95 % interval",
+            "hardware": _listed(result.hardware),
+            "versions": _listed(result.versions),
+            "runs": str(shown.folders[0].parent),
+        },
+    )
+    write_atomic(path, text.encode())
+
+
+def _run(folder: Path) -> Run:
+    return Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    run = _run(folder)
+    return {field.name: getattr(run, field.name) for field in fields(Recipe) if field.name != "seed"}
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
+    """Embed the test images by the first seed's students: alone, after the first stage, at the end."""
+    folder = shown.folders[0]
+    found = {baseline.name: _embed(network_of(baseline.folders[0]), test)}
+    for stage in sorted(path.stem for path in (folder / "stages").glob("*.safetensors")):
+        found[f"{shown.name}, after stage “{stage}”"] = _embed(network_of(folder, stage), test)
+    found[f"{shown.name}, at the end"] = _embed(network_of(folder), test)
+    return found
+
+
+def _embed(model: Backbone, test: Split) -> Tensor:
+    return embed(model, test.pixels)
+
+
+def _curves(rows: Sequence[Row], measure: str) -> Figure:
+    """Draw a measure of the log against the epoch of the whole run; stages and methods without it leave a gap."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for row, color in zip(rows, COLORS, strict=False):
+        logs = [_log(folder) for folder in row.folders]
+        points = [
+            (n, [e[measure] for e in entries])
+            for n, entries in enumerate(zip(*logs, strict=True), 1)
+            if measure in entries[0]
+        ]
+        if not points:
+            continue
+        axes.plot(
+            [n for n, _ in points], [mean(values) for _, values in points], color=color, label=row.name, linewidth=1.6
+        )
+    axes.set_xlabel("epoch, all stages together")
+    axes.grid(alpha=0.25)
+    plain_text(axes.legend(frameon=False, fontsize=8))
+    return figure
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,1 @@
+"""How long will it take, and how much memory: estimates before anything starts."""

@@ -1,0 +1,264 @@
+"""What a run will cost, said before anything is trained: ``--dry-run``."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from refilled.config import Run
+from refilled.cost.step import Cost, Network, made_up_task, probe_batches, scoring_cost, step_cost
+from refilled.data import TaskSize, free_memory, task_size
+from refilled.files import cache_folder
+from refilled.models import Backbone
+from refilled.runs.experiment import prepare, resolve
+from refilled.stages import Prepares, Stage
+from refilled.training.evaluation import SCORING_BATCH
+from refilled.training.loop import share_epochs, views_of
+
+_FLOAT = 4  # bytes
+_IMAGES = 32  # made up, to build the run on
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage of training will cost."""
+
+    name: str
+    epochs: int
+    steps: int
+    """In an epoch."""
+    seconds: float
+    """A step."""
+    communication: float
+    """Seconds of these that pass between several processes."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will cost.
+
+    Attributes:
+        run: The run with everything settled.
+        size: Its task.
+        rates: Images a second of parts of the work on their own.
+        stages: The stages of training.
+        seconds: Of loading, training and scoring.
+        memory: Bytes at the peak, of the accelerator or of the process; None where they cannot be asked for.
+        ranks: Processes.
+    """
+
+    run: Run
+    size: TaskSize
+    rates: Mapping[str, float]
+    stages: tuple[StageForecast, ...]
+    seconds: Mapping[str, float]
+    memory: float | None
+    ranks: int
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        return sum(self.seconds.values())
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Say it in words, as pairs of a heading and a text."""
+        size, run = self.size, self.run
+        counts = f"{size.train} images to train on, {size.val} to validate, {size.test} to test"
+        yield "task", f"{len(size.class_names)} classes; {counts}; {size.image_size} px"
+        on_disk = sum(part for part in _image_bytes(size) if part > _image_limit(run))
+        if on_disk:
+            yield "images on disk", f"{on_disk / 2**30:.1f} GiB below {cache_folder()}"
+        for name, rate in self.rates.items():
+            yield name, f"{rate:,.0f} images/s"
+        for stage in (stage for stage in self.stages if stage.epochs > 0):
+            rate = min(run.batch_size, size.train) / stage.seconds
+            epochs = f"{stage.epochs} epochs of {stage.steps} steps"
+            yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms a step, {rate:,.0f} images/s"
+            if self.ranks > 1:
+                share = f"{1000 * stage.communication:.3g} ms of a step between {self.ranks} processes"
+                yield "", f"{share}, modelled and not measured"
+        for name, seconds in self.seconds.items():
+            yield name, duration(seconds)
+        threads = "one thread" if run.threads == 1 else f"{run.threads} threads"
+        where = f"{threads} of the processor" if run.device == "cpu" else run.device
+        yield "in all", f"about {duration(self.total)} on {where}"
+        yield "memory", "cannot be predicted here" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at most"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn it into plain data."""
+        return {**asdict(self), "total": self.total}
+
+
+def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Forecast:
+    """Predict what a run will cost; its names, settings and data are looked up and checked, and nothing is written.
+
+    The images of a batch are shared out among the ranks, as are those that are scored. A method that trains nothing
+    has no stages, and what it does with the embeddings is not predicted.
+
+    Raises:
+        RefilledError: anything in the run that cannot work, as far as it can be found before training.
+    """
+    run, network = resolve(run), network or Network()
+    size = _size_of(run)
+    prepared = prepare(run, made_up_task(size, _IMAGES))
+    student, teacher, stages = prepared.student, prepared.teacher, prepared.stages
+    fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
+    batch = math.ceil(min(run.batch_size, size.train) / ranks)
+    batches = probe_batches(run.device, batch)
+    costs = _Costs(
+        student=scoring_cost(student, size, run, fabric, fully=True),
+        validation=scoring_cost(student, size, run, fabric),
+        teacher=None if teacher is None else scoring_cost(teacher, size, run, fabric),
+        steps=tuple(step_cost(student, teacher, stage, size, run, fabric, batches) for stage in stages),
+    )
+    looks, found = _looks_of_the_teacher(stages, run), []
+    embedder = student if prepared.readout is not None else teacher if _curious(stages) else None
+    budget = share_epochs(stages, run.epochs_over(size.train)) if stages else []
+    for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
+        spared = costs.teacher.seconds(batch) if costs.teacher is not None and _is_cached(stage, run) else 0.0
+        messages = communication(student, teacher, stage, run.batch_size, ranks, network)
+        seconds = max(step.seconds(batch) - spared, 0.0) + messages
+        found.append(StageForecast(stage.name, epochs, run.steps_over(size.train), seconds, messages))
+    return Forecast(
+        run=run,
+        size=size,
+        rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
+        stages=tuple(found),
+        seconds=_seconds(run, size, costs, found, looks, ranks),
+        memory=_memory(run, size, costs, batch, looks, 0 if embedder is None else embedder.embedding_dim),
+        ranks=ranks,
+    )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What was measured of a run's parts: looking at images with either network, and a step of each stage."""
+
+    student: Cost
+    """In full precision, as for the result."""
+    validation: Cost
+    teacher: Cost | None
+    steps: tuple[Cost, ...]
+
+    def rates(self) -> dict[str, float]:
+        """Images a second of each network on its own, without gradients."""
+        networks = {"student, scoring": self.student, "teacher": self.teacher}
+        return {name: 1 / _each(cost) for name, cost in networks.items() if cost is not None}
+
+
+def _each(scoring: Cost) -> float:
+    return scoring.seconds(SCORING_BATCH) / SCORING_BATCH
+
+
+def _is_cached(stage: Stage, run: Run) -> bool:
+    return run.views is not None and stage.embedding_suffices
+
+
+def _curious(stages: Sequence[Stage]) -> int:
+    """How many stages have losses that look at the whole training set."""
+    return sum(
+        any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in stage.terms.values())
+        for stage in stages
+    )
+
+
+def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
+    """How often each training image goes through the teacher besides the steps: for a cache, and to prepare losses."""
+    views = run.views or 0
+    return _curious(stages) + views * any(_is_cached(stage, run) for stage in stages)
+
+
+def _seconds(
+    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], looks: int, ranks: int
+) -> dict[str, float]:
+    score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
+    teach = 0.0 if costs.teacher is None else _each(costs.teacher) / ranks
+    scored = size.test if run.score == "test" else size.val
+    return {
+        "loading": (size.train + size.val + size.test) / size.images_per_second,
+        "embedding by the teacher": looks * size.train * teach,
+        "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
+        "scoring": max(len(stages), 1) * (size.train + scored) * score,
+    }
+
+
+def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, looks: int, width: int) -> float | None:
+    """Find the peak of training or of scoring, whichever is higher, besides what lies in memory all the while.
+
+    That is the images, and embeddings of ``width`` of the training images, once in batches and once in one piece: for
+    readouts, and for losses that look at all of them.
+    """
+    scored = min(SCORING_BATCH, size.train)
+    passes = [costs.student] + ([costs.teacher] if costs.teacher is not None and looks else [])
+    peaks = [cost.memory(batch) for cost in costs.steps if cost.memory is not None]
+    peaks += [cost.memory(scored) for cost in passes if cost.memory is not None]
+    if not peaks:
+        return None
+    if run.device != "cpu":
+        return max(peaks)
+    images = sum(part for part in _image_bytes(size) if part <= _image_limit(run))
+    return max(peaks) + images + 2 * _FLOAT * size.train * width
+
+
+def _image_bytes(size: TaskSize) -> list[int]:
+    return [count * 3 * size.image_size**2 for count in (size.train, size.val, size.test)]
+
+
+def _image_limit(run: Run) -> float:
+    return free_memory() / 4 if run.image_memory is None else run.image_memory * 2**30
+
+
+def communication(
+    student: Backbone, teacher: Backbone | None, stage: Stage, batch: int, ranks: int, network: Network
+) -> float:
+    """Model the seconds of a step that pass between ranks.
+
+    The outputs that the losses read are gathered, but feature maps are not counted; statistics of batch norm are summed
+    on the way there and back; and so are the gradients.
+    """
+    read = 0
+    for model, parts in (
+        (student, {term.student for term in stage.terms.values()}),
+        (teacher, {term.teacher for term in stage.terms.values()}),
+    ):
+        if model is not None:
+            widths = {"logits": model.num_classes, "embedding": model.embedding_dim}
+            read += sum(width for part, width in widths.items() if part in parts)
+    norms = [module.num_features for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    gradient = sum(parameter.numel() for parameter in student.parameters())
+    return (
+        network.all_gather(_FLOAT * batch * read, ranks)
+        + sum(2 * network.all_reduce(_FLOAT * 2 * channels, ranks) for channels in norms)
+        + network.all_reduce(_FLOAT * gradient, ranks)
+    )
+
+
+def _pipeline_rate(size: TaskSize, run: Run) -> float:
+    """Images a second that are gathered, augmented and mixed."""
+    task, taken = made_up_task(size, _IMAGES), []
+    views = views_of(run, task)
+    for _ in range(4):
+        start, every = perf_counter(), torch.arange(_IMAGES)
+        views.load(task.train.pixels, every, seed=0, view=0)
+        taken.append(perf_counter() - start)
+    return _IMAGES / median(taken[1:])
+
+
+def _size_of(run: Run) -> TaskSize:
+    root = Path(run.data_root) if run.data_root else None
+    return task_size(run.task, data_root=root, shots=run.shots, val=run.val, image_size=run.image_size)
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that suits it."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"

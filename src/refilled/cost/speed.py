@@ -1,0 +1,83 @@
+"""How fast runs will be: a few steps of the training loop are timed on made-up images before anything starts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from refilled.config import Run
+from refilled.cost.step import probe_batches, scoring_cost, step_cost
+from refilled.data import TaskSize
+from refilled.methods import load_method
+from refilled.methods.refilled import refilled
+from refilled.methods.vanilla import vanilla
+from refilled.models import create_model
+from refilled.models.backbone import freeze
+from refilled.runs.experiment import resolve
+
+_CLASSES = tuple(map(str, range(10)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the time of a step depends on most."""
+
+    student: str
+    teacher: str | None
+    """Its architecture; None for a student alone, or one whose teacher's embeddings lie on disk."""
+    image_size: int
+    batch_size: int
+    trains: bool = True
+    """Whether the student is trained; else, as a teacher, it embeds images that are kept."""
+
+    def __str__(self) -> str:
+        taught = f" taught by {self.teacher}" if self.teacher else " alone"
+        return f"{self.student}{taught if self.trains else ' embedding'}, {self.image_size} px"
+
+
+def keeps_embeddings(run: Run, student: str, teacher: str) -> bool:
+    """Say whether all that a run asks of its teacher comes from embeddings on disk."""
+    return run.views is not None and not _reads_maps(run.method, tuple(run.settings.items()), student, teacher)
+
+
+@cache
+def _reads_maps(method: str, settings: tuple[tuple[str, Any], ...], student: str, teacher: str) -> bool:
+    learner, master = (create_model(network, len(_CLASSES), image_size=32) for network in (student, teacher))
+    learner.class_names = master.class_names = _CLASSES
+    plan = load_method(method).build(learner, master, dict(settings))
+    return isinstance(plan, Sequence) and any(stage.reads("features") for stage in plan)
+
+
+def images_per_second(work: Work, device: str = "auto") -> float:
+    """Time the training loop on made-up images, on one thread of a processor or on an accelerator.
+
+    With a teacher, the loss has the terms of one-stage ReFilled, which stand for those of any method.
+    """
+    run = resolve(Run(task="made up", student=work.student, device=device, batch_size=work.batch_size))
+    fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
+    size = TaskSize(_CLASSES, 0, 0, 0, work.image_size, "crop-flip", images_per_second=0.0)
+    student = create_model(work.student, len(_CLASSES), image_size=work.image_size)
+    teacher = None
+    if work.teacher is not None:
+        teacher = freeze(create_model(work.teacher, len(_CLASSES), image_size=work.image_size))
+    (stage,) = vanilla(student, None) if teacher is None else refilled(student, teacher, gamma=0.1)
+    with one_thread():
+        if not work.trains:
+            return work.batch_size / scoring_cost(freeze(student), size, run, fabric).seconds(work.batch_size)
+        cost = step_cost(student, teacher, stage, size, run, fabric, probe_batches(run.device, work.batch_size))
+    return work.batch_size / cost.seconds(work.batch_size)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread for a while, as the jobs of a table do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

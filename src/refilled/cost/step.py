@@ -1,0 +1,198 @@
+"""What a step costs, in time and memory, found from a few smaller ones.
+
+The loop of training itself is timed on made-up images, at two sizes of batch. Its cost is a fixed part, such as the
+optimiser's, and a part that grows with the images; the line through the two sizes is followed to the size that is asked
+for. Of memory the same holds. What passes between several processes cannot be timed in one, and is modelled.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Self
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from refilled.config import Run
+from refilled.data import Split, Task, TaskSize
+from refilled.models import Backbone
+from refilled.runs.determinism import give_memory_back
+from refilled.stages import Stage
+from refilled.training.evaluation import SCORING_BATCH, predict
+from refilled.training.loop import Journal, Position, fit
+
+_BATCHES_ON_A_CPU = (8, 32)  # images a step; more are timed on an accelerator only, which few do not fill
+_STEPS = 3  # timed, after one that warms up
+_FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Line:
+    """A cost that is ``fixed`` and, besides, ``each`` for every image."""
+
+    fixed: float
+    each: float
+
+    @classmethod
+    def through(cls, small: tuple[int, float], large: tuple[int, float]) -> Self:
+        """Draw the line through two measurements, (images, cost).
+
+        Neither part is below 0, whatever the noise; one size twice gives a cost in proportion.
+        """
+        (fewer, less), (images, cost) = small, large
+        slope = (cost - less) / (images - fewer) if images > fewer else math.inf
+        each = min(max(slope, 0.0), cost / images)
+        return cls(max(cost - each * images, 0.0), each)
+
+    def __call__(self, images: int) -> float:
+        """Follow the line to so many images."""
+        return self.fixed + self.each * images
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an amount of work costs, by the images that are worked on at a time."""
+
+    seconds: Line
+    memory: Line | None
+    """Bytes at the peak: of the accelerator, or of the whole process on a processor; None where they are not told."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What lies between processes. The default, a good 100 Gbit/s link, is an assumption and no measurement."""
+
+    bandwidth: float = 10e9
+    """Bytes a second, in each direction."""
+    latency: float = 20e-6
+    """Seconds a message."""
+
+    def all_gather(self, size: float, ranks: int) -> float:
+        """Seconds until every rank has all of ``size`` bytes of which each had its part.
+
+        Large parts travel around a ring, all but a rank's own to each; small ones along a tree.
+        """
+        return (ranks - 1) * size / ranks / self.bandwidth + math.ceil(math.log2(ranks)) * self.latency
+
+    def all_reduce(self, size: float, ranks: int) -> float:
+        """Seconds until every rank has the sum of ``size`` bytes that each has: parts are summed, then gathered."""
+        return 2 * self.all_gather(size, ranks)
+
+
+def step_cost(
+    student: Backbone,
+    teacher: Backbone | None,
+    stage: Stage,
+    size: TaskSize,
+    run: Run,
+    fabric: Fabric,
+    batches: tuple[int, int],
+) -> Cost:
+    """Measure a step of a stage, as the training loop takes it; the student's weights change.
+
+    Args:
+        student: The student.
+        teacher: The teacher, frozen; None for a stage that needs none.
+        stage: The stage.
+        size: The task's classes and image size.
+        run: The run, resolved.
+        fabric: The device and precision.
+        batches: The two sizes of batch, in images, to draw the line through; see :func:`probe_batches`.
+    """
+    # Made-up images teach nothing; so as not to let the loss explode, the steps are tiny.
+    recipe = replace(run, epochs=1, least_steps=0, lr=1e-9, warmup=0.0, sampler="shuffle", views=None)
+
+    def take_steps(images: int) -> float:
+        clock, task = _Clock(), made_up_task(size, _images(images)).near(fabric.device)
+        stages, own = [replace(stage, share=1.0)], replace(recipe, batch_size=images)
+        fit(student, teacher, task, stages, own, fabric, clock, cuda_graphs=run.cuda_graphs)
+        return median(after - before for before, after in pairwise(clock.ticks))
+
+    return _cost_of(take_steps, batches, fabric.device)
+
+
+def probe_batches(device: str, most: int) -> tuple[int, int]:
+    """Choose the two sizes of batch to measure; none of one image, which batch normalisation may refuse."""
+    small, large = _BATCHES_ON_A_CPU if device == "cpu" else (math.ceil(most / 2), most)
+    return min(small, max(2, most // 2), most), min(large, most)
+
+
+def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric, fully: bool = False) -> Cost:
+    """Measure a network's forward pass as it is done to score images: without gradients, not augmented.
+
+    It computes in the run's precision, or ``fully`` in float32 as for the result.
+    """
+    network.to(fabric.device)
+
+    def score(images: int) -> float:
+        pixels, taken = made_up_task(size, images).train.pixels, []
+        for _ in range(1 + _STEPS):
+            start = perf_counter()
+            with nullcontext() if fully else fabric.autocast():
+                predict(network, pixels, fabric.device)  # its outputs come to the processor: the device is done then
+            taken.append(perf_counter() - start)
+        return median(taken[1:])
+
+    return _cost_of(score, probe_batches(run.device, SCORING_BATCH), fabric.device)
+
+
+def made_up_task(size: TaskSize, images: int) -> Task:
+    """Make a task of noise with the classes and the image size of another one, and so many images to train on."""
+    shape = (images, size.image_size, size.image_size, 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    labels = torch.arange(images) % len(size.class_names)
+    train, one = (Split(pixels[:n], labels[:n], ("",) * n) for n in (images, 1))
+    nothing = Split(pixels[:0], labels[:0], ())
+    val, test = (one if count else nothing for count in (size.val, size.test))
+    return Task("made up", size.class_names, train, val, test, size.image_size, size.augmentation, fingerprint="")
+
+
+def _images(batch: int) -> int:
+    return batch * (1 + _STEPS)
+
+
+def _cost_of(work: Callable[[int], float], sizes: tuple[int, int], device: torch.device) -> Cost:
+    points = []
+    for size in sizes:
+        _forget_peak(device)
+        points.append((work(size), _peak(device)))
+    (less, low), (more, high) = points
+    seconds = Line.through((sizes[0], less), (sizes[1], more))
+    memory = None if low is None or high is None else Line.through((sizes[0], low), (sizes[1], high))
+    return Cost(seconds, memory)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        give_memory_back()  # or what was kept for steps before would count
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak alone
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not Path("/proc/self/clear_refs").exists():  # without it the peak may be of long ago
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    return None if found is None else 1024.0 * int(found[1])
+
+
+class _Clock(Journal):
+    """A journal that keeps nothing but the time after each step."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
+        for value in values.values():
+            value.item()  # an accelerator is done with the step only now
+        self.ticks.append(perf_counter())

@@ -1,0 +1,1 @@
+"""Many runs, carried out in processes or on a cluster."""

@@ -1,0 +1,26 @@
+"""A teacher's cache built in several places at once."""
+
+from pathlib import Path
+
+from refilled.config import Run
+from refilled.grid.executors import Executor
+from refilled.runs.experiment import build_cache
+from refilled.training.teacher_cache import TeacherCache
+
+
+def build_cache_together(run: Run, jobs: int, executor: Executor) -> TeacherCache:
+    """Build the cache that a run would use in ``jobs`` places, which share its shards among them.
+
+    A shard is whole or absent, so whoever takes the place of a lost process goes on where that one stood.
+
+    Raises:
+        RefilledError: as :func:`~refilled.runs.experiment.build_cache`, or a process was lost too often.
+    """
+    with executor(jobs) as pool:
+        futures = [pool.submit(_build, run) for _ in range(jobs)]
+        folders = [future.result() for future in futures]
+    return TeacherCache.open(folders[0])
+
+
+def _build(run: Run) -> Path:
+    return build_cache(run, say=lambda text: None).folder

@@ -1,0 +1,110 @@
+"""Carry out many runs, some at a time; a second start does only what is still missing."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from refilled.errors import InUseError, RunError
+from refilled.grid.executors import Executor, Pool, processes
+from refilled.grid.jobs import Found, Job, carry_out
+
+_SECONDS_BETWEEN_TRIES = 2.0  # at a run that another process is at
+
+
+def run_grid(
+    runs: Mapping[str, Job],
+    folder: Path,
+    jobs: int = 1,
+    on_result: Callable[[str, Found], None] | None = None,
+    on_failure: Callable[[str, Exception], None] | None = None,
+    needs: Mapping[str, Sequence[str]] | None = None,
+    executor: Executor = processes,
+) -> dict[str, Found]:
+    """Carry out the runs, each in ``folder/<its name>``, ``jobs`` at a time.
+
+    Finished runs are not repeated, interrupted ones go on where they stood. Runs that another process is at are left
+    to it: those that nobody is at are done first, then the others' results are waited for. Small models are trained
+    fastest by processes of one thread each; set ``threads=1`` in the runs.
+
+    Args:
+        runs: The runs by name.
+        folder: Where their folders lie, or will.
+        jobs: Runs at a time.
+        on_result: Told of each result as it comes.
+        on_failure: Told of each run that fails, and of those that need it; the others go on. Without it, the first
+            failure ends all.
+        needs: For a run that reads the models of others, the names of those, which are carried out first.
+        executor: Where they are carried out.
+
+    Returns:
+        The results of the runs that did not fail, in the order of ``runs``.
+
+    Raises:
+        RefilledError: what a run raised, where there is no ``on_failure``; the others are ended first.
+        RunError: the system ended a process, most often for want of memory.
+    """
+    grid = _Grid(runs, folder, needs or {}, on_result, on_failure)
+    with executor(jobs) as pool:
+        grid.carry_out(pool)
+    return {name: grid.results[name] for name in runs if name in grid.results}
+
+
+class _Grid:
+    """Runs under way: which wait, which are being carried out, and what came of the others."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Job],
+        folder: Path,
+        needs: Mapping[str, Sequence[str]],
+        on_result: Callable[[str, Found], None] | None,
+        on_failure: Callable[[str, Exception], None] | None,
+    ) -> None:
+        self.runs, self.folder, self.needs = runs, folder, needs
+        self.on_result, self.on_failure = on_result, on_failure
+        self.results: dict[str, Found] = {}
+        self.failed: set[str] = set()
+        self._waiting = dict.fromkeys(runs, 0.0)  # not before this time
+        self._under_way: dict[Future[Found], str] = {}
+
+    def carry_out(self, pool: Pool) -> None:
+        while self._waiting or self._under_way:
+            self._start(pool)
+            if not self._under_way:
+                time.sleep(_SECONDS_BETWEEN_TRIES / 4)
+                continue
+            done, _ = wait(self._under_way, _SECONDS_BETWEEN_TRIES, FIRST_COMPLETED)
+            for future in done:
+                self._take(self._under_way.pop(future), future)
+
+    def _start(self, pool: Pool) -> None:
+        for name, earliest in list(self._waiting.items()):
+            needed = self.needs.get(name, ())
+            if failed := [other for other in needed if other in self.failed]:
+                del self._waiting[name]
+                self._fail(name, RunError(f"it needs {failed[0]}, which failed"))
+            elif time.monotonic() >= earliest and all(other in self.results for other in needed):
+                del self._waiting[name]
+                self._under_way[pool.submit(carry_out, self.runs[name], self.folder / name)] = name
+
+    def _take(self, name: str, future: Future[Found]) -> None:
+        try:
+            result = future.result()
+        except InUseError:
+            self._waiting[name] = time.monotonic() + _SECONDS_BETWEEN_TRIES
+        except BrokenProcessPool:
+            raise
+        except Exception as error:  # of any kind: one run must not take the others with it
+            self._fail(name, error)
+        else:
+            self.results[name] = result
+            if self.on_result is not None:
+                self.on_result(name, result)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if self.on_failure is None:
+            raise error
+        self.failed.add(name)
+        self.on_failure(name, error)

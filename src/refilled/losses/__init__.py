@@ -1,0 +1,72 @@
+"""Every loss of every method, by name. They need torch alone, and each is loaded when it is first asked for.
+
+A loss is a :class:`torch.nn.Module` that is called as ``loss(student_tensor, teacher_tensor, labels)`` and returns a
+scalar. The formula is a function in the same file.
+
+>>> import torch
+>>> from refilled.losses import RKDDistanceLoss
+>>> value = RKDDistanceLoss()(torch.randn(32, 64), torch.randn(32, 128), torch.arange(32) % 8)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refilled.losses.local_kd import LocalKDLoss, LogitKDLoss
+    from refilled.losses.triplet_alignment import TripletAlignmentLoss
+    from refilled.losses.trust import Trusted, label_information
+    from refilled.methods.at import AttentionLoss
+    from refilled.methods.crd import ContrastiveLoss
+    from refilled.methods.dkd import DKDLoss
+    from refilled.methods.fitnet import HintLoss
+    from refilled.methods.kd import KDLoss
+    from refilled.methods.nst import NeuronSelectivityLoss
+    from refilled.methods.regression import EmbeddingRegressionLoss
+    from refilled.methods.rkd import RKDAngleLoss, RKDDistanceLoss
+    from refilled.methods.sp import SimilarityPreservingLoss
+    from refilled.methods.vid import VariationalLoss
+
+# Where each loss lives. The losses of a baseline stand in the file of its method, beside the recipe.
+_HOMES = {
+    "AttentionLoss": "refilled.methods.at",
+    "ContrastiveLoss": "refilled.methods.crd",
+    "DKDLoss": "refilled.methods.dkd",
+    "EmbeddingRegressionLoss": "refilled.methods.regression",
+    "HintLoss": "refilled.methods.fitnet",
+    "KDLoss": "refilled.methods.kd",
+    "LocalKDLoss": "refilled.losses.local_kd",
+    "LogitKDLoss": "refilled.losses.local_kd",
+    "NeuronSelectivityLoss": "refilled.methods.nst",
+    "RKDAngleLoss": "refilled.methods.rkd",
+    "RKDDistanceLoss": "refilled.methods.rkd",
+    "SimilarityPreservingLoss": "refilled.methods.sp",
+    "TripletAlignmentLoss": "refilled.losses.triplet_alignment",
+    "Trusted": "refilled.losses.trust",
+    "VariationalLoss": "refilled.methods.vid",
+    "label_information": "refilled.losses.trust",
+}
+
+__all__ = [
+    "AttentionLoss",
+    "ContrastiveLoss",
+    "DKDLoss",
+    "EmbeddingRegressionLoss",
+    "HintLoss",
+    "KDLoss",
+    "LocalKDLoss",
+    "LogitKDLoss",
+    "NeuronSelectivityLoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "SimilarityPreservingLoss",
+    "TripletAlignmentLoss",
+    "Trusted",
+    "VariationalLoss",
+    "label_information",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'refilled.losses' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,260 @@
+r"""Local knowledge distillation: the student learns the teacher's nearest-class-mean confidences.
+
+References:
+    Ye, Lu and Zhan, Distilling Cross-Task Knowledge via Relationship Matching, CVPR 2020 (Eq. 7 to 9).
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.errors import MethodError
+from refilled.losses import distances
+from refilled.losses.checks import check_choice, check_positive
+from refilled.losses.distances import at_least_float32, squared_distances, unit_rows
+from refilled.losses.mining import check_batch
+
+Centers = Literal["batch", "leave-one-out", "global"]
+Classes = Literal["batch", "all"]
+Average = Literal["images", "elements"]
+
+
+def local_kd(
+    student_logits: Tensor,
+    teacher_embedding: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 2.0,
+    student_temperature: float = 1.0,
+    centers: Literal["batch", "leave-one-out"] | Tensor = "batch",
+    classes: Classes = "batch",
+    normalize: bool = False,
+    right_only: bool = False,
+    average: Average = "images",
+) -> Tensor:
+    r"""Local knowledge distillation over the classes present in the batch (Eq. 7 to 9 of the paper).
+
+    With :math:`p_c` the mean teacher embedding of class c, the teacher's probabilities are those of its
+    nearest-class-mean classifier,
+
+    .. math:: q_T(c|x) = \mathrm{softmax}_c\big(-\|\phi_T(x) - p_c\|^2 / \tau\big), \qquad
+              \ell = \frac{1}{N} \sum_x \mathrm{KL}\big(q_T(\cdot|x) \,\|\, \mathrm{softmax}_c(f_S(x)_c / \tau_S)\big).
+
+    Args:
+        student_logits: ``(N, C)``, over all of the student's classes.
+        teacher_embedding: ``(N, d)``; a constant, no gradient flows to it.
+        labels: Class ids ``(N,)`` in ``0 .. C - 1``.
+        temperature: :math:`\tau`.
+        student_temperature: :math:`\tau_S`; 1 in the paper.
+        centers: ``"batch"`` takes the means over the batch (the paper). ``"leave-one-out"`` leaves each image out of
+            the mean of its own class; the only image of a class remains that class's mean. A tensor ``(C, d)`` gives
+            the means, computed elsewhere, of all classes.
+        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all whose mean is given.
+        normalize: Bring the teacher's embedding to length 1 first.
+        right_only: Count images that the teacher's classifier gets wrong as 0, for a teacher that knows little would
+            otherwise contradict the labels; the paper counts all.
+        average: Over ``"images"`` as above; ``"elements"`` divides by the number of compared classes too, as
+            :class:`torch.nn.KLDivLoss` does by default and the authors' first code did.
+
+    Raises:
+        MethodError: Shapes or labels do not fit.
+    """
+    check_batch(labels, student_logits, teacher_embedding)
+    check_choice("average", average, get_args(Average))
+    embedding = _teacher_rows(teacher_embedding, normalize)
+    means, compared = distances.class_centers(embedding, labels)
+    if isinstance(centers, Tensor):
+        means, compared = _given_centers(centers, compared, classes, embedding)
+    elif classes == "all":
+        raise MethodError(
+            f"means over the batch are not known for all classes, but classes='all' and centers={centers!r}"
+        )
+    _check_classes(compared, student_logits.shape[1])
+    squared = squared_distances(embedding, means)  # (N, C')
+    own = labels[:, None] == compared
+    if isinstance(centers, str) and centers == "leave-one-out":
+        # The mean without x lies n / (n - 1) times as far from x as the mean with it.
+        n = own.sum(0, dtype=squared.dtype)
+        squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
+    log_q = F.log_softmax(-squared / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(student_logits)[:, compared] / student_temperature, dim=1)
+    share = len(compared) if average == "elements" else 1
+    if not right_only:
+        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True) / share
+    divergence = F.kl_div(log_p, log_q.to(log_p.dtype), reduction="none", log_target=True).sum(1)
+    return torch.where(own.gather(1, log_q.argmax(1, keepdim=True)).squeeze(1), divergence, 0).mean() / share
+
+
+class LocalKDLoss(nn.Module):
+    """Local knowledge distillation, with its hyper-parameters: see :func:`local_kd`.
+
+    Args:
+        temperature: Of the teacher's probabilities.
+        student_temperature: Of the student's; 1 in the paper.
+        centers: Class means over the ``"batch"`` (the paper), ``"leave-one-out"``, or ``"global"``: over the whole
+            training set. The global ones are a buffer, from ``class_centers``, from :meth:`prepare` or from a loaded
+            state dict.
+        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all of them, for which
+            the centres must be global.
+        normalize: Bring the teacher's embedding to length 1 first.
+        centered: Take the training set's mean away from the teacher's embedding before all else; :meth:`prepare` or a
+            loaded state dict gives it.
+        class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
+        right_only: Count images that the teacher's classifier gets wrong as 0.
+        average: Over ``"images"``, or ``"elements"``.
+
+    Raises:
+        MethodError: A parameter is out of its range, or (on a call) shapes or labels do not fit, or the global class
+            means are missing.
+    """
+
+    class_centers: Tensor | None
+    mean: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        student_temperature: float = 1.0,
+        centers: Centers = "batch",
+        classes: Classes = "batch",
+        normalize: bool = False,
+        centered: bool = False,
+        class_centers: Tensor | None = None,
+        right_only: bool = False,
+        average: Average = "images",
+    ) -> None:
+        super().__init__()
+        check_choice("centers", centers, get_args(Centers))
+        check_choice("average", average, get_args(Average))
+        check_positive(temperature=temperature, student_temperature=student_temperature)
+        check_choice("classes", classes, get_args(Classes))
+        if classes == "all" and centers != "global":
+            raise MethodError(f"classes='all' needs centers='global', but centers is '{centers}'")
+        if class_centers is not None and centers != "global":
+            raise MethodError(f"class_centers are for centers='global', but centers is '{centers}'; drop one of them")
+        if class_centers is not None and centered:
+            raise MethodError("class_centers do not say which mean was taken away; drop centered, or use prepare()")
+        self.temperature = temperature
+        self.student_temperature = student_temperature
+        self.centers = centers
+        self.classes = classes
+        self.normalize = normalize
+        self.centered = centered
+        self.right_only = right_only
+        self.average = average
+        self.register_buffer("class_centers", class_centers)
+        self.register_buffer("mean", None)
+
+    @property
+    def needs_training_set(self) -> bool:
+        """Whether :meth:`prepare` has anything to do."""
+        return self.centered or self.centers == "global"
+
+    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Take what is wanted, mean and class means, from the whole training set ``(N, d)`` with class ids ``(N,)``."""
+        check_batch(labels, teacher_embedding)
+        if self.centered:
+            self.mean = at_least_float32(teacher_embedding).mean(0)
+            teacher_embedding = teacher_embedding - self.mean
+        if self.centers != "global":
+            return
+        means, classes = distances.class_centers(_teacher_rows(teacher_embedding, self.normalize), labels)
+        _check_classes(classes)
+        centers = means.new_full((int(classes[-1]) + 1, means.shape[1]), torch.nan)  # NaN: no image of that class
+        self.class_centers = centers.index_copy(0, classes, means)
+
+    def forward(self, student_logits: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of logits ``(N, C)`` and embedding ``(N, d)`` with class ids ``(N,)``."""
+        if self.centered:
+            teacher_embedding = teacher_embedding - self._prepared(self.mean, "mean")
+        return local_kd(
+            student_logits,
+            teacher_embedding,
+            labels,
+            temperature=self.temperature,
+            student_temperature=self.student_temperature,
+            centers=self._prepared(self.class_centers, "class means") if self.centers == "global" else self.centers,
+            classes=self.classes,
+            normalize=self.normalize,
+            right_only=self.right_only,
+            average=self.average,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the hyper-parameters when printed."""
+        names = ("centers", "classes", "temperature", "normalize", "centered", "right_only", "average")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def _prepared(self, buffer: Tensor | None, what: str) -> Tensor:
+        if buffer is None:
+            raise MethodError(
+                f"LocalKDLoss({self.extra_repr()}) has no {what} of the training set yet; call "
+                "prepare(teacher_embedding, labels) with the whole training set, or give class_centers"
+            )
+        return buffer
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # How many classes and dimensions there are is only known from what is loaded.
+        for name, wanted in (("class_centers", self.centers == "global"), ("mean", self.centered)):
+            saved = state_dict.get(f"{prefix}{name}")
+            if saved is not None and wanted:
+                old = getattr(self, name)
+                setattr(self, name, torch.empty_like(saved, device=None if old is None else old.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LogitKDLoss(nn.Module):
+    r"""Distillation of the teacher's own classifier, in the place of local distillation (Table 5 of the paper).
+
+    .. math:: \mathrm{KL}\big(\mathrm{softmax}(z_T / \tau) \,\|\, \mathrm{softmax}(z_S)\big)
+
+    As in Eq. 8, only the teacher is softened. It needs a teacher of the same classes.
+
+    Args:
+        temperature: tau.
+        average: Over ``"images"``, or ``"elements"``: divided by the number of classes too.
+    """
+
+    def __init__(self, temperature: float = 2.0, average: Average = "images") -> None:
+        super().__init__()
+        check_positive(temperature=temperature)
+        check_choice("average", average, get_args(Average))
+        self.temperature = temperature
+        self.average = average
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of ``(N, C)`` logits; the labels are not used."""
+        log_p = F.log_softmax(at_least_float32(student_logits), dim=1)
+        log_q = F.log_softmax(at_least_float32(teacher_logits.detach()) / self.temperature, dim=1)
+        share = log_p.shape[1] if self.average == "elements" else 1
+        return F.kl_div(log_p, log_q.to(log_p.dtype), reduction="batchmean", log_target=True) / share
+
+
+def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
+    embedding = embedding.detach()
+    return unit_rows(embedding) if normalize else at_least_float32(embedding)
+
+
+def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and ids of the classes to compare with, of which those in the batch must be some."""
+    if centers.ndim != 2 or centers.shape[1] != embedding.shape[1]:
+        raise MethodError(
+            f"class means of shape {tuple(centers.shape)} do not fit teacher embeddings {tuple(embedding.shape)}; "
+            "both must come from the same teacher"
+        )
+    _check_classes(present, len(centers))
+    known = ~centers.isnan().any(1)
+    missing = present[~known[present]].tolist()
+    if missing:
+        raise MethodError(f"class {missing[0]} had no image when the class means were taken; prepare them anew")
+    compared = present if classes == "batch" else known.nonzero().flatten()
+    return centers.to(embedding)[compared], compared
+
+
+def _check_classes(classes: Tensor, number: float = torch.inf) -> None:
+    low, high = int(classes[0]), int(classes[-1])
+    if low < 0 or high >= number:
+        raise MethodError(f"class id {low if low < 0 else high} is not in 0 .. {number} - 1; number the classes from 0")

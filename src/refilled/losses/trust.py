@@ -1,0 +1,115 @@
+r"""How far to trust a teacher: by what its embedding says about the labels at hand, measured before training.
+
+A teacher of other classes may know much about the student's, or next to nothing. The training labels tell: they are
+guessed from the teacher's embedding of the *other* training images, and the better the guess, the more weight what the
+teacher says should have. No held-out images are needed, and no student.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.errors import MethodError
+from refilled.losses.distances import at_least_float32, class_centers, squared_distances, unit_rows
+from refilled.losses.mining import check_batch
+from refilled.stages import Prepares
+
+_TEMPERATURES = tuple(0.02 * 2 ** (step / 2) for step in range(14))  # 0.02 to 1.8, of squared distances up to 4
+
+
+def label_information(embedding: Tensor, labels: Tensor) -> float:
+    r"""Share of the labels' entropy that the nearest-class-mean posterior of an embedding takes away.
+
+    The embedding is centred and brought to length 1; each image is compared with the class means of all other images,
+    :math:`q(c|x) = \mathrm{softmax}_c(-\|\phi(x) - p_c\|^2 / \tau)`, at the temperature that suits it best:
+
+    .. math:: \max_\tau \; 1 - \frac{\frac{1}{N} \sum_x -\ln q(y_x | x)}{\ln C}
+
+    This is McFadden's pseudo-:math:`R^2` with leave-one-out predictions: 1 for an embedding that separates the
+    classes, 0 for one that knows nothing of them.
+
+    Args:
+        embedding: ``(N, d)``.
+        labels: Class ids ``(N,)``. Images that are the only ones of their class are left out.
+
+    Returns:
+        In [0, 1]; 0 where there are fewer than two classes with two images each.
+    """
+    check_batch(labels, embedding)
+    _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
+    paired = counts[labels] > 1
+    embedding, labels = at_least_float32(embedding.detach())[paired], labels[paired]
+    if labels.unique().numel() < 2:
+        return 0.0
+    rows = unit_rows(embedding - embedding.mean(0))
+    means, classes = class_centers(rows, labels)
+    own = labels[:, None] == classes
+    n = own.sum(0, dtype=rows.dtype)
+    # The mean without x lies n / (n - 1) times as far from x as the mean with it.
+    squared = squared_distances(rows, means) * torch.where(own, (n / (n - 1)).square(), 1)
+    targets = own.int().argmax(1)
+    losses = [F.cross_entropy(-squared / temperature, targets).item() for temperature in _TEMPERATURES]
+    return max(0.0, 1 - min(losses) / math.log(len(classes)))
+
+
+class Trusted(nn.Module):
+    r"""A loss that listens to the teacher as far as its embedding knows the labels.
+
+    It is the given loss times :math:`s^{power}`, where s is :func:`label_information` of the training set. With
+    ``worth``, the teacher counts besides as a prior does: like :math:`worth \cdot s / (1 - s)` labelled images of each
+    class, so that where there are n, more than that, its weight falls as :math:`1 / n`.
+
+    Args:
+        loss: A loss that is called with ``(student_tensor, teacher_tensor, labels)``.
+        power: 0 trusts every teacher alike; the higher, the less a weak teacher counts.
+        worth: Labelled images a class that a teacher counts for whose embedding takes half of the labels' entropy
+            away; None for ever so many.
+
+    Raises:
+        MethodError: the power is negative, ``worth`` is not above 0, or (on a call) :meth:`prepare` was not called.
+    """
+
+    share: Tensor
+    prior: Tensor
+    needs_training_set = True
+
+    def __init__(self, loss: nn.Module, power: float = 1.0, worth: float | None = None) -> None:
+        super().__init__()
+        if not power >= 0:
+            raise MethodError(f"trust must be 0 or more, but is {power}")
+        if worth is not None and not worth > 0:
+            raise MethodError(f"worth must be greater than 0, but is {worth}")
+        self.loss = loss
+        self.power = power
+        self.worth = worth
+        self.reads_labels = getattr(loss, "reads_labels", True)
+        self.register_buffer("share", torch.tensor(math.nan))
+        if worth is not None:
+            self.register_buffer("prior", torch.tensor(math.nan))
+        self._share_is_known = False  # asked once: a GPU would be waited for
+
+    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Measure the teacher by the training set ``(N, d)`` with class ids ``(N,)``; the loss may look at it too."""
+        share = label_information(teacher_embedding, labels)
+        self.share.fill_(share)
+        if self.worth is not None:
+            of_a_class = len(labels) / labels.unique().numel()
+            self.prior.fill_(min(1.0, self.worth * share / max(1 - share, 1e-6) / of_a_class))
+        if isinstance(self.loss, Prepares) and self.loss.needs_training_set:
+            self.loss.prepare(teacher_embedding, labels)
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss."""
+        if not self._share_is_known and self.share.isnan():
+            raise MethodError("how far to trust the teacher is not known yet; call prepare(teacher_embedding, labels)")
+        self._share_is_known = True
+        loss: Tensor = self.loss(student, teacher, labels)
+        weight = self.share**self.power
+        return (weight if self.worth is None else weight * self.prior) * loss
+
+    def statistics(self) -> Mapping[str, Tensor]:
+        """Return the share, and what the number of images leaves of it, for the log."""
+        return {"label_information": self.share} | ({} if self.worth is None else {"prior": self.prior})

@@ -1,0 +1,67 @@
+"""Presets: what was found to work, as values of fields. ``--preset NAME`` sets them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refilled.errors import RunError, unknown
+
+# Stage 2 alone, with steadier centres than the paper's, and as much weight as the teacher deserves.
+_STEADY: Mapping[str, Any] = {
+    "embedding_share": 0.0,
+    "centers": "global",
+    "normalize": True,
+    "centered": True,
+    "kd_temperature": 0.2,
+    "kd_weight": 4.0,
+    "kd_decay": 0.0,
+    "kd_average": "images",
+    "trust": 1.0,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Supplement 2.1: 200 epochs for each of the two stages.
+    "paper": {
+        "epochs": 400,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "schedule": "step",
+        "warmup": 0.0,
+    },
+    # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right.
+    "good": {
+        "method": "refilled",
+        "settings": {**_STEADY, "regression_weight": 10.0, "right_only": True, "worth": 100.0},
+    },
+    # What won there with few images and much time: more to see, of which the teacher says what it sees itself.
+    "patient": {
+        "method": "refilled",
+        "epochs": 400,
+        "augmentation": "resized-crop-flip",
+        "cutmix": 1.0,
+        "settings": {**_STEADY, "kd_classes": "all", "regression_weight": 30.0},
+    },
+    # Supplement 2.1: the teacher's own network, slowly.
+    "fine_tune": {"method": "fine_tune", "epochs": 50, "lr": 1e-4},
+}
+"""What ``--preset`` sets; flags that are given besides it win."""
+
+
+def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a preset sets and those that are given besides, which win; the settings are joined.
+
+    Raises:
+        RunError: there is no such preset.
+    """
+    if name is None:
+        return dict(values)
+    if name not in PRESETS:
+        raise RunError(unknown("preset", name, PRESETS))
+    preset = PRESETS[name]
+    fields_ = {**preset, **values}
+    if fields_.get("method") == preset.get("method"):  # another method has other parameters
+        fields_["settings"] = {**preset.get("settings", {}), **values.get("settings", {})}
+    elif "settings" not in values:
+        fields_.pop("settings", None)
+    return fields_

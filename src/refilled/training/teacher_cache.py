@@ -1,0 +1,317 @@
+"""The teacher's embeddings of a fixed set of augmented views, computed once and kept on disk.
+
+A view is a pure function of its number and the image, so what lies in the cache is what the teacher would say about
+the very images that the student sees. Runs with other seeds, methods or students share a cache, since neither is part
+of what it holds.
+
+A cache is a folder of shards, each with one view of a range of the images. A shard is written whole or not at all and
+ends in a checksum of what it holds and whose it is. So a build that was killed goes on where it stood, several
+processes can build one cache, and a shard that is torn, or was made for something else, is found and made anew.
+"""
+
+import fcntl
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from refilled.data import Augmentation, Task, Views
+from refilled.errors import RunError
+from refilled.files import write_atomic
+from refilled.models import Backbone, refuse_non_finite
+from refilled.training.evaluation import nearest_center_accuracy
+
+VIEW_SEED = 0  # of the augmentation of cached views: not the run's, so that runs can share them
+SHARD_IMAGES = 16384
+"""Images of a shard: half a minute of a processor's work, and few enough files for a million images."""
+
+_BATCH = 256
+_COMPARED = 256  # images
+_CENTERED = 16384  # images whose class means serve the comparison
+_DIGEST_SIZE = sha256().digest_size
+_ITEM_SIZE = np.dtype(np.float32).itemsize
+
+Embed = Callable[[Tensor], Tensor]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache holds; every part of it decides the embeddings, or where they lie."""
+
+    teacher: str
+    data: str
+    images: int
+    embedding_dim: int
+    views: int
+    augmentation: Augmentation
+    precision: str
+    shard_images: int = SHARD_IMAGES
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    schema: int = 3
+
+    @property
+    def key(self) -> str:
+        """A short name for the folder."""
+        return sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+    @property
+    def shards_a_view(self) -> int:
+        """How many shards hold one view of all images."""
+        return -(-self.images // self.shard_images)
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are; they are numbered from 0, those of the first view first."""
+        return self.views * self.shards_a_view
+
+    def part(self, shard: int) -> tuple[int, range]:
+        """Which view of which images a shard holds."""
+        view, place = divmod(shard, self.shards_a_view)
+        start = place * self.shard_images
+        return view, range(start, min(start + self.shard_images, self.images))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a cache is from the live teacher, on some of the training images and all views in turn."""
+
+    images: int
+    largest_difference: float
+    """Of two numbers of an embedding, in units of the root mean square of the live ones."""
+    live_accuracy: float
+    """Percent of the images, as the live teacher embeds them, that are nearest to the mean of their own class."""
+    cached_accuracy: float
+    """The same as they lie in the cache."""
+
+
+def fingerprint(model: Backbone) -> str:
+    """Identify a model by its weights and its normalisation, as 16 hexadecimal digits."""
+    digest = sha256(repr((model.input_size, model.mean.flatten().tolist(), model.std.flatten().tolist())).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class TeacherCache:
+    """Embeddings ``(V, N, d)`` of V views of the N training images, memory-mapped, float32.
+
+    Args:
+        folder: Where the shards lie.
+        contents: What they hold.
+        of: The names of teacher and task, for people; they are no part of what identifies a cache.
+    """
+
+    def __init__(self, folder: Path, contents: Contents, of: tuple[str, str] = ("", "")) -> None:
+        self.folder, self.contents, self.of = folder, contents, of
+        self._mapped: dict[int, NDArray[np.float32]] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open the cache in a folder as its manifest describes it.
+
+        Raises:
+            RunError: there is none, or its manifest is damaged.
+        """
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            return cls(folder, Contents(**manifest["contents"]), (manifest["teacher"], manifest["task"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{folder} holds no teacher cache that can be read ({type(error).__name__}: {error}); a run or "
+                "'refilled cache build' that needs it mends it"
+            ) from error
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole cache."""
+        return sum(self._size(shard) for shard in range(self.contents.shards))
+
+    def shards_on_disk(self) -> int:
+        """How many of the shards are there, unread."""
+        return sum(self.path(shard).exists() for shard in range(self.contents.shards))
+
+    def __call__(self, view: int, indices: Tensor) -> Tensor:
+        """Return the embeddings ``(B, d)`` of one view of the training images with these indices ``(B,)``."""
+        contents = self.contents
+        places, rows = np.divmod(indices.numpy(), contents.shard_images)
+        embeddings = np.empty((len(rows), contents.embedding_dim), dtype=np.float32)
+        for place in np.unique(places):
+            here = places == place
+            embeddings[here] = self._map(view * contents.shards_a_view + int(place))[rows[here]]
+        return torch.from_numpy(embeddings)
+
+    def problems(self) -> dict[int, str]:
+        """Read all of it, and say of each shard that cannot be used why not."""
+        found = ((shard, self.problem(shard)) for shard in range(self.contents.shards))
+        return {shard: problem for shard, problem in found if problem is not None}
+
+    def problem(self, shard: int) -> str | None:
+        """Read a shard, and say why it cannot be used, if it cannot."""
+        path = self.path(shard)
+        if not path.exists():
+            return "not there"
+        size = path.stat().st_size
+        if size != self._size(shard):
+            return f"torn: {size:,} bytes, not {self._size(shard):,}"
+        content = np.memmap(path, dtype=np.uint8, mode="r")
+        if self._digest(shard, content[:-_DIGEST_SIZE]) != content[-_DIGEST_SIZE:].tobytes():
+            return "damaged, or made for another teacher, task or view: its checksum does not match"
+        return None
+
+    def build(
+        self, task: Task, embed: Embed, shards: Iterable[int] | None = None, say: Say = lambda text: None
+    ) -> None:
+        """Make what is missing or damaged of these shards, or of all, and leave what is whole as it is.
+
+        Any number of processes may do so at once: each takes the shards that nobody is at, and in the end waits for
+        those of the others, or makes them where another died at it.
+
+        Args:
+            task: The task; views of its training images are embedded.
+            embed: The teacher's embedding ``(B, d)`` of images ``(B, 3, S, S)``.
+            shards: Numbers of shards.
+            say: Told of every shard that is made, and why.
+
+        Raises:
+            RunError: there is no room, or no right to write.
+        """
+        self._write_manifest()
+        wanted = range(self.contents.shards) if shards is None else shards
+        pending = [shard for shard in wanted if self.problem(shard)]
+        with (self.folder / ".shards").open("w") as claims:
+            for wait in (False, True):  # first those that nobody is at, then those of the others
+                pending = [shard for shard in pending if not self._make(shard, task, embed, claims, wait, say)]
+
+    def gap(self, task: Task, embed: Embed) -> Gap:
+        """Compare what the cache holds with what the teacher says now, on images spread evenly over the training set.
+
+        Both embeddings are classified by the same class means, those of the first view in the cache.
+        """
+        compared, views = _spread(self.contents.images, _COMPARED), self.contents.views
+        turns = [(view, compared[view::views]) for view in range(min(views, len(compared)))]
+        live = torch.cat([self._embed(task, embed, view, indices) for view, indices in turns])
+        cached = torch.cat([self(view, indices) for view, indices in turns])
+        labels = task.train.labels[torch.cat([indices for _, indices in turns])]
+        some = _spread(self.contents.images, _CENTERED)
+        centers = self(0, some), task.train.labels[some]
+        return Gap(
+            images=len(compared),
+            largest_difference=((live - cached).abs().max() / live.square().mean().sqrt().clamp_min(1e-12)).item(),
+            live_accuracy=nearest_center_accuracy(*centers, live, labels),
+            cached_accuracy=nearest_center_accuracy(*centers, cached, labels),
+        )
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        view, images = self.contents.part(shard)
+        return self.folder / f"view-{view:04d}-images-{images.start:08d}.f32"
+
+    def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say) -> bool:
+        """Make a shard unless another process has done so; False if one is at it just now and is not waited for."""
+        # One byte of the file stands for each shard. The system lets go of a byte when its process ends.
+        try:
+            fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
+        except (BlockingIOError, PermissionError):
+            return False
+        try:
+            problem = self.problem(shard)
+            if problem is not None:
+                say(f"teacher cache: shard {shard + 1} of {self.contents.shards} is {problem}; embedding its images")
+                self._write_shard(shard, task, embed)
+        finally:
+            fcntl.lockf(claims, fcntl.LOCK_UN, 1, shard)
+        return True
+
+    def _write_shard(self, shard: int, task: Task, embed: Embed) -> None:
+        view, images = self.contents.part(shard)
+        batches = torch.arange(images.start, images.stop).split(_BATCH)
+        body = torch.cat([self._embed(task, embed, view, indices) for indices in batches]).numpy()
+        for left_behind in self.folder.glob(f".{self.path(shard).name}.*.tmp"):
+            left_behind.unlink(missing_ok=True)
+        self._write(self.path(shard), body.tobytes() + self._digest(shard, body))
+        self._mapped.pop(shard, None)
+
+    def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
+        contents = self.contents
+        views = Views(contents.augmentation, contents.mixup, contents.cutmix)
+        pixels = views.load(task.train.pixels, indices, seed=VIEW_SEED, view=view)
+        embedding = embed(pixels).float().cpu()
+        refuse_non_finite(embedding, [task.train.sources[row] for row in indices.tolist()])
+        return embedding
+
+    def _write_manifest(self) -> None:
+        teacher, task = self.of
+        manifest = {"contents": asdict(self.contents), "teacher": teacher, "task": task}
+        self._write(self.folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, data)
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written: {error.strerror}. The cache needs {self.size / 2**20:,.1f} MB; make room, "
+                "or name another folder in REFILLED_CACHE"
+            ) from error
+
+    def _map(self, shard: int) -> NDArray[np.float32]:
+        if shard not in self._mapped:
+            shape = (len(self.contents.part(shard)[1]), self.contents.embedding_dim)
+            self._mapped[shard] = np.memmap(self.path(shard), dtype=np.float32, mode="r", shape=shape)
+        return self._mapped[shard]
+
+    def _size(self, shard: int) -> int:
+        return len(self.contents.part(shard)[1]) * self.contents.embedding_dim * _ITEM_SIZE + _DIGEST_SIZE
+
+    def _digest(self, shard: int, body: NDArray[Any]) -> bytes:
+        digest = sha256(f"{self.contents.key}/{shard}".encode())
+        digest.update(body.data)
+        return digest.digest()
+
+
+def teacher_cache(
+    root: Path,
+    teacher: Backbone,
+    task: Task,
+    *,
+    number: int,
+    views: Views,
+    precision: str,
+    names: tuple[str, str] = ("", ""),
+) -> TeacherCache:
+    """Find the cache of a teacher and a task under ``root``, whether or not anything of it is built yet.
+
+    Args:
+        root: Folder of all caches.
+        teacher: The teacher.
+        task: The task; its training images are embedded.
+        number: How many views of each image.
+        views: What a view is.
+        precision: What the teacher computes in.
+        names: What people call the teacher and the task.
+    """
+    contents = Contents(
+        teacher=fingerprint(teacher),
+        data=task.fingerprint,
+        images=len(task.train),
+        embedding_dim=teacher.embedding_dim,
+        views=number,
+        precision=precision,
+        **asdict(views),
+    )
+    return TeacherCache(root / contents.key, contents, names)
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """At most ``count`` of the numbers 0 .. length - 1, evenly spread."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long()

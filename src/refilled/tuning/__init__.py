@@ -1,0 +1,1 @@
+"""Parameters chosen on held-out images."""

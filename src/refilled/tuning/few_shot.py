@@ -1,0 +1,111 @@
+"""Hyper-parameters of a few-shot method, chosen on tasks of the validation classes and never on the unseen ones."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any, get_args
+
+from refilled.config import FewShotRun
+from refilled.data import queries_left
+from refilled.errors import RunError, unknown
+from refilled.fewshot.evaluation import load_side, make_bank, resolve, task_accuracies
+from refilled.fewshot.methods import FewShotMethod, load_few_shot_method
+from refilled.runs.determinism import use_machine
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial
+
+
+def tune(
+    run: FewShotRun,
+    search: Mapping[str, str],
+    *,
+    trials: int,
+    n_episodes: int,
+    storage: Path,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Search with Optuna for the settings with the best mean accuracy on tasks of the validation classes.
+
+    The search is kept in ``storage``; one that was interrupted goes on when it is started again.
+
+    Args:
+        run: The test to tune for; its tasks are drawn from the validation classes instead.
+        search: For each parameter of the method what to try: ``"0.1..10"``, ``"0.1..10:log"``, or choices, ``"a,b"``.
+        trials: Settings to try, those of an earlier start counted.
+        n_episodes: Tasks to try each on.
+        storage: The file that keeps the search.
+        progress: Told about each trial.
+
+    Returns:
+        The run's settings with the best ones found.
+
+    Raises:
+        RunError: Optuna is not installed, or the search makes no sense.
+    """
+    optuna = _optuna()
+    method = load_few_shot_method(run.method)
+    distributions = {name: _distribution(method, name, text) for name, text in search.items()}
+    run = resolve(replace(run, side="val", n_episodes=n_episodes))
+    use_machine(run.threads, run.device)
+    pool = load_side(run)
+    bank = make_bank(run, pool)  # shared by all trials, so that each image is embedded once
+    run = replace(run, n_query=queries_left(pool.train.labels, run.n_shot, run.n_query, pool.classes))
+
+    def accuracy(trial: "Trial") -> float:
+        learner = method.learner(bank, {**run.settings, **trial.params})
+        found: list[float] = []
+        for first in range(0, n_episodes, run.batch):
+            numbers = range(first, min(first + run.batch, n_episodes))
+            found += task_accuracies(learner, pool.train.labels, numbers, run)
+        progress(f"trial {trial.number + 1}: {mean(found):.2f} %  {trial.params}")
+        return mean(found)
+
+    storage.parent.mkdir(parents=True, exist_ok=True)
+    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
+    study = optuna.create_study(
+        storage=journal,
+        study_name=run.method,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    complete = (optuna.trial.TrialState.COMPLETE,)
+    while (finished := len(study.get_trials(states=complete))) < trials:
+        # Seeded by the number of the trial, so that a search that was interrupted goes on as if it had not been.
+        study.sampler = optuna.samplers.TPESampler(seed=run.seed + finished)
+        trial = study.ask(distributions)
+        study.tell(trial, accuracy(trial))
+    return method.settle({**run.settings, **study.best_params})
+
+
+def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribution":
+    """Read what is to be tried for a parameter."""
+    distributions = _optuna().distributions
+    if name not in method.parameters:
+        raise RunError(f"--tune {name}: {unknown('parameter', name, method.parameters)}")
+    bounds = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
+    if bounds is None:
+        listed: BaseDistribution = distributions.CategoricalDistribution(text.split(","))
+        return listed
+    types = (method.types[name], *get_args(method.types[name]))
+    kind = int if int in types else float
+    if kind not in types:
+        raise RunError(f"{name} is not a number and has no range; list what to try, as in {name}=this,that")
+    make = distributions.IntDistribution if kind is int else distributions.FloatDistribution
+    try:
+        found: BaseDistribution = make(kind(bounds[1]), kind(bounds[2]), log=bounds[3] is not None)
+    except ValueError as error:
+        raise RunError(f"{name}={text} is no range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log") from None
+    return found
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise RunError("tuning needs Optuna: pip install 'refilled[tune]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

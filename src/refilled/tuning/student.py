@@ -1,0 +1,252 @@
+"""Choose parameters by what they reach on held-out training images, then train once on all of them.
+
+Each trial is a run in a folder of its own, scored on the held-out part of the training images. The test images are
+looked at once, by the final run, as the ReFilled paper does it. The trials stand in a journal that several processes
+may share: each takes up trials that were left behind, then begins new ones, and the last to end makes the final run.
+
+A folder of tuning holds ``tuning.toml`` (the run and what is searched), ``journal.log`` (Optuna's), ``trials/<number>``
+and ``best/<number>``, the final run with the values of that trial.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from refilled.config import Recipe, Run
+from refilled.errors import NonFiniteError, RunError, unknown
+from refilled.files import alone, write_atomic
+from refilled.methods import load_method
+from refilled.runs.experiment import Result, check, distill, resolve, resume
+from refilled.training.checkpoints import hold
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+OnTrial = Callable[[int, Mapping[str, Any], float | None], None]
+_MANY = 10_000  # more trials than any study has: seeds of trials do not meet those of another seed's
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found."""
+
+    values: Mapping[str, Any]
+    """The best values of what was searched."""
+
+    val_accuracy: float
+    """Percent of the held-out images that their trial reached; the best of many, so it flatters."""
+
+    result: Result
+    """Of the run with these values on all training images, scored on the test images."""
+
+    folder: Path
+    """Of that run."""
+
+
+def tune(
+    run: Run, search: Mapping[str, str], trials: int, folder: Path, on_trial: OnTrial = lambda *trial: None
+) -> Tuned | None:
+    """Find good values for a run's parameters, and carry the run out with them.
+
+    Called again with the same arguments, it goes on where it stood. If ``trials`` has grown, there is another final run
+    where they found better values; which values are best is never decided by the test images.
+
+    Args:
+        run: What all trials share; its ``val`` is the part of the training images that is held out.
+        search: For each name, a parameter of the method or a field of :class:`~refilled.config.Recipe`, what to try:
+            ``"1..100"``, ``"1..100:log"``, or choices, ``"1,2,4"``.
+        trials: How many, those of earlier calls and of other processes included.
+        folder: Where everything is kept.
+        on_trial: Told number, values and accuracy in percent of each trial that ends; None where the loss exploded.
+
+    Returns:
+        None if other processes are still at some trials: the last of them makes the final run.
+
+    Raises:
+        RunError: Optuna is missing, the search makes no sense, the folder holds another one, or every trial failed.
+        RefilledError: anything in the run that cannot work.
+    """
+    if trials < 1:
+        raise RunError(f"the number of trials must be at least 1, but is {trials}")
+    run = resolve(replace(run, score="val"))
+    distributions = {name: _distribution(run, name, text) for name, text in search.items()}
+    if not distributions:
+        raise RunError("name at least one parameter to search, as in kd_weight=1..100:log")
+    _begin(run, search, folder)
+    study = _open(folder)
+    while True:
+        with ExitStack() as claims:
+            trial = _next(study, distributions, trials, run.seed, folder, claims)
+            if trial is None:
+                break
+            accuracy = _try(study, trial, run, folder / "trials" / str(trial.number))
+            _tell(study, trial, accuracy)
+            on_trial(trial.number, trial.params, accuracy)
+    return _finish(study, run, folder)
+
+
+def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
+    """Read what is to be tried for a parameter."""
+    distributions = _optuna().distributions
+    searchable = {**_recipe_types(), **load_method(run.method).types}
+    if name not in searchable:
+        raise RunError(unknown("parameter to search", name, searchable))
+    bounds = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
+    if bounds is None:
+        choices = [choice.strip() for choice in text.split(",")]
+        for choice in choices:
+            resolve(_with(run, {name: choice}))
+        listed: BaseDistribution = distributions.CategoricalDistribution(choices)
+        return listed
+    types = (searchable[name], *get_args(searchable[name]))
+    if int not in types and float not in types:
+        raise RunError(f"{name} is not a number and has no range; list what to try, as in {name}=this,that")
+    found: BaseDistribution
+    try:
+        if int in types:
+            found = distributions.IntDistribution(int(bounds[1]), int(bounds[2]), log=bounds[3] is not None)
+        else:
+            found = distributions.FloatDistribution(float(bounds[1]), float(bounds[2]), log=bounds[3] is not None)
+    except ValueError as error:
+        raise RunError(f"{name}={text} is no range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log") from None
+    for end in (bounds[1], bounds[2]):
+        resolve(_with(run, {name: end}))
+    return found
+
+
+def _recipe_types() -> dict[str, Any]:
+    hints = get_type_hints(Recipe)
+    return {field.name: hints[field.name] for field in fields(Recipe) if field.name != "seed"}  # luck is not tuned
+
+
+def _with(run: Run, values: Mapping[str, Any]) -> Run:
+    """Set values in a run, which may be text; the method's parameters come before fields of the same name."""
+    own = load_method(run.method).parameters
+    settings = {name: value for name, value in values.items() if name in own}
+    types = _recipe_types()
+    try:
+        recipe = {
+            name: TypeAdapter(types[name]).validate_python(value) for name, value in values.items() if name not in own
+        }
+    except ValidationError as error:
+        raise RunError(f"{error.errors()[0]['input']!r} cannot be tried: {error.errors()[0]['msg']}") from None
+    return replace(run, settings={**run.settings, **settings}, **recipe)
+
+
+def _begin(run: Run, search: Mapping[str, str], folder: Path) -> None:
+    """Write down what is tuned, or make sure that the folder holds the same."""
+    path = folder / "tuning.toml"
+    wanted = {"search": dict(search), "run": tomllib.loads(run.to_toml())}
+    if not path.exists():
+        check(run)  # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if not path.exists():
+            if any(entry.name != ".lock" for entry in folder.iterdir()):
+                raise RunError(f"{folder} is not empty and holds no tuning; choose another --out")
+            write_atomic(path, tomli_w.dumps(wanted).encode())
+        elif tomllib.loads(path.read_text(encoding="utf-8")) != wanted:
+            raise RunError(
+                f"{folder} holds a tuning of another run or search; see {path.name}, or choose another --out"
+            )
+
+
+def _open(folder: Path) -> "Study":
+    optuna = _optuna()
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
+    study: Study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name="refilled",
+        direction="maximize",
+        load_if_exists=True,
+    )
+    return study
+
+
+def _next(
+    study: "Study",
+    distributions: Mapping[str, "BaseDistribution"],
+    trials: int,
+    seed: int,
+    folder: Path,
+    claims: ExitStack,
+) -> "FrozenTrial | None":
+    """Take up a trial that was left behind, else begin a new one; it is held until ``claims`` is closed."""
+    optuna = _optuna()
+    with alone(folder):  # one process at a time, so that each sees what the others took
+        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            if _claim(folder, str(trial.number), claims):
+                return trial
+        number = len(study.trials)
+        if number >= trials:
+            return None
+        # Seeded by the trial and not by the process, so that an interrupted search goes on as if it had not been.
+        study.sampler = optuna.samplers.TPESampler(seed=(seed * _MANY + number) % 2**32)
+        asked = study.ask(dict(distributions))
+        _claim(folder, str(asked.number), claims)
+        return study.trials[asked.number]
+
+
+def _claim(folder: Path, name: str, claims: ExitStack) -> bool:
+    """Hold something for this process alone, unless another process does."""
+    claim = folder / ".claims" / name
+    claim.mkdir(parents=True, exist_ok=True)
+    try:
+        claims.enter_context(hold(claim))
+    except RunError:
+        return False
+    return True
+
+
+def _try(study: "Study", trial: "FrozenTrial", run: Run, folder: Path) -> float | None:
+    """Return the accuracy in percent that a trial reaches on the held-out images, None where its loss explodes."""
+    for other in study.get_trials(deepcopy=False):
+        if other.params == trial.params and other.value is not None:
+            return other.value  # the same run again would give the same
+    try:
+        return _carry_out(_with(run, trial.params), folder).accuracy
+    except NonFiniteError:
+        return None
+
+
+def _tell(study: "Study", trial: "FrozenTrial", accuracy: float | None) -> None:
+    if accuracy is None:
+        study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
+    else:
+        study.tell(trial.number, accuracy)
+
+
+def _carry_out(run: Run, folder: Path) -> Result:
+    return resume(folder) if (folder / "run.toml").exists() else distill(run, folder)
+
+
+def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
+    states = _optuna().trial.TrialState
+    with ExitStack() as claims:
+        if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
+            return None
+        if not study.get_trials(states=(states.COMPLETE,)):
+            raise RunError(f"the loss exploded in each of {len(study.trials)} trials; search lower rates or weights")
+        best = study.best_trial
+        final = replace(_with(run, best.params), val=0.0, score="test")
+        assert best.value is not None  # it is complete
+        final_folder = folder / "best" / str(best.number)
+        return Tuned(best.params, best.value, _carry_out(final, final_folder), final_folder)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise RunError("tuning needs Optuna, which is not installed: pip install 'refilled[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

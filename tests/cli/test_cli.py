@@ -1,0 +1,256 @@
+"""The command line as people use it, mistakes included."""
+
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from refilled.cli import app as cli
+from refilled.cli.app import app, main
+from refilled.config import Run
+from refilled.errors import RefilledError
+from refilled.presets import PRESETS
+
+TRAIN = ["--epochs", "2", "--threads", "1", "--quiet"]
+
+
+def refilled(*arguments: object, code: int = 0) -> str:
+    """Run a command in this process and return what it prints."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder of class folders with names that are hard to carry, and pictures that are easy to tell apart."""
+    root = tmp_path_factory.mktemp("my photos ü")
+    chance = np.random.default_rng(0)
+    for number, name in enumerate(["=cmd()", "<script>alert(1)</script>", "[red]naïve[/red] $\\frac"]):
+        (root / name.replace("/", "⁄")).mkdir()
+        for index in range(12):
+            pixels = chance.integers(0, 90, (20, 24, 3), dtype=np.uint8)
+            pixels[..., number] += 150
+            Image.fromarray(pixels).save(root / name.replace("/", "⁄") / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, photos) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    refilled("train", "digits:0-4", "--model", "wrn_10_1", "--shots", 8, "--out", folder / "teacher", *TRAIN)
+    refilled(
+        "distill", photos, "--teacher", folder / "teacher", "--student", "wrn_10_1", "--batch-size", 9,
+        "--set", "centers=leave-one-out", "--epochs", 8, "--threads", 1, "--quiet", "--out", folder / "student",
+    )  # fmt: skip
+    return folder / "student"
+
+
+def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
+    accuracy = json.loads(refilled("evaluate", student, "--json"))["accuracy"]
+    assert accuracy == json.loads((student / "result.json").read_text())["accuracy"]
+    shown = refilled("evaluate", student)
+    assert "all 6 images" in shown
+    lines = refilled("predict", student, photos, "--json").splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert len(predictions) == 36
+    for prediction in predictions:
+        assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+        assert prediction["class"] == max(prediction["probabilities"], key=prediction["probabilities"].get)
+        assert set(prediction["probabilities"]) == {path.name for path in photos.iterdir()}
+
+
+def test_predictions_as_csv_carry_hard_names_and_run_nothing(student, photos):
+    rows = list(csv.reader(io.StringIO(refilled("predict", student, photos, "--csv"))))
+    assert len(rows) == 37
+    header = rows[0]
+    assert header[:2] == ["image", "class"]
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row)
+    assert all(float(p) <= 1 for row in rows[1:] for p in row[2:])
+
+
+def test_an_unreadable_image_is_named_and_the_others_are_predicted(student, photos, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    good = next(photos.rglob("*.png"))
+    output = refilled("predict", student, good, tmp_path / "torn.png", "--json", code=1)
+    assert output.count('"class"') == 1
+    assert "torn.png: not a picture" in output
+
+
+def test_lists_name_what_there_is():
+    assert "triplets" in refilled("list", "methods")
+    assert "kd_decay=0.05" in refilled("list", "methods")
+    assert "wrn_<depth>_<width>" in refilled("list", "models")
+    assert "digits" in refilled("list", "datasets")
+
+
+MISTAKES = [
+    (["distill"], "name a task or a folder"),
+    (["distill", "digits:5-9", "--method", "rdk"], "did you mean 'rkd'"),
+    (["distill", "digits:5-9"], "'refilled' learns from a teacher; name one with --teacher"),
+    (["distill", "digits:5-9", "--teacher", "no/such/folder"], "no/such/folder"),
+    (["distill", "digits:5-9", "--teacher", "timm/resnet5O"], "resnet5"),
+    (["distill", "digits:5-9", "--set", "temperature"], "'temperature' must be KEY=VALUE"),
+    (["distill", "digits:5-9", "--set", "temprature=2"], "did you mean 'temperature'"),
+    (
+        ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],
+        "temperature must be greater than 0",
+    ),
+    (["distill", "digits:5-9", "--resume", "x"], "leave out the task"),
+    (
+        ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
+        "leave out --epochs. What may change is: --data-r",
+    ),
+    (["distill", "--resume", "no_run"], "no_run holds no run"),
+    (["distill", "digits:5-9", "--preset", "papre"], "did you mean 'paper'"),
+    (["distill", "digits:5-9", "--student", "wrn_15_1", "--method", "vanilla"], "depth"),
+    (["distill", "digits:5-9", "--student", "wrn16_1", "--method", "vanilla"], "did you mean 'wrn_16_1'"),
+    (
+        ["distill", "digits:5-9", "--teacher", "{teacher}", "--method", "kd"],
+        "share 0 of 5 classes; use refilled or rkd",
+    ),
+    (["distill", "digits:5-9", "--method", "mine.py"], "no method file mine.py"),
+    (["train", "digits:5-12"], "12"),
+    (["train", "no_such_data"], "no_such_data"),
+    (["train", "digits", "--epochs", "0"], "epochs = 0 is out of range"),
+    (["train", "digits", "--lr", "nan"], "lr = nan is out of range"),
+    (["train", "digits", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
+    (["train", "digits", "--model", "mobilenet_0"], "width"),
+    (["train", "digits", "--shots", "100000"], "100000"),
+    (["evaluate", "no_run"], "no_run"),
+    (["predict", "no_run", "a.png"], "no_run"),
+    (["list", "metods"], "did you mean 'methods'"),
+    (["compare", "missing.toml"], "missing.toml cannot be read"),
+    (["compare", "digits:5-9", "--methods", "vanilla,rdk", "--teacher", "{teacher}"], "did you mean 'rkd'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_gets_an_explanation_and_trains_nothing(student, tmp_path, monkeypatch, arguments, hint):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(teacher=student.parent / "teacher") for argument in arguments]
+    with pytest.raises(RefilledError) as caught:
+        refilled(*arguments)
+    assert hint in str(caught.value)
+    assert not list(tmp_path.rglob("DONE"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["distil"], ["train"], ["train", "digits", "--epochs", "many"], ["--no-such-flag"]]
+)
+def test_a_mistyped_command_line_exits_with_2(arguments):
+    refilled(*arguments, code=2)
+
+
+def test_a_known_error_is_one_red_line_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["refilled", "distill", "digits:5-9", "--method", "[/b]\x1b[31mrdk"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown method '[/b]\\x1b[31mrdk'")
+    assert "Traceback" not in error
+    monkeypatch.setattr(sys, "argv", ["refilled", "--debug", "distill", "digits:5-9", "--method", "rdk"])
+    with pytest.raises(RefilledError):
+        main()
+
+
+def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
+    flags = [
+        "digits:5-9",
+        "--teacher",
+        student.parent / "teacher",
+        "--student",
+        "wrn_10_1",
+        "--shots",
+        4,
+        "--epochs",
+        1,
+        "--threads",
+        1,
+    ]
+    preset = ["--preset", "patient", "--views", 2, "--methods", "vanilla,refilled:patient", "--seeds", 1]
+    refilled("compare", *flags, *preset, "--out", tmp_path / "c")
+    alone, taught = (
+        Run.from_toml((tmp_path / "c" / name / "run.toml").read_text())
+        for name in ("vanilla-s0", "refilled_patient-s0")
+    )
+    for run in (alone, taught):
+        assert (run.epochs, run.views, run.cutmix, run.augmentation) == (1, 2, 1.0, "resized-crop-flip")
+    assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
+
+
+def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
+    common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
+    teacher = student.parent / "teacher"
+    refilled("distill", *common, "--teacher", teacher, "--set", "kd_weight=2", "--out", tmp_path / "a")
+    settings = Run.from_toml((tmp_path / "a" / "run.toml").read_text()).settings
+    assert settings["regression_weight"] == 10
+    assert settings["centers"] == "global"
+    assert settings["kd_weight"] == 2
+    refilled("distill", *common, "--method", "vanilla", "--out", tmp_path / "b")
+    assert Run.from_toml((tmp_path / "b" / "run.toml").read_text()).settings == {}
+
+
+def test_few_images_get_more_epochs_unless_epochs_are_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_LEAST_STEPS", 61)
+    common = ["train", "digits:5-9", "--shots", 1, "--val", 0, "--model", "wrn_10_1", "--threads", 1]
+    for name, flags in {"many": [], "few": ["--epochs", 2]}.items():
+        refilled(*common, *flags, "--out", tmp_path / name)
+    entries = {name: (tmp_path / name / "log.jsonl").read_text().count("\n") for name in ("many", "few")}
+    assert entries == {"many": 61, "few": 2}
+
+
+def test_every_field_of_a_run_is_a_flag_with_help():
+    shown = re.sub(r"\s+", " ", CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "200"}).output)
+    for flag in ("--epochs", "--teacher-mean", "--views", "--data-root", "--no-nesterov", "--set"):
+        assert flag in shown
+    assert "Learning rate at its highest" in shown
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
+    begin = [
+        "train",
+        "digits",
+        "--model",
+        "wrn_10_1",
+        "--epochs",
+        "60",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "a b"),
+    ]
+    with subprocess.Popen([*command, *begin], stderr=subprocess.PIPE, text=True) as process:
+        while (tmp_path / "a b" / "log.jsonl").exists() is False and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"Go on with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["a b"]
+    done = subprocess.run(
+        [*command, "distill", "--resume", str(tmp_path / "a b"), "--image-memory", "3", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"] > 50
+    assert "image_memory = 3.0" in (tmp_path / "a b" / "run.toml").read_text()

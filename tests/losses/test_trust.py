@@ -1,0 +1,119 @@
+"""How far to trust a teacher: against a loop, and on embeddings whose worth is known."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from refilled.errors import MethodError
+from refilled.losses.local_kd import LocalKDLoss
+from refilled.losses.trust import Trusted, label_information
+
+
+def embeddings(classes: int, each: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes around random points, ``spread`` wide; with 0 they are the points."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(classes).repeat_interleave(each)
+    points = torch.randn(classes, 16, generator=generator, dtype=torch.float64)
+    return points[labels] + spread * torch.randn(len(labels), 16, generator=generator, dtype=torch.float64), labels
+
+
+def slow_label_information(embedding: torch.Tensor, labels: torch.Tensor) -> float:
+    rows = F.normalize(embedding - embedding.mean(0), dim=1)
+    best = math.inf
+    for step in range(14):
+        temperature = 0.02 * 2 ** (step / 2)
+        total = 0.0
+        for i in range(len(rows)):
+            others = torch.arange(len(rows)) != i
+            scores = torch.stack(
+                [
+                    -(rows[i] - rows[others & (labels == c)].mean(0)).square().sum() / temperature
+                    for c in labels.unique()
+                ]
+            )
+            total -= F.log_softmax(scores, 0)[labels.unique().tolist().index(int(labels[i]))].item()
+        best = min(best, total / len(rows))
+    return max(0.0, 1 - best / math.log(labels.unique().numel()))
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_label_information_agrees_with_a_loop(spread):
+    embedding, labels = embeddings(4, 5, spread)
+    labels = labels * 7 + 3  # any ids
+    assert label_information(embedding, labels) == pytest.approx(slow_label_information(embedding, labels), abs=1e-9)
+
+
+def test_the_less_classes_overlap_the_more_an_embedding_knows():
+    shares = [label_information(*embeddings(10, 20, spread)) for spread in (0.0, 0.3, 1.0, 3.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.99
+    noise = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    assert label_information(noise, torch.arange(10).repeat(40)) < 0.02
+
+
+def test_label_information_does_not_see_scale_position_and_direction():
+    embedding, labels = embeddings(5, 10, 1.0)
+    turn, _ = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    moved = 7 * embedding @ turn + 3
+    assert label_information(moved, labels) == pytest.approx(label_information(embedding, labels), abs=1e-9)
+
+
+def test_an_image_does_not_vouch_for_itself():
+    """Two images a class of pure noise in many dimensions, which their own means would seem to separate."""
+    noise = torch.randn(200, 500, generator=torch.Generator().manual_seed(3))
+    assert label_information(noise, torch.arange(100).repeat(2)) < 0.02
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 2]])
+def test_nothing_is_known_without_two_classes_of_two_images(labels):
+    assert label_information(torch.randn(4, 3), torch.tensor(labels)) == 0.0
+
+
+def test_a_trusted_loss_is_the_loss_times_the_share_to_a_power():
+    embedding, labels = embeddings(4, 8, 3.0)
+    embedding = embedding.float()
+    logits = torch.randn(32, 4, requires_grad=True)
+    plain = LocalKDLoss(centers="global", normalize=True, centered=True)
+    plain.prepare(embedding, labels)
+    share = label_information(embedding, labels)
+    assert 0.1 < share < 0.9
+    for power in (0.0, 1.0, 2.0):
+        loss = Trusted(LocalKDLoss(centers="global", normalize=True, centered=True), power)
+        loss.prepare(embedding, labels)
+        torch.testing.assert_close(loss(logits, embedding, labels), share**power * plain(logits, embedding, labels))
+        assert loss.statistics()["label_information"].item() == pytest.approx(share)
+        again = Trusted(LocalKDLoss(centers="global", normalize=True, centered=True), power)
+        again.load_state_dict(loss.state_dict())  # as a resumed run does
+        torch.testing.assert_close(again(logits, embedding, labels), loss(logits, embedding, labels))
+
+
+def test_a_teacher_counts_like_so_many_images_of_each_class():
+    embedding, labels = embeddings(4, 8, 3.0)
+    embedding = embedding.float()
+    logits = torch.randn(32, 4)
+
+    def value(worth):
+        loss = Trusted(LocalKDLoss(centers="global"), worth=worth)
+        loss.prepare(embedding, labels)
+        again = Trusted(LocalKDLoss(centers="global"), worth=worth)
+        again.load_state_dict(loss.state_dict())
+        torch.testing.assert_close(again(logits, embedding, labels), loss(logits, embedding, labels))
+        return loss(logits, embedding, labels).item()
+
+    share = label_information(embedding, labels)
+    enough = 8 * (1 - share) / share  # it is then worth the 8 images that there are
+    assert value(1.01 * enough) == value(100 * enough) == value(None)
+    for part in (0.5, 0.1):
+        assert value(part * enough) == pytest.approx(part * value(None), rel=1e-5)
+
+
+def test_trust_must_be_measured_and_its_power_make_sense():
+    with pytest.raises(MethodError, match="call prepare"):
+        Trusted(nn.MSELoss())(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2))
+    with pytest.raises(MethodError, match="trust must be 0 or more"):
+        Trusted(nn.MSELoss(), -1.0)
+    with pytest.raises(MethodError, match="worth must be greater than 0"):
+        Trusted(nn.MSELoss(), worth=0.0)
