@@ -11,7 +11,17 @@ import torch
 
 from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
 from refilled.data.decode import keep, read_pixels, short_side
-from refilled.data.partition import DIGEST, Digests, draw_shots, first_copies, hold_out, pixel_digests
+from refilled.data.partition import (
+    DIGEST,
+    Digests,
+    content_keys,
+    count_copies,
+    draw_shots,
+    first_rows,
+    hold_out,
+    hold_out_by_content,
+    pixel_digests,
+)
 from refilled.data.selection import select_classes
 from refilled.data.source import Names, Part, Rows, Source, pool
 from refilled.data.sources import cifar100, cub, digits
@@ -265,7 +275,7 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     rows = {name: _rows_of(part, chosen) for name, part in given.items()}
     wanted = {"test": options.test or TEST_FRACTION, "val": options.val}
     cut = {name: fraction for name, fraction in wanted.items() if given[name] is None and fraction}
-    cut_rows, notes = _cut(source.train, rows["train"], cut, options.seed)
+    cut_rows, notes = _cut(source, rows["train"], cut, options.seed)
     rows.update(cut_rows)
     present = {name: set(np.unique(parts[name].labels[rows[name]]).tolist()) for name in parts}
     for position in sorted((present["val"] | present["test"]) - present["train"]):
@@ -283,23 +293,30 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     return _Plan(classes, parts, rows, frozenset(cut), tuple(notes))
 
 
-def _cut(part: Part, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
+def _cut(source: Source, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
     """Cut held-out parts off the training part; returns the rows of every part, and notes."""
     cut = {"train": rows}
     notes: list[str] = []
     if not fractions:
         return cut, notes
-    firsts = np.full(len(part.labels), -1)
-    firsts[rows] = first_copies(rows, part.pictures(rows))
-    copies = int((firsts[rows] != rows).sum())
+    part = source.train
+    keys = np.zeros(len(part.labels), dtype=np.uint64)
+    keys[rows] = content_keys(part.pictures(rows))
+    copies = count_copies(keys[rows])
     if copies:
         notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
     for name, fraction in fractions.items():
         here = cut["train"]
-        cut["train"], cut[name] = hold_out(here, part.labels[here], firsts[here], fraction, seed=seed, purpose=name)
+        labels, known_by = part.labels[here], keys[here]
+        if source.fixed:
+            firsts = first_rows(here, known_by)
+            cut["train"], cut[name] = hold_out(here, labels, firsts, fraction, seed=seed, purpose=name)
+        else:
+            cut["train"], cut[name] = hold_out_by_content(here, labels, known_by, fraction, seed=seed, purpose=name)
     if "test" in fractions:
         share = f"{fractions['test']:.0%}"
-        notes.append(f"no test part: {share} of the images of each class were cut off for it, seed {seed}")
+        about = "" if source.fixed else "about "
+        notes.append(f"no test part: {about}{share} of the images of each class were cut off for it, seed {seed}")
     return cut, notes
 
 

@@ -106,6 +106,7 @@ class Source:
     test: Part | None = None
     augmentation: Augmentation = "crop-flip"
     image_size: int | None = None  # the side length, where the source knows it
+    fixed: bool = False  # whether its publisher has fixed the rows, so that cuts may go by them
     licence: str | None = None
     citation: str | None = None
 
