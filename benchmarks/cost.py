@@ -31,7 +31,7 @@ from refilled.data import TaskSize
 from refilled.methods.refilled import refilled
 from refilled.models import create_model
 from refilled.models.backbone import freeze
-from refilled.runs.experiment import resolve
+from refilled.runs.prepared import resolve
 
 PAIRS = (("wrn_16_1", "wrn_16_2", 32), ("resnet20", "wrn_40_1", 32), ("mobilenet_0.5", "wrn_16_2", 64))
 """Student, teacher, and the smallest image size; MobileNet is another network below 64 pixels."""

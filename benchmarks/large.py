@@ -30,9 +30,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from refilled.data import augment, epoch_batches, load_task
+from refilled.data import augment, channel_statistics, epoch_batches, load_task
 from refilled.models import create_model
-from refilled.runs.experiment import channel_statistics
 
 SIDE, CLASSES, SHARD, BATCH = 32, 100, 20_000, 256
 TRAINING_STEPS = 50

@@ -47,7 +47,7 @@ from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model, freeze
 from refilled.outputs import Outputs
 from refilled.runs.determinism import use_machine
-from refilled.runs.experiment import device_name, find_device
+from refilled.runs.environment import device_name, find_device
 from refilled.stages import Stage, Term, constant
 from refilled.training.loop import Journal, Position, fit, resolve_precision
 from refilled.training.teacher_cache import Contents, TeacherCache

@@ -108,7 +108,7 @@ MISTAKES = [
         ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],
         "temperature must be greater than 0",
     ),
-    (["distill", "digits:5-9", "--resume", "x"], "leave out the task"),
+    (["distill", "digits:5-9", "--resume", "x"], "x holds no run to resume"),
     (
         ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
         "leave out --epochs. What may change is: --data-r",

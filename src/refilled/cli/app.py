@@ -26,7 +26,7 @@ from refilled.presets import PRESETS, with_preset
 if TYPE_CHECKING:
     from refilled.compare.comparison import Comparison
     from refilled.grid import executors
-    from refilled.runs.experiment import Result
+    from refilled.runs.result import Result
     from refilled.training.progress import Display
     from refilled.training.teacher_cache import TeacherCache
     from refilled.tuning.student import Tuned
@@ -172,7 +172,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a student on the test part of its task, or of another one."""
-    from refilled.runs.experiment import evaluate as score
+    from refilled.runs.inference import evaluate as score
 
     result = score(folder, task, data_root)
     if as_json:
@@ -182,8 +182,11 @@ def evaluate(
     for name, accuracy in result["class_accuracies"].items():
         table.add_row(escape(_printable(name)), "no images" if accuracy is None else f"{accuracy:.1f} %")
     table.add_section()
-    table.add_row(f"all {result['images']} images", f"{result['accuracy']:.2f} %")
+    share = "no images" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
+    table.add_row(f"all {result['images']} images", share)
     console.print(table)
+    for note in result["notes"]:
+        _say(f"note: {_printable(note)}")
 
 
 @app.command()
@@ -195,7 +198,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
 ) -> None:
     """Name the class of images, with probabilities."""
-    from refilled.runs.experiment import classify
+    from refilled.runs.inference import classify
 
     predictions, unreadable = classify(folder, images)
     if as_csv:
@@ -471,7 +474,7 @@ def build(
     """Embed views of a task's images by a teacher, for all runs that take the same; several commands share the work."""
     from refilled.grid.cache_building import build_cache_together
     from refilled.grid.executors import find_executor
-    from refilled.runs.experiment import build_cache
+    from refilled.runs.teacher_caches import build_cache
 
     run = _configure(None, {"task": task, "teacher": teacher, "views": views, **flags})
     if jobs == 1 and executor == "local":
@@ -618,10 +621,11 @@ def _key_value(text: str) -> tuple[str, str]:
 
 def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
     from refilled.runs import experiment
+    from refilled.runs.folder import RunFolder
 
     folder = folder or Path("runs") / _run_name(run)
     if overwrite and _rank() == 0:
-        experiment.overwrite(folder)
+        RunFolder(folder).overwrite()
     _carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
 
 
@@ -643,14 +647,20 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) ->
     from refilled.runs import experiment
 
     given = _given(context)
-    if others := [flag for name, flag in given.items() if name not in (*WHERE, "resume", "quiet", "as_json")]:
+    allowed = (*WHERE, *experiment.NAMED, "resume", "quiet", "as_json")
+    if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
-            f"--resume goes on with a run as it was begun; leave out {', '.join(others)}. What may change is: {movable}"
+            f"--resume continues a run as it was begun; leave out {', '.join(others)}. What may change is: {movable}; "
+            f"{', '.join(experiment.NAMED)} may be named again where they lie elsewhere now"
         )
     where = {name: context.params[name] for name in WHERE if name in given}
+    named = {name: context.params[name] for name in experiment.NAMED if name in given}
     _carry_out(
-        lambda display: experiment.resume(folder, where=where, display=display), folder, quiet or as_json, as_json
+        lambda display: experiment.resume(folder, where=where, named=named, display=display),
+        folder,
+        quiet or as_json,
+        as_json,
     )
 
 
@@ -728,7 +738,7 @@ def _print_result(result: "Result", folder: Path) -> None:
 
 
 def _open_caches() -> list["TeacherCache"]:
-    from refilled.runs.experiment import list_caches
+    from refilled.runs.teacher_caches import list_caches
     from refilled.training.teacher_cache import TeacherCache
 
     opened = []

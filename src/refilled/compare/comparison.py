@@ -42,7 +42,8 @@ from refilled.grid.jobs import accuracy
 from refilled.grid.runner import run_grid
 from refilled.methods import load_method
 from refilled.presets import with_preset
-from refilled.runs.experiment import Result, resolve
+from refilled.runs.prepared import resolve
+from refilled.runs.result import Result
 
 
 @dataclass(frozen=True)

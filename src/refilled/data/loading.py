@@ -23,7 +23,7 @@ from refilled.data.partition import (
     pixel_digests,
 )
 from refilled.data.selection import select_classes
-from refilled.data.source import Names, Part, Rows, Source, pool
+from refilled.data.source import Names, Part, Rows, Source, pool, stamp_of
 from refilled.data.sources import cifar100, cub, digits
 from refilled.data.sources.cifar100 import open_cifar100
 from refilled.data.sources.csv_folder import is_csv_folder, open_csv_folder
@@ -130,6 +130,20 @@ def load_task(
         licence=source.licence,
         citation=source.citation,
     )
+
+
+def task_stamp(text: str, data_root: Path | None = None) -> str:
+    """Return a digest of the state of a task's files, without reading the images.
+
+    Equal stamps mean equal images. Different stamps mean that files were written, added, removed or copied since; what
+    is in them may still be the same, as :attr:`Task.fingerprint` tells.
+
+    Raises:
+        TaskError: The text is not understood, or the data are missing or damaged.
+    """
+    root = data_folder(data_root)
+    source = open_source(parse_task_text(text, root, TaskOptions()), root)
+    return stamp_of((), *(part.stamp() for part in (source.train, source.val, source.test) if part is not None))
 
 
 @dataclass(frozen=True)
@@ -443,7 +457,7 @@ def _check_train(train: Decoded, plan: _Plan, source: Source, shots: int | None)
 
 def _split(part: Decoded, plan: _Plan) -> Split:
     labels = np.searchsorted(plan.classes, part.part.labels[part.rows])
-    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows))
+    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows), part.digests)
 
 
 def _copies_notes(decoded: dict[str, Decoded]) -> list[str]:

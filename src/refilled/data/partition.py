@@ -33,7 +33,7 @@ def hold_out_by_content(
     have to look at a whole class, and are the only exceptions to that promise: of a class with two or more different
     pictures at least one is held out and at least one stays. Where chance holds out none, the picture with the lowest
     hash is held out; where it holds out all, the one with the highest hash stays. The only picture of a class stays.
-    Pictures with equal keys are on the same side; where classes share pictures, one class's guarantee may undo another's.
+    Pictures with equal keys are on the same side. Where classes share pictures, one guarantee may undo another.
 
     Args:
         rows: The part's rows to divide ``(N,)``.
@@ -98,7 +98,9 @@ def content_keys(pictures: Iterable[Picture]) -> NDArray[np.uint64]:
     The size and the first and last 32 KiB count, and of a file neither its name nor its place. A crop is known by its
     file's path and its box. A file that cannot be read is known by its name.
     """
-    return np.fromiter((int.from_bytes(_content_digest(picture)[:8], "little") for picture in pictures), dtype=np.uint64)
+    return np.fromiter(
+        (int.from_bytes(_content_digest(picture)[:8], "little") for picture in pictures), dtype=np.uint64
+    )
 
 
 def count_copies(keys: NDArray[np.uint64]) -> int:

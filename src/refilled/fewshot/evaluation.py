@@ -27,7 +27,8 @@ from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import write_atomic
 from refilled.models import load_teacher
 from refilled.runs.determinism import use_machine
-from refilled.runs.experiment import device_name, examine, find_device, versions
+from refilled.runs.environment import device_name, find_device, versions
+from refilled.runs.prepared import examine
 from refilled.training.checkpoints import hold
 from refilled.training.teacher_cache import fingerprint
 
