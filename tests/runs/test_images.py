@@ -128,7 +128,7 @@ def test_a_run_is_scored_and_resumed_from_any_directory(tmp_path, monkeypatch):
     assert evaluate(tmp_path / "r")["accuracy"] == result.accuracy
     recorded = Run.from_toml((tmp_path / "r" / "run.toml").read_text())
     assert recorded.task == str(tmp_path / "photos")
-    assert recorded.image_size == 32
+    assert json.loads((tmp_path / "r" / "data.json").read_text())["image_size"] == 32
 
 
 def test_a_run_is_not_resumed_on_other_images(tmp_path):

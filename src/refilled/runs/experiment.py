@@ -144,7 +144,7 @@ def refuse_other_images(folder: RunFolder, run: Run) -> None:
     stamp = task_stamp(run.task, _path(run.data_root))
     if stamp == record.stamp:
         return
-    _refuse_changed(record, load_task_of(replace(run, image_size=record.image_size)), folder)
+    _refuse_changed(record, load_task_of(run), folder)
     replace(record, stamp=stamp).save(folder.path)
 
 
@@ -242,8 +242,6 @@ def _with_named(run: Run, folder: RunFolder, named: Mapping[str, str]) -> Run:
 def _refuse_another(folder: RunFolder, wanted: Run) -> None:
     """Refuse a folder that holds another run; where things lie makes no other run of it."""
     recorded, asked = folder.recorded(), _to_record(wanted)
-    if wanted.image_size is None:
-        recorded.pop("image_size", None)  # settled by the images, which are compared themselves
     if _with_moved(recorded, asked) != what(asked):
         raise RunError(f"{folder.path} holds a run of another configuration; remove it or choose another folder")
 

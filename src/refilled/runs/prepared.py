@@ -121,7 +121,7 @@ class Prepared:
         if task is None:
             run = with_absolute_paths(run)
             task = load_task_of(run)
-        self.task, self.run = task, replace(run, image_size=task.image_size)
+        self.task, self.run = task, run
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = None if run.teacher is None else load_teacher_of(run, self.task.image_size)
