@@ -125,6 +125,7 @@ class Run(Recipe):
         teacher_std: Standard deviations likewise.
         teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
         data_root: Folder that holds the data sets.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
         image_memory: GiB of decoded images that a part of the task may hold in memory; a larger part lies on disk,
             decoded once for all runs, and nothing else changes. None for a quarter of the memory that is free.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
@@ -145,6 +146,7 @@ class Run(Recipe):
     teacher_mean: tuple[float, float, float] | None = None
     teacher_std: tuple[float, float, float] | None = None
     teacher_size: int | None = None
+    allow_bad: bool = False
     data_root: str | None = None
     image_memory: float | None = None
     device: str = "auto"
@@ -197,6 +199,7 @@ class FewShotRun:
         teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
         teacher_std: Standard deviations likewise.
         teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
         data_root: Folder that holds the data sets.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         threads: Processor threads; None for as many as torch chooses.
@@ -217,6 +220,7 @@ class FewShotRun:
     teacher_mean: tuple[float, float, float] | None = None
     teacher_std: tuple[float, float, float] | None = None
     teacher_size: int | None = None
+    allow_bad: bool = False
     data_root: str | None = None
     device: str = "auto"
     threads: int | None = None
@@ -249,6 +253,7 @@ class MetaRun:
         n_validation: Validation tasks.
         seed: Of the initial weights and of the tasks.
         image_size: Side length that images are brought to; None for what suits them.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
         data_root: Folder that holds the data sets.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         threads: Processor threads; None for as many as torch chooses.
@@ -269,6 +274,7 @@ class MetaRun:
     n_validation: int = 100
     seed: int = 0
     image_size: int | None = None
+    allow_bad: bool = False
     data_root: str | None = None
     device: str = "auto"
     threads: int | None = None

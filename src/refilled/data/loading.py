@@ -96,7 +96,7 @@ def load_task(
         shots_seed: Which ones.
         val: Fraction of the training part to validate on; 0 for none at all.
         image_size: Side length S; found from the images if None.
-        allow_bad: Go on although more than 1 % of the images cannot be read.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 %.
         memory_limit: Bytes above which a part's images lie on disk; a quarter of the memory that is free if None.
 
     Raises:
@@ -126,7 +126,7 @@ def load_task(
         augmentation=wanted.options.augment or source.augmentation,
         fingerprint=fingerprint(names, (splits["train"], splits["val"], splits["test"])),
         skipped=skipped,
-        notes=(*plan.notes, *_copies_notes(decoded)),
+        notes=(*source.notes, *plan.notes, *_copies_notes(decoded)),
         licence=source.licence,
         citation=source.citation,
     )
@@ -284,7 +284,11 @@ def open_source(wanted: TaskText, data_root: Path) -> Source:
 
 def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Plan:
     """Choose the rows of every part, and cut the parts that the source does not have."""
-    given = {"train": source.train, "val": source.val if options.val else None, "test": source.test}
+    given = {
+        "train": source.train,
+        "val": _with_any(source.val, chosen) if options.val else None,
+        "test": _with_any(source.test, chosen),
+    }
     parts = {name: part or source.train for name, part in given.items()}
     rows = {name: _rows_of(part, chosen) for name, part in given.items()}
     wanted = {"test": options.test or TEST_FRACTION, "val": options.val}
@@ -301,6 +305,10 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     if len(classes) < 2:
         raise TaskError(f"a task needs at least two classes with images to train on, but there are {len(classes)}")
     notes += _absence_note("no images, left out", source, set(chosen) - present["train"])
+    if not len(rows["test"]):
+        raise TaskError(
+            "there are no images to test on: every class has a single picture, which trains. Add images, or a test part"
+        )
     for name in ("val", "test"):
         if len(rows[name]):
             notes += _absence_note(f"no {name} images", source, set(classes) - present[name])
@@ -332,6 +340,11 @@ def _cut(source: Source, rows: Rows, fractions: dict[str, float], seed: int) -> 
         about = "" if source.fixed else "about "
         notes.append(f"no test part: {about}{share} of the images of each class were cut off for it, seed {seed}")
     return cut, notes
+
+
+def _with_any(part: Part | None, chosen: Sequence[int]) -> Part | None:
+    """Return the part if it holds an image of the chosen classes; one that holds none is no part."""
+    return part if len(_rows_of(part, chosen)) else None
 
 
 def _rows_of(part: Part | None, chosen: Sequence[int]) -> Rows:
@@ -440,7 +453,7 @@ def refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
     more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     raise TaskError(
         f"{len(skipped)} of {total} images cannot be read, more than {MAX_BAD_FRACTION:.0%}: {first}{more}. Mend or "
-        "remove them, or allow bad images to go on without them"
+        "remove them, or leave them out with --allow-bad"
     )
 
 

@@ -1,6 +1,7 @@
 """What a source of images offers before anything is decoded: classes, labels, and a way to the pictures."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -14,15 +15,21 @@ from numpy.typing import NDArray
 from refilled.data.transforms import Augmentation
 
 PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
+    word: part
+    for part, words in {
+        "train": "train training trainset trainingset traindata trainingdata trainimages",
+        "val": "val valid validation valset validset validationset valdata validationdata dev devset eval evaluation",
+        "test": "test testing testset testingset testdata testingdata testimages holdout",
+    }.items()
+    for word in words.split()
 }
-"""What folders and files of the parts are called."""
+"""What folders and files of the parts are called, without what separates words."""
+
+
+def part_called(name: str) -> str | None:
+    """Return the part that a folder of this name holds: ``train``, ``val`` or ``test``; None for any other name."""
+    return PART_NAMES.get(re.sub(r"[^a-z0-9]+", "", name.lower()))
+
 
 Rows = NDArray[np.int64]
 
@@ -109,6 +116,8 @@ class Source:
     fixed: bool = False  # whether its publisher has fixed the rows, so that cuts may go by them
     licence: str | None = None
     citation: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know of how the source was read."""
 
 
 def pool(source: Source) -> Source:

@@ -157,7 +157,7 @@ def refuse_other(folder: Path, configuration: str) -> None:
 def load_side(run: FewShotRun, side: Side | None = None) -> Task:
     """Load the images of the classes that a run's tasks are of, or of another side of the split."""
     root = Path(run.data_root) if run.data_root else None
-    return load_pool(run.data, side or run.side, data_root=root, image_size=run.image_size)
+    return load_pool(run.data, side or run.side, data_root=root, image_size=run.image_size, allow_bad=run.allow_bad)
 
 
 def make_bank(run: FewShotRun, pool: Task) -> Bank:

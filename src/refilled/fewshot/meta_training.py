@@ -107,8 +107,9 @@ class _MetaTraining:
     def __init__(self, run: MetaRun) -> None:
         self.run, self.device = run, torch.device(run.device)
         root = Path(run.data_root) if run.data_root else None
-        self.seen = load_pool(run.data, "seen", data_root=root, image_size=run.image_size)
-        self.val = load_pool(run.data, "val", data_root=root, image_size=self.seen.image_size)
+        bad = run.allow_bad
+        self.seen = load_pool(run.data, "seen", data_root=root, image_size=run.image_size, allow_bad=bad)
+        self.val = load_pool(run.data, "val", data_root=root, image_size=self.seen.image_size, allow_bad=bad)
         torch.manual_seed(run.seed)
         make = load_meta_learner(run.method).recipe
         learner = make(_backbone(run, self.seen), **run.settings)

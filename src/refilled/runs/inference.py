@@ -1,5 +1,6 @@
 """What a finished run's network says about images."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import Task
-from refilled.data.decode import SUFFIXES, read_pixels
+from refilled.data.decode import read_pixels
+from refilled.data.walking import list_images
 from refilled.errors import RunError, TaskError
 from refilled.models import Backbone, load_model
 from refilled.runs.environment import find_device
@@ -169,7 +171,9 @@ def classify(
 
 def _images_in(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES)
+        return list_images(path).images
+    if re.match(r"[a-z]+:/|-$", str(path)):
+        raise TaskError(f"{path} is not a file; download what it names, and give the file or its folder")
     return [path]
 
 

@@ -105,6 +105,7 @@ def load_task_of(run: Run) -> Task:
         shots_seed=run.seed,
         val=run.val,
         image_size=run.image_size,
+        allow_bad=run.allow_bad,
         memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
     )
 
