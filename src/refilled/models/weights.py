@@ -5,7 +5,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ _SHOWN = 4  # names in a message, so that it stays readable
 _KEYS_SHOWN = 8
 
 
-def read_weights(path: Path, branch: str | None = None, say: Say = lambda text: None) -> dict[str, Tensor]:
+def read_weights(
+    path: Path, branch: str | None = None, say: Say = lambda text: None, network: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Read the tensors of a weight file by name, out of whatever training scripts wrap them in.
 
     The bytes of the file decide how it is read, not its name. Dicts around the state dict and prefixes that all names
@@ -70,6 +72,8 @@ def read_weights(path: Path, branch: str | None = None, say: Say = lambda text: 
         branch: Which set of weights to take, where there are several: a key such as ``"model"`` or ``"student"``, or
             several with a dot between them. None for the averaged weights, where there are any.
         say: Called with what a reader should know: which set was taken, what was left out, what was converted.
+        network: The names of the tensors of the network that the weights are for, where that is known. Names that it
+            has are not taken for wrapped ones, though they begin as some wrappers do (``encoder.``).
 
     Returns:
         Tensors on the CPU; those with a fraction are float32.
@@ -79,7 +83,7 @@ def read_weights(path: Path, branch: str | None = None, say: Say = lambda text: 
             that are not finite.
     """
     content = _read(path)
-    weights = _in_float32(_unwrapped(content, path, branch, say), path, say)
+    weights = _in_float32(_unwrapped(content, path, branch, say, network), path, say)
     _refuse_non_finite(weights, path)
     return weights
 
@@ -99,7 +103,7 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
         create_model(architecture, 1)  # raises, naming what is wrong
     path, branch = _path_and_branch(file)
     if architecture.startswith("timm/"):
-        of_timm = _open_timm(architecture.removeprefix("timm/"), path, read_weights(path, branch, say))
+        of_timm = _open_timm(architecture.removeprefix("timm/"), path, branch, say)
         of_timm.architecture = architecture
         return of_timm
     weights = {_our_name(name): value for name, value in read_weights(path, branch, say).items()}
@@ -149,8 +153,9 @@ def _our_name(name: str) -> str:
     return name.replace(".layer.", ".").replace(".convShortcut.", ".shortcut.")
 
 
-def _open_timm(name: str, path: Path, weights: Mapping[str, Tensor]) -> TimmBackbone:
+def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackbone:
     body = timm_model(name)
+    weights = read_weights(path, branch, say, body.state_dict().keys())
     first = first_convolution(body)
     if first is not None and (found := weights.get(f"{first}.weight")) is not None and found.ndim == 4:
         channels = found.shape[1]
@@ -173,8 +178,11 @@ def _read(path: Path) -> Any:
     try:
         if _is_safetensors(start, path.stat().st_size):
             return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            torch.serialization.safe_globals(_HARMLESS),
+            path.open("rb") as file,
+        ):  # a path would be judged by its suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} {_why_refused(str(error))}") from error
     except Exception as error:  # damaged bytes make the readers fail in every which way
@@ -242,12 +250,12 @@ def _why_refused(error: str) -> str:
     )
 
 
-def _unwrapped(content: Any, path: Path, branch: str | None, say: Say) -> dict[str, Tensor]:
+def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: Collection[str]) -> dict[str, Tensor]:
     """Take dicts and prefixes off until neither is left."""
     wanted = branch.split(".") if branch else []
     taken: list[str] = []
     whole = content
-    while options := _options(content, wanted[0] if wanted else None):
+    while options := _options(content, wanted[0] if wanted else None, network):
         key = _choice(options, path, wanted, taken)
         others = [name for name in options if name != key]
         if others and not wanted:
@@ -263,7 +271,7 @@ def _unwrapped(content: Any, path: Path, branch: str | None, say: Say) -> dict[s
     return {_INSIDE.sub("", str(name)): value for name, value in content.items()}
 
 
-def _options(content: Any, wanted: str | None) -> dict[str, Any]:
+def _options(content: Any, wanted: str | None, network: Collection[str]) -> dict[str, Any]:
     """Return the sets of weights that lie in ``content`` under a key or a prefix; none where it is one itself."""
     if not isinstance(content, Mapping):
         return {}
@@ -274,7 +282,8 @@ def _options(content: Any, wanted: str | None) -> dict[str, Any]:
         first, _, rest = str(name).partition(".")
         groups.setdefault(first, {})[rest] = value
     sets = {first: group for first, group in groups.items() if "" not in group}
-    wrapped = any(first in _WRAPPERS for first in sets) and groups.keys() <= {*_WRAPPERS, *_BESIDE}
+    fits = sum(name in network for name in content) > len(content) / 2
+    wrapped = not fits and any(first in _WRAPPERS for first in sets) and groups.keys() <= {*_WRAPPERS, *_BESIDE}
     return sets if wrapped or wanted in sets else {}
 
 
