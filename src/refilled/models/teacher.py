@@ -6,7 +6,7 @@ from pathlib import Path
 
 from refilled.errors import ModelError
 from refilled.models.architectures import is_architecture
-from refilled.models.backbone import Backbone, freeze
+from refilled.models.backbone import Backbone, Pooling, freeze
 from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.user_file import load_user_file
@@ -22,6 +22,7 @@ def load_teacher(
     std: Sequence[float] | None = None,
     input_size: int | None = None,
     image_size: int | None = None,
+    pooling: Pooling | None = None,
 ) -> Backbone:
     """Load the teacher that ``text`` names, frozen.
 
@@ -41,9 +42,12 @@ def load_teacher(
         text: One of the forms above.
         mean: Mean of each channel that the teacher expects, on the scale [0, 1]; needed where nothing says it.
         std: Standard deviation likewise.
-        input_size: Side length in pixels that the teacher sees; None for what it was trained at, where that is
-            known, else the images as they come.
+        input_size: Side length in pixels that the teacher sees. None for what it was trained at, where that is known,
+            else the images as they come; vision transformers that can be brought to other sizes see the larger of
+            ``image_size`` and 224 pixels, but not more than they were trained at.
         image_size: Side length of the images that the teacher will be asked about; None where that is not known.
+        pooling: Which output is the embedding: ``pooled``, ``token``, ``mean`` or ``both``; see
+            :class:`~refilled.models.timm_backbone.TimmBackbone`. None for what was trained to stand for the image.
 
     Raises:
         ModelError: when there is no such teacher, or nothing says how its images are normalised.
@@ -51,19 +55,27 @@ def load_teacher(
     user_file = re.fullmatch(r"(.+?\.py):(\w+)(?::(.*))?", text, re.DOTALL)
     if user_file:
         path, function, argument = user_file.groups()
-        return freeze(
-            load_user_file(
-                Path(path), function, argument, mean=mean, std=std, input_size=input_size, image_size=image_size
-            )
+        teacher = load_user_file(
+            Path(path), function, argument, mean=mean, std=std, input_size=input_size, image_size=image_size
         )
-    teacher = _load(text, known_normalization=mean is not None and std is not None)
-    teacher.set_preprocessing(mean, std, input_size)
+    elif (Path(text) / DESCRIPTION).is_file():
+        teacher = load_model(Path(text))
+        teacher.set_preprocessing(mean, std, input_size)
+        return _with_pooling(teacher, pooling or teacher.pooling)
+    else:
+        teacher = _load(text, known_normalization=mean is not None and std is not None)
+        teacher.set_preprocessing(mean, std, input_size)
+        if input_size is None:
+            teacher.adapt_size(image_size)
+    return _with_pooling(teacher, pooling or teacher.default_pooling())
+
+
+def _with_pooling(teacher: Backbone, pooling: Pooling) -> Backbone:
+    teacher.set_pooling(pooling)
     return freeze(teacher)
 
 
 def _load(text: str, known_normalization: bool) -> Backbone:
-    if (Path(text) / DESCRIPTION).is_file():
-        return load_model(Path(text))
     architecture, colon, file = text.partition(":")
     of_timm = architecture.startswith("timm/")
     if colon and not (of_timm or known_normalization):

@@ -197,6 +197,8 @@ def _backbone(
     if hasattr(module, "pretrained_cfg") and hasattr(module, "forward_head"):
         teacher = TimmBackbone(module)
         teacher.set_preprocessing(mean, std, input_size)
+        if input_size is None:
+            teacher.adapt_size(image_size)
         return teacher
     if mean is None or std is None:
         raise ModelError(

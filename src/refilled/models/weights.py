@@ -1,6 +1,7 @@
 """Weight files: read without running anything that they contain, and loaded completely or not at all."""
 
 import argparse
+import math
 import pickle
 import re
 import zipfile
@@ -156,10 +157,8 @@ def _our_name(name: str) -> str:
 def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackbone:
     body = timm_model(name)
     weights = read_weights(path, branch, say, body.state_dict().keys())
-    first = first_convolution(body)
-    if first is not None and (found := weights.get(f"{first}.weight")) is not None and found.ndim == 4:
-        channels = found.shape[1]
-        body = body if channels == body.get_submodule(first).weight.shape[1] else timm_model(name, in_chans=channels)
+    if options := _options_of(weights, body):
+        body = timm_model(name, **options)
     names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
     classifier = names if isinstance(names, str) else names[0]
     num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks only the logits
@@ -167,6 +166,20 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
         body.reset_classifier(num_classes)
     load_weights(body, weights, str(path))
     return TimmBackbone(body)
+
+
+def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:
+    """Return how the network that the weights belong to was built, where it was not built as timm builds it."""
+    options: dict[str, Any] = {}
+    first = first_convolution(body)
+    kernel = None if first is None else weights.get(f"{first}.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] != body.get_submodule(first).weight.shape[1]:
+        options["in_chans"] = kernel.shape[1]
+    positions, own = weights.get("pos_embed"), getattr(body, "pos_embed", None)
+    if positions is not None and isinstance(own, Tensor) and own.ndim == 3 and positions.shape[1] != own.shape[1]:
+        prefix = own.shape[1] - math.prod(body.patch_embed.grid_size)
+        options["img_size"] = math.isqrt(max(positions.shape[1] - prefix, 1)) * body.patch_embed.patch_size[0]
+    return options
 
 
 def _read(path: Path) -> Any:

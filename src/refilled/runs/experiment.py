@@ -450,6 +450,7 @@ def _load_teacher(run: Run, image_size: int) -> Backbone:
         std=run.teacher_std,
         input_size=run.teacher_size,
         image_size=image_size,
+        pooling=run.teacher_embedding,
     )
 
 
