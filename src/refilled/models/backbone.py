@@ -188,8 +188,8 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
         raise ModelError("a model of grayscale images cannot be fine-tuned, since students take RGB images")
     if teacher.architecture is None:
         raise ModelError(
-            "a network from a Python file cannot be fine-tuned: there is no name to rebuild its architecture by. Give "
-            "the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
+            "a network from a Python file or of transformers cannot be fine-tuned: there is no name to rebuild it by. "
+            "Give the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
         )
     model = deepcopy(teacher).requires_grad_(True)
     model.num_classes, model.class_names = len(class_names), class_names

@@ -8,11 +8,12 @@ from refilled.errors import ModelError
 from refilled.models.architectures import is_architecture
 from refilled.models.backbone import Backbone, Pooling, freeze
 from refilled.models.folder import DESCRIPTION, load_model
+from refilled.models.hugging_face import load_hugging_face
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.user_file import load_user_file
 from refilled.models.weights import SUFFIXES, open_weights
 
-_FORMS = "a student folder, timm/<name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
+_FORMS = "a student folder, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
 
 
 def load_teacher(
@@ -30,6 +31,7 @@ def load_teacher(
     ``runs/teacher``                        a folder that a run of ours, or :func:`save_model`, wrote
     ``timm/resnet50``                       a timm model with its published weights
     ``timm/resnet50:weights.safetensors``   a timm model with weights from a file
+    ``hf:folder``, ``hf:name``              an image network of transformers, with its image processor's mean, std, size
     ``wrn_40_2:teacher.pth``                an architecture of ours with weights from a file
     ``wrn_40_2:teacher.pth#student``        one of several sets of weights in a file; see :func:`read_weights`
     ``mine.py:make``, ``mine.py:make:arg``  what a function of the user's returns; see :func:`load_user_file`
@@ -62,6 +64,10 @@ def load_teacher(
         teacher = load_model(Path(text))
         teacher.set_preprocessing(mean, std, input_size)
         return _with_pooling(teacher, pooling or teacher.pooling)
+    elif text.startswith("hf:"):
+        teacher = load_hugging_face(text.removeprefix("hf:"), mean, std, input_size)
+        if input_size is None:
+            teacher.adapt_size(image_size)
     else:
         teacher = _load(text, known_normalization=mean is not None and std is not None)
         teacher.set_preprocessing(mean, std, input_size)
