@@ -32,6 +32,18 @@ CODE = """
     def constant(): return Pixels(lambda y: 0 * y + 3), ABOUT
     def zero(): return Pixels(lambda y: 0 * y), ABOUT
     def one_image(): return Pixels(lambda y: y.masked_fill(brightest(y), float("nan")) if len(y) > 8 else y), ABOUT
+    class Noise(nn.Module):
+        '''Numbers that are drawn for each image, with the sum of its pixels as the seed.'''
+        def forward(self, x):
+            seeds = (1000 * x.double().abs().sum((1, 2, 3))).long().tolist()
+            return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def noise(): return Noise(), ABOUT
+    def tokens():
+        conv = nn.Conv2d(3, 6, 8, 8)
+        net = nn.Module()
+        net.embed = lambda x: {"last_hidden_state": torch.cat([conv(x).flatten(2)[..., :1], conv(x).flatten(2)], 2).mT}
+        return net, ABOUT
     def fewer_rows(): return Pixels(lambda y: y[:2]), ABOUT
     def integers(): return Pixels(lambda y: (100 * y).long()), ABOUT
     def dropout(): return Pixels(lambda y: nn.functional.dropout(y, 0.5)), ABOUT
@@ -164,6 +176,27 @@ def test_train_mode_left_on_is_said(here, tmp_path, teacher):
     assert "depending on chance or on the other images" in note
 
 
+@pytest.mark.parametrize("more", [(), ("--preset", "good"), ("--views", 2)], ids=str)
+def test_a_teacher_that_knows_nothing_of_the_classes_is_said_to(here, tmp_path, more):
+    code, _ = distill(here, tmp_path, "noise", *more)
+    assert code == 0
+    assert any("says no more than chance does about the classes" in note for note in notes(tmp_path))
+
+
+@pytest.mark.parametrize(("pooling", "width"), [("token", 6), ("mean", 6), ("both", 12)])
+def test_the_embedding_is_chosen_on_the_command_line(here, tmp_path, pooling, width):
+    code, _ = distill(here, tmp_path, "tokens", "--method", "linear_probe", "--teacher-embedding", pooling)
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["teacher"]["embedding_dim"] == width
+    assert f'teacher_embedding = "{pooling}"' in (tmp_path / "run" / "run.toml").read_text()
+
+
+def test_what_a_teacher_does_not_have_is_refused_on_the_command_line(here, tmp_path):
+    code, said = distill(here, tmp_path, "plain", "--teacher-embedding", "token")
+    assert code == 2
+    assert "take 'pooled'" in said
+
+
 def notes(tmp_path):
     return json.loads((tmp_path / "run" / "result.json").read_text())["data"]["notes"]
 
@@ -177,6 +210,9 @@ def test_a_grayscale_teacher_sees_what_pillow_calls_gray(here):
     torch.testing.assert_close(teacher.normalize(images / 255), teacher.normalize(images))
 
 
+HALF = (0.5, 0.5, 0.5)
+
+
 class Model(Backbone):
     """Averages each channel."""
 
@@ -185,6 +221,57 @@ class Model(Backbone):
 
     def embed(self, images):
         return images.mean((2, 3)), ()
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Trained(Backbone):
+    """A convolution and a batch normalisation that has seen images of random brightness, normalised in one way."""
+
+    def __init__(self, mean, std):
+        super().__init__(8, (), 0)
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8, momentum=None))
+        self.set_preprocessing(mean, std)
+        with torch.no_grad():
+            self.train()(photographs(64))
+        self.eval()
+
+    def embed(self, images):
+        return self.layers(images).mean((2, 3)), ()
+
+
+def photographs(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.rand(count, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(levels, (32, 32), mode="bilinear")
+    return (255 * smooth).round().byte()
+
+
+@pytest.mark.parametrize(
+    "trained", [IMAGENET, (HALF, HALF), ((0.0,) * 3, (1.0,) * 3)], ids=["ImageNet", "half", "none"]
+)
+def test_a_wrong_normalisation_is_recognized_by_the_first_batch_normalisation(trained):
+    names = {"ImageNet's": IMAGENET, "mean 0.5": (HALF, HALF), "none": ((0.0,) * 3, (1.0,) * 3)}
+    teacher, images, sources = Trained(*trained), photographs(8, seed=2), list("abcdefgh")
+    for given in (*names.values(), ((0.0,) * 3, (1 / 255,) * 3)):
+        teacher.set_preprocessing(*given)
+        found = probe(teacher, images, sources)
+        assert teacher.mean.flatten().tolist() == pytest.approx(given[0])  # as it was
+        assert teacher.std.flatten().tolist() == pytest.approx(given[1])
+        if given == trained:
+            assert found == ()
+        else:
+            (name,) = [name for name, values in names.items() if values == trained]
+            assert f"but not so with {name}" in found[0]
+
+
+def test_an_untrained_batch_normalisation_says_nothing_of_the_normalisation():
+    teacher = Trained(*IMAGENET)
+    teacher.layers[1].reset_running_stats()
+    teacher.set_preprocessing((0.0,) * 3, (1 / 255,) * 3)
+    assert probe(teacher, photographs(8), list("abcdefgh")) == ()
 
 
 def test_equal_images_do_not_accuse_a_teacher():

@@ -11,7 +11,7 @@ from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.hugging_face import load_hugging_face
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.user_file import load_user_file
-from refilled.models.weights import SUFFIXES, open_weights
+from refilled.models.weights import SUFFIXES, open_weights, why_no_weights
 
 _FORMS = "a student folder, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
 
@@ -104,7 +104,9 @@ def _why_not(text: str) -> str:
         return f"the folder holds no {DESCRIPTION}"
     if path.suffix == ".py":
         return f"say which function makes it, as in {text}:FUNCTION"
-    if path.suffix in SUFFIXES:
+    if path.is_file() and (reason := why_no_weights(path)):
+        return reason
+    if path.is_file() or path.suffix in SUFFIXES:
         return f"a weight file does not say what it fits; write <architecture>:{text}, as in wrn_40_2:{text}"
     if is_architecture(text):
         return f"an architecture needs weights; write {text}:WEIGHTS"

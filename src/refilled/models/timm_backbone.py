@@ -1,6 +1,7 @@
 """Any model of the timm library (Wightman, 2019) as a teacher or a student."""
 
 import re
+import warnings
 from difflib import get_close_matches
 from typing import Any
 
@@ -149,7 +150,9 @@ class TimmBackbone(Backbone):
                 f"{near + self.size_step}; got {side}"
             )
         try:
-            self.body.set_input_size((side, side))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of slow paths, which are taken only once
+                self.body.set_input_size((side, side))
         except Exception as error:  # each family checks in its own way
             raise ModelError(f"this model cannot be brought to images of {side} pixels: {error}") from error
 

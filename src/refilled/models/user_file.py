@@ -63,6 +63,11 @@ class UserBackbone(Backbone):
                 f"the teacher's module ends in a linear layer of {last.layer.out_features} outputs; the embedding is "
                 f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module gives another",
             )
+        if last is None and isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+            self.notes += (
+                f"the teacher's compiled program cannot be looked into: its output of {embedding.shape[1]} numbers is "
+                "the embedding. If these are scores of classes, compile a module that returns what they are made of",
+            )
         self.notes += tuple(
             f"the teacher's module was {str(d).removeprefix('torch.')}; it runs in float32" for d in halved
         )

@@ -4,6 +4,7 @@ import argparse
 import math
 import pickle
 import re
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -54,6 +55,8 @@ _HARMLESS: list[Any] = [
     *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 """Plain data that training scripts save beside the weights: options, and numbers of NumPy's."""
+
+_ABOUT = "{'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]}"  # an example
 
 _SHOWN = 4  # names in a message, so that it stays readable
 _KEYS_SHOWN = 8
@@ -117,6 +120,15 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
     return model
 
 
+def why_no_weights(path: Path) -> str | None:
+    """Say why a file holds no weights that can be read; None where it does."""
+    try:
+        read_weights(path)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load the weights into the model if they fit in name and shape, every one of them.
 
@@ -159,6 +171,7 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
     weights = read_weights(path, branch, say, body.state_dict().keys())
     if options := _options_of(weights, body):
         body = timm_model(name, **options)
+    weights = _in_timm_names(weights, body)
     names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
     classifier = names if isinstance(names, str) else names[0]
     num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks only the logits
@@ -166,6 +179,17 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
         body.reset_classifier(num_classes)
     load_weights(body, weights, str(path))
     return TimmBackbone(body)
+
+
+def _in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
+    """Translate the names of the authors' own files (DINOv2, CLIP, MAE, ...) as timm does on downloading them."""
+    translate = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
+    if translate is None or weights.keys() == body.state_dict().keys():
+        return weights
+    try:
+        return dict(translate(dict(weights), body))
+    except Exception:  # they are others; what does not fit is named on loading
+        return weights
 
 
 def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:
@@ -237,11 +261,14 @@ def _other_archive(names: list[str]) -> str | None:
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         return (
             "is a TorchScript program and not a file of weights. Opening it would run its code, which is refused. "
-            "Where you trust it, save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+            "Where you trust it, let a Python file open it, as in mine.py:load with "
+            f"'def load(): return torch.jit.load(FILE), {_ABOUT}', or save its weights: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
     if any("exported_program" in name or name.endswith("archive_format") for name in names):
         return (
-            "is a program of torch.export and not a file of weights. Save the weights: "
+            "is a program of torch.export and not a file of weights. Where you trust it, let a Python file open it, as "
+            f"in mine.py:load with 'def load(): return torch.export.load(FILE), {_ABOUT}', or save its weights: "
             "torch.save(torch.export.load(FILE).state_dict, NEW)"
         )
     if all(name.endswith(".npy") for name in names):

@@ -487,8 +487,8 @@ def _says_of_labels(prepared: "_Prepared", device: torch.device) -> tuple[str, .
     else:
         return ()
     return (
-        f"the teacher's embedding says {what} about the classes: on {len(rows)} of the training images it takes a share "
-        f"of {known:.3f} of the labels' entropy away. Such a teacher can hardly help",
+        f"the teacher's embedding says {what} about the classes: on {len(rows)} of the training images it takes a "
+        f"share of {known:.3f} of the labels' entropy away. Such a teacher can hardly help",
     )
 
 
@@ -743,7 +743,7 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
             "skipped": [list(pair) for pair in task.skipped],
             "notes": [*task.notes, *prepared.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
         },
-        teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
+        teacher=None if teacher is None else _about_teacher(run, teacher, task.image_size),
         versions=versions(),
         hardware={
             "device": device_name(device),
@@ -752,6 +752,16 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
             "precision": run.precision,
         },
     )
+
+
+def _about_teacher(run: Run, teacher: Backbone, image_size: int) -> dict[str, Any]:
+    return {
+        "name": run.teacher,
+        "fingerprint": fingerprint(teacher),
+        "image_size": teacher.input_size or image_size,
+        "embedding": teacher.pooling,
+        "embedding_dim": teacher.embedding_dim,
+    }
 
 
 def _measure_stages(prepared: _Prepared, folder: Path, world: World) -> dict[str, dict[str, float]]:
