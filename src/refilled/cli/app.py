@@ -94,7 +94,9 @@ def _descriptions(of: type = Run) -> dict[str, str]:
 
 
 @app.command()
-@_run_flags("teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "student")
+@_run_flags(
+    "teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding", "student"
+)
 def train(
     task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
     model: Annotated[

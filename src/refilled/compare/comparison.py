@@ -140,7 +140,9 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
     if not load_method(changed.method).ignores_teacher:
         return changed
     # It is the same run whatever the teacher, and need not be repeated for another one.
-    return replace(changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None)
+    return replace(
+        changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None, teacher_embedding=None
+    )
 
 
 def _place(row: str, seed: int) -> str:

@@ -166,7 +166,12 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
         return Bank(pool.train.pixels, augmentation=pool.augmentation, device=run.device)
     name = os.path.expandvars(run.teacher)
     model = load_teacher(
-        name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size, image_size=pool.image_size
+        name,
+        mean=run.teacher_mean,
+        std=run.teacher_std,
+        input_size=run.teacher_size,
+        image_size=pool.image_size,
+        pooling=run.teacher_embedding,
     )
     notes = examine(model, pool.train)
     beside = Path(name) / HEAD

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,11 @@ from refilled.errors import ModelError
 from refilled.outputs import Outputs
 
 M = TypeVar("M", bound=nn.Module)
+
+_LEAST_SIZE = 224  # pixels: what most vision transformers see in training
+
+Pooling = Literal["pooled", "token", "mean", "both"]
+"""Which output of a network is its embedding, where there is a choice; see :class:`Backbone`."""
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -41,6 +46,10 @@ class Backbone(nn.Module):
     std: Tensor
     required_size: int | None = None
     """The only side length that the model takes, where there is one."""
+    size_step: int | None = None
+    """Of a model that is built for one side length at a time: the step between those that it can be brought to."""
+    pooling: Pooling = "pooled"
+    """What the embedding is: the model's own pooled output, or its class token, the mean of its patches, or both."""
 
     def __init__(
         self,
@@ -117,6 +126,33 @@ class Backbone(nn.Module):
                 raise ModelError(f"this model takes images of {self.required_size} pixels only; got {input_size}")
             self.input_size = input_size
 
+    def adapt_size(self, image_size: int | None) -> None:
+        """Bring a model that can be brought to several sizes to one that suits images of ``image_size`` pixels.
+
+        It is the larger of that and 224 pixels, in whole patches, but no more than the model was trained at; the size
+        is noted. Models that take images of any size, or of one only, stay as they are.
+        """
+        if self.size_step is None or self.input_size is None:
+            return
+        side = max(1, round(max(image_size or 0, _LEAST_SIZE) / self.size_step)) * self.size_step
+        if side < self.input_size:
+            trained_at = f"was trained at {self.input_size}"
+            self.notes += (f"the teacher sees {side} pixels and {trained_at}; --teacher-size sets another size",)
+            self.set_preprocessing(input_size=side)
+
+    def set_pooling(self, pooling: Pooling) -> None:
+        """Choose what the embedding is; most models have no choice.
+
+        Raises:
+            ModelError: the model has no such output.
+        """
+        if pooling != self.pooling:
+            raise ModelError(f"this model has no '{pooling}' embedding: its only one is '{self.pooling}'")
+
+    def default_pooling(self) -> Pooling:
+        """Say which output was trained to stand for the whole image."""
+        return self.pooling
+
     def reset_classifier(self, generator: torch.Generator) -> None:
         """Draw the classifier anew, from the distribution that :class:`torch.nn.Linear` starts with."""
         with torch.no_grad():
@@ -152,8 +188,8 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
         raise ModelError("a model of grayscale images cannot be fine-tuned, since students take RGB images")
     if teacher.architecture is None:
         raise ModelError(
-            "a network from a Python file cannot be fine-tuned: there is no name to rebuild its architecture by. Give "
-            "the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
+            "a network from a Python file or of transformers cannot be fine-tuned: there is no name to rebuild it by. "
+            "Give the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
         )
     model = deepcopy(teacher).requires_grad_(True)
     model.num_classes, model.class_names = len(class_names), class_names

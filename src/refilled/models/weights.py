@@ -1,11 +1,13 @@
 """Weight files: read without running anything that they contain, and loaded completely or not at all."""
 
 import argparse
+import math
 import pickle
 import re
+import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,15 @@ _HARMLESS: list[Any] = [
 ]
 """Plain data that training scripts save beside the weights: options, and numbers of NumPy's."""
 
+_ABOUT = "{'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]}"  # an example
+
 _SHOWN = 4  # names in a message, so that it stays readable
 _KEYS_SHOWN = 8
 
 
-def read_weights(path: Path, branch: str | None = None, say: Say = lambda text: None) -> dict[str, Tensor]:
+def read_weights(
+    path: Path, branch: str | None = None, say: Say = lambda text: None, network: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Read the tensors of a weight file by name, out of whatever training scripts wrap them in.
 
     The bytes of the file decide how it is read, not its name. Dicts around the state dict and prefixes that all names
@@ -70,6 +76,8 @@ def read_weights(path: Path, branch: str | None = None, say: Say = lambda text: 
         branch: Which set of weights to take, where there are several: a key such as ``"model"`` or ``"student"``, or
             several with a dot between them. None for the averaged weights, where there are any.
         say: Called with what a reader should know: which set was taken, what was left out, what was converted.
+        network: The names of the tensors of the network that the weights are for, where that is known. Names that it
+            has are not taken for wrapped ones, though they begin as some wrappers do (``encoder.``).
 
     Returns:
         Tensors on the CPU; those with a fraction are float32.
@@ -79,7 +87,7 @@ def read_weights(path: Path, branch: str | None = None, say: Say = lambda text: 
             that are not finite.
     """
     content = _read(path)
-    weights = _in_float32(_unwrapped(content, path, branch, say), path, say)
+    weights = _in_float32(_unwrapped(content, path, branch, say, network), path, say)
     _refuse_non_finite(weights, path)
     return weights
 
@@ -99,7 +107,7 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
         create_model(architecture, 1)  # raises, naming what is wrong
     path, branch = _path_and_branch(file)
     if architecture.startswith("timm/"):
-        of_timm = _open_timm(architecture.removeprefix("timm/"), path, read_weights(path, branch, say))
+        of_timm = _open_timm(architecture.removeprefix("timm/"), path, branch, say)
         of_timm.architecture = architecture
         return of_timm
     weights = {_our_name(name): value for name, value in read_weights(path, branch, say).items()}
@@ -110,6 +118,15 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
     model = create_model(architecture, len(weights["classifier.weight"]))
     load_weights(model, weights, str(path))
     return model
+
+
+def why_no_weights(path: Path) -> str | None:
+    """Say why a file holds no weights that can be read; None where it does."""
+    try:
+        read_weights(path)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -149,12 +166,12 @@ def _our_name(name: str) -> str:
     return name.replace(".layer.", ".").replace(".convShortcut.", ".shortcut.")
 
 
-def _open_timm(name: str, path: Path, weights: Mapping[str, Tensor]) -> TimmBackbone:
+def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackbone:
     body = timm_model(name)
-    first = first_convolution(body)
-    if first is not None and (found := weights.get(f"{first}.weight")) is not None and found.ndim == 4:
-        channels = found.shape[1]
-        body = body if channels == body.get_submodule(first).weight.shape[1] else timm_model(name, in_chans=channels)
+    weights = read_weights(path, branch, say, body.state_dict().keys())
+    if options := _options_of(weights, body):
+        body = timm_model(name, **options)
+    weights = _in_timm_names(weights, body)
     names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
     classifier = names if isinstance(names, str) else names[0]
     num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks only the logits
@@ -162,6 +179,31 @@ def _open_timm(name: str, path: Path, weights: Mapping[str, Tensor]) -> TimmBack
         body.reset_classifier(num_classes)
     load_weights(body, weights, str(path))
     return TimmBackbone(body)
+
+
+def _in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
+    """Translate the names of the authors' own files (DINOv2, CLIP, MAE, ...) as timm does on downloading them."""
+    translate = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
+    if translate is None or weights.keys() == body.state_dict().keys():
+        return weights
+    try:
+        return dict(translate(dict(weights), body))
+    except Exception:  # they are others; what does not fit is named on loading
+        return weights
+
+
+def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:
+    """Return how the network that the weights belong to was built, where it was not built as timm builds it."""
+    options: dict[str, Any] = {}
+    first = first_convolution(body)
+    kernel = None if first is None else weights.get(f"{first}.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] != body.get_submodule(first).weight.shape[1]:
+        options["in_chans"] = kernel.shape[1]
+    positions, own = weights.get("pos_embed"), getattr(body, "pos_embed", None)
+    if positions is not None and isinstance(own, Tensor) and own.ndim == 3 and positions.shape[1] != own.shape[1]:
+        prefix = own.shape[1] - math.prod(body.patch_embed.grid_size)
+        options["img_size"] = math.isqrt(max(positions.shape[1] - prefix, 1)) * body.patch_embed.patch_size[0]
+    return options
 
 
 def _read(path: Path) -> Any:
@@ -173,8 +215,11 @@ def _read(path: Path) -> Any:
     try:
         if _is_safetensors(start, path.stat().st_size):
             return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            torch.serialization.safe_globals(_HARMLESS),
+            path.open("rb") as file,
+        ):  # a path would be judged by its suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} {_why_refused(str(error))}") from error
     except Exception as error:  # damaged bytes make the readers fail in every which way
@@ -216,11 +261,14 @@ def _other_archive(names: list[str]) -> str | None:
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         return (
             "is a TorchScript program and not a file of weights. Opening it would run its code, which is refused. "
-            "Where you trust it, save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+            "Where you trust it, let a Python file open it, as in mine.py:load with "
+            f"'def load(): return torch.jit.load(FILE), {_ABOUT}', or save its weights: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
     if any("exported_program" in name or name.endswith("archive_format") for name in names):
         return (
-            "is a program of torch.export and not a file of weights. Save the weights: "
+            "is a program of torch.export and not a file of weights. Where you trust it, let a Python file open it, as "
+            f"in mine.py:load with 'def load(): return torch.export.load(FILE), {_ABOUT}', or save its weights: "
             "torch.save(torch.export.load(FILE).state_dict, NEW)"
         )
     if all(name.endswith(".npy") for name in names):
@@ -242,12 +290,12 @@ def _why_refused(error: str) -> str:
     )
 
 
-def _unwrapped(content: Any, path: Path, branch: str | None, say: Say) -> dict[str, Tensor]:
+def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: Collection[str]) -> dict[str, Tensor]:
     """Take dicts and prefixes off until neither is left."""
     wanted = branch.split(".") if branch else []
     taken: list[str] = []
     whole = content
-    while options := _options(content, wanted[0] if wanted else None):
+    while options := _options(content, wanted[0] if wanted else None, network):
         key = _choice(options, path, wanted, taken)
         others = [name for name in options if name != key]
         if others and not wanted:
@@ -263,7 +311,7 @@ def _unwrapped(content: Any, path: Path, branch: str | None, say: Say) -> dict[s
     return {_INSIDE.sub("", str(name)): value for name, value in content.items()}
 
 
-def _options(content: Any, wanted: str | None) -> dict[str, Any]:
+def _options(content: Any, wanted: str | None, network: Collection[str]) -> dict[str, Any]:
     """Return the sets of weights that lie in ``content`` under a key or a prefix; none where it is one itself."""
     if not isinstance(content, Mapping):
         return {}
@@ -274,7 +322,8 @@ def _options(content: Any, wanted: str | None) -> dict[str, Any]:
         first, _, rest = str(name).partition(".")
         groups.setdefault(first, {})[rest] = value
     sets = {first: group for first, group in groups.items() if "" not in group}
-    wrapped = any(first in _WRAPPERS for first in sets) and groups.keys() <= {*_WRAPPERS, *_BESIDE}
+    fits = sum(name in network for name in content) > len(content) / 2
+    wrapped = not fits and any(first in _WRAPPERS for first in sets) and groups.keys() <= {*_WRAPPERS, *_BESIDE}
     return sets if wrapped or wanted in sets else {}
 
 

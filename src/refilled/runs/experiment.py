@@ -13,6 +13,7 @@ from refilled.data import Task, task_stamp
 from refilled.errors import RunError
 from refilled.models import save_model
 from refilled.runs.determinism import give_memory_back
+from refilled.runs.examination import label_notes
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import Prepared, load_task_of, resolve, runs_code, with_absolute_paths
@@ -159,6 +160,9 @@ def carry_out(
         models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
         world.check_same(images=task.fingerprint, **models)
     journal = RunJournal(folder.path, display, seconds_between_saves, world)
+    if teacher is not None:
+        teacher.to(fabric.device)
+        prepared.notes += label_notes(prepared, fabric.device)
     for note in prepared.notes:
         display.message(f"note: {note}")
     try:

@@ -80,6 +80,7 @@ def load_teacher_of(run: Run, image_size: int) -> Backbone:
         std=run.teacher_std,
         input_size=run.teacher_size,
         image_size=image_size,
+        pooling=run.teacher_embedding,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -68,7 +69,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
                 *(_few_steps(run, len(task.train)) if prepared.stages else []),
             ],
         },
-        teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
+        teacher=None if teacher is None else _about_teacher(run, teacher, task.image_size),
         versions=versions(),
         hardware={
             "device": device_name(device),
@@ -77,6 +78,16 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             "precision": run.precision,
         },
     )
+
+
+def _about_teacher(run: Run, teacher: Backbone, image_size: int) -> dict[str, Any]:
+    return {
+        "name": run.teacher,
+        "fingerprint": fingerprint(teacher),
+        "image_size": teacher.input_size or image_size,
+        "embedding": teacher.pooling,
+        "embedding_dim": teacher.embedding_dim,
+    }
 
 
 def _measure_stages(prepared: Prepared, folder: RunFolder, world: World) -> dict[str, dict[str, float]]:

@@ -94,8 +94,10 @@ class Gap:
 
 
 def fingerprint(model: Backbone) -> str:
-    """Identify a model by its weights and its normalisation, as 16 hexadecimal digits."""
+    """Identify a model by its weights, its normalisation and what its embedding is, as 16 hexadecimal digits."""
     digest = sha256(repr((model.input_size, model.mean.flatten().tolist(), model.std.flatten().tolist())).encode())
+    if model.pooling != "pooled":
+        digest.update(model.pooling.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
