@@ -53,19 +53,6 @@ def test_grey_palette_and_black_and_white_become_rgb():
     assert set(np.unique(decode(encoded(grey.convert("1")), 16))) == {0, 255}
 
 
-def test_sixteen_bit_grey_is_scaled_and_not_clipped():
-    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    for kind in ("PNG", "TIFF"):
-        values = decode(encoded(Image.fromarray(levels), kind), 16)
-        assert np.array_equal(values, np.repeat((levels // 257).astype(np.uint8)[:, :, None], 3, 2))
-
-
-def test_pixels_of_unknown_range_are_refused():
-    pixels, reasons = read_pixels([encoded(Image.fromarray(RAMP[:, :, 0].astype(np.float32)), "TIFF")], 1, 16)
-    assert len(pixels) == 0
-    assert "8 or 16 bits" in reasons[0]
-
-
 def test_transparency_is_laid_on_white():
     clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     half = Image.new("LA", (16, 16), (0, 128))

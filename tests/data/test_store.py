@@ -59,9 +59,9 @@ def count_decoded(monkeypatch) -> list[int]:
     """Keep the number of pictures of every shard that is decoded from now on."""
     counts, read = [], store.read_pixels
 
-    def counted(pictures, count, size):
+    def counted(pictures, count, size, grey=None):
         counts.append(count)
-        return read(pictures, count, size)
+        return read(pictures, count, size, grey)
 
     monkeypatch.setattr(store, "read_pixels", counted)
     return counts

@@ -2,6 +2,7 @@
 
 from refilled.data.class_split import Side, list_splits
 from refilled.data.episodes import Episodes, queries_left, sample_episodes
+from refilled.data.grey import GreyRange
 from refilled.data.loading import TaskSize, data_folder, list_datasets, load_task, task_size, task_stamp
 from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches
@@ -15,6 +16,7 @@ from refilled.data.views import Mixing, Views
 __all__ = [
     "Augmentation",
     "Episodes",
+    "GreyRange",
     "Mixing",
     "Pixels",
     "Sampler",

@@ -10,12 +10,12 @@ import stat
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -23,6 +23,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from refilled.data.grey import (
+    FORMATS_SCALED_BY_PILLOW,
+    FULL,
+    NO_RANGE,
+    Extremes,
+    GreyRange,
+    extremes,
+    is_deep,
+    levels_of,
+    range_of,
+    to_bytes,
+)
 from refilled.data.source import Crop, Picture
 from refilled.errors import RunError, TaskError
 
@@ -73,12 +85,17 @@ class _Unreadable(Exception):
     """Why a picture is left out."""
 
 
-def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
+def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArray[np.uint8]:
     """Decode one picture to RGB ``(S, S, 3)``: upright, short side scaled to ``size``, centre square kept.
 
     A :class:`Crop` is scaled as a whole instead: its box was put around what counts.
 
-    The first frame of an animation is taken, transparency laid on white, 16-bit grey scaled to 8 bits.
+    The first frame of an animation is taken, transparency laid on white, more than 8 bits a channel scaled to 8.
+
+    Args:
+        picture: The encoded picture.
+        size: Side length S of the image.
+        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
 
     Raises:
         Exception: Of many kinds; :func:`describe` turns them into a reason.
@@ -86,18 +103,59 @@ def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
     if isinstance(picture, np.ndarray):
         return _square(Image.fromarray(picture), size)
     cut_out, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
-    with _open(picture) as file, _identify(file) as image:
+    with _open(picture) as file, _identify(file) as opened:
+        image: Image.Image = opened
         if image.format == "JPEG":
             _refuse_large(image, _MAX_JPEG_PIXELS)
         if cut_out is None:
             image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
-        _refuse_large(image, _MAX_PIXELS)
+        _refuse_large(image)
+        if is_deep(image):
+            image = _shallow(image, file, grey)
         if cut_out is not None:
             return _cut_out(image, cut_out, size)
         if image.width * image.height <= _LARGE:
             return _upright_square(image, size)
         with _large_picture:
             return _upright_square(image, size)
+
+
+def find_grey_range(pictures: Iterable[Picture]) -> GreyRange | None:
+    """Find what is black and white over pictures with more than 8 bits a channel; None if there are none.
+
+    All pictures are opened, and those with more than 8 bits decoded.
+    """
+    found: list[Extremes] = []
+    remaining = iter(pictures)
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        warnings.simplefilter("ignore")
+        while batch := list(islice(remaining, _BATCH)):
+            found += (each for each in pool.map(_extremes, batch) if each is not None)
+    return range_of(found)
+
+
+def has_deep(pictures: Iterable[Picture]) -> bool:
+    """Whether one of the pictures has more than 8 bits a channel, from the headers alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return any(_has_unknown_range(picture) for picture in pictures)
+
+
+def _has_unknown_range(picture: Picture) -> bool:
+    if isinstance(picture, np.ndarray):
+        return False
+    with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
+        return is_deep(image) and image.format not in FORMATS_SCALED_BY_PILLOW
+    return False
+
+
+def _extremes(picture: Picture) -> Extremes | None:
+    if not _has_unknown_range(picture) or isinstance(picture, np.ndarray):
+        return None
+    with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
+        _refuse_large(image)
+        return extremes(levels_of(image, file)[0])
+    return None  # decode() will give the reason
 
 
 def short_side(picture: Picture) -> int | None:
@@ -116,13 +174,16 @@ def short_side(picture: Picture) -> int | None:
         return None
 
 
-def read_pixels(pictures: Iterable[Picture], count: int, size: int) -> tuple[Tensor, dict[int, str]]:
+def read_pixels(
+    pictures: Iterable[Picture], count: int, size: int, grey: GreyRange | None = None
+) -> tuple[Tensor, dict[int, str]]:
     """Decode ``count`` pictures into one tensor.
 
     Args:
         pictures: The encoded pictures.
         count: How many there are, N.
         size: Side length S of the images.
+        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
 
     Returns:
         uint8 ``(M, 3, S, S)`` in channels-last memory, of the M readable ones in their order, and for each other one
@@ -138,7 +199,7 @@ def read_pixels(pictures: Iterable[Picture], count: int, size: int) -> tuple[Ten
     def work(numbered: list[tuple[int, Picture]]) -> None:
         for position, picture in numbered:
             try:
-                array[position] = decode(picture, size)
+                array[position] = decode(picture, size, grey)
             except Exception as error:  # of any kind: a broken file must not stop the run
                 reasons[position] = describe(error)
 
@@ -197,7 +258,7 @@ def _identify(file: IO[bytes]) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
-def _refuse_large(image: Image.Image, limit: int) -> None:
+def _refuse_large(image: Image.Image, limit: int = _MAX_PIXELS) -> None:
     text = os.environ.get(MAX_MEGAPIXELS)
     if text is not None:
         limit = max(limit, _whole_million(text))
@@ -212,6 +273,10 @@ def _whole_million(text: str) -> int:
     if not text.isdecimal():
         raise RunError(f"{MAX_MEGAPIXELS}={text} must be a whole number of millions of pixels")
     return int(text) * 10**6
+
+
+def _file_of(picture: bytes | Path | Crop) -> bytes | Path:
+    return picture.path if isinstance(picture, Crop) else picture
 
 
 def _open(picture: bytes | Path) -> IO[bytes]:
@@ -256,20 +321,24 @@ def _cut_out(image: Image.Image, box: tuple[float, float, float, float], size: i
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith(("I", "F")):
-        return _from_deep_grey(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, where Pillow's own conversion would clip."""
-    levels: NDArray[Any] = np.asarray(image)
-    if image.mode.startswith("F") or levels.min() < 0 or levels.max() > 65535:
-        raise _Unreadable(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits a channel")
-    return Image.fromarray((levels // 257).astype(np.uint8))
+def _shallow(image: Image.Image, file: IO[bytes], grey: GreyRange | None) -> Image.Image:
+    """Bring a picture with more than 8 bits a channel to 8."""
+    scale = FULL if image.format in FORMATS_SCALED_BY_PILLOW else grey
+    if scale is None:
+        raise _Unreadable(NO_RANGE)
+    with _large_picture if image.width * image.height > _LARGE else nullcontext():
+        levels, opacity = levels_of(image, file)
+        shallow = Image.fromarray(to_bytes(levels, scale))
+    if opacity is not None:
+        shallow.putalpha(Image.fromarray(opacity))
+    shallow.getexif().update(image.getexif())  # which may say that it lies on its side
+    return shallow
 
 
 def _allocate(count: int, size: int) -> Tensor:

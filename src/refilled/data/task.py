@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refilled.data.grey import GreyRange
 from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.store import Pixels
 from refilled.data.transforms import Augmentation
@@ -72,6 +73,9 @@ class Task:
 
     notes: tuple[str, ...] = ()
     """What a reader of results should know: parts that were cut, copies, classes without images."""
+
+    grey_range: GreyRange | None = None
+    """The levels that became black and white in pictures with more than 8 bits a channel; None if there are none."""
 
     licence: str | None = None
     citation: str | None = None

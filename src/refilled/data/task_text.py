@@ -32,6 +32,7 @@ class TaskOptions:
     image: str | None = None  # columns of a table
     label: str | None = None
     split: str | None = None  # of the classes: one of the package's, or a file beside the images
+    bits: int | None = None  # of the levels in pictures with more than 8 bits a channel
 
     def __post_init__(self) -> None:
         if self.shots is not None and self.shots < 1:
@@ -46,6 +47,8 @@ class TaskOptions:
             raise TaskError(f"test={self.test} is no fraction to test on; give more than 0 and less than 1")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise TaskError(f"an image size of {self.size} pixels is out of bounds; give 1 to 4096")
+        if self.bits is not None and not 8 <= self.bits <= 16:
+            raise TaskError(f"bits={self.bits} is no number of bits a channel; give 8 to 16")
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "image": _name,
     "label": _name,
     "split": _name,
+    "bits": _whole,
 }
 
 _DEFAULTS = asdict(TaskOptions())

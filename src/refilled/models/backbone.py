@@ -75,6 +75,7 @@ class Backbone(nn.Module):
         self.architecture: str | None = None  # the name that create_model rebuilds it by, where there is one
         self.image_size: int | None = None  # the native size of the data that it was built for
         self.notes: tuple[str, ...] = ()  # what a user should know about how it was loaded
+        self.grey_range: tuple[float, float] | None = None  # its black and white, where they have more than 8 bits
         # Not persistent: they belong to the description of the model (model.json), not to its weights.
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(1, channels, 1, 1), persistent=False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import Run
-from refilled.data import Task
+from refilled.data import GreyRange, Task
 from refilled.data.decode import read_pixels
 from refilled.data.walking import list_images
 from refilled.errors import RunError, TaskError
@@ -48,7 +48,7 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         TaskError: The images cannot be loaded.
     """
     model = _load_student(folder)
-    data = load_task_of(_scored_run(RunFolder(folder).run(), model, task, data_root))
+    data = load_task_of(_scored_run(RunFolder(folder).run(), model, task, data_root), _grey_range_of(model))
     names = model.class_names
     assert names is not None  # every student has them
     unknown = [name for name in data.classes if name not in names]
@@ -159,7 +159,7 @@ def classify(
     unreadable: list[tuple[Path, str]] = []
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), model.image_size)
+        pixels, reasons = read_pixels(batch, len(batch), model.image_size, _grey_range_of(model))
         probabilities = predict(model, pixels).logits.softmax(1).tolist()
         kept = [path for position, path in enumerate(batch) if position not in reasons]
         readable += [
@@ -185,6 +185,11 @@ def _load_student(folder: Path) -> Backbone:
             "nothing; what it reached is in result.json"
         )
     return _placed(load_model(folder))
+
+
+def _grey_range_of(model: Backbone) -> GreyRange | None:
+    """Return the black and white of a student's training images with more than 8 bits a channel, if they had any."""
+    return None if model.grey_range is None else GreyRange(*model.grey_range)
 
 
 def _placed(model: Backbone) -> Backbone:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from refilled.config import Run
-from refilled.data import Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
+from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
 from refilled.errors import RunError
 from refilled.methods import load_method
 from refilled.models import PROBE_IMAGES, Backbone, create_model, load_teacher, probe, trainable_copy
@@ -97,8 +97,8 @@ def examine(teacher: Backbone, images: Split) -> tuple[str, ...]:
     return (*teacher.notes, *probe(teacher, images.pixels[rows], [images.sources[row] for row in rows.tolist()]))
 
 
-def load_task_of(run: Run) -> Task:
-    """Load the images that a run names."""
+def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
+    """Load the images that a run names; levels of grey are scaled as a student was trained with, if it is given."""
     return load_task(
         run.task,
         data_root=Path(run.data_root) if run.data_root else None,
@@ -108,6 +108,7 @@ def load_task_of(run: Run) -> Task:
         image_size=run.image_size,
         allow_bad=run.allow_bad,
         memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
+        grey_range=grey_range,
     )
 
 
@@ -163,10 +164,10 @@ class Prepared:
             std=std,
             pretrained=self.run.pretrained,
         )
-        student.class_names = self.task.classes
+        student.class_names, student.grey_range = self.task.classes, self.task.grey_range
         return student
 
     def _copy(self, teacher: Backbone) -> Backbone:
         student = trainable_copy(teacher, self.task.classes, torch.Generator().manual_seed(self.run.seed))
-        student.image_size = self.task.image_size
+        student.image_size, student.grey_range = self.task.image_size, self.task.grey_range
         return student

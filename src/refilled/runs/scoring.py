@@ -61,6 +61,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
             "scored": run.score,
             "image_size": task.image_size,
+            "grey_range": task.grey_range,
             "skipped": [list(pair) for pair in task.skipped],
             "notes": [
                 *task.notes,
