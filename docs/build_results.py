@@ -156,7 +156,7 @@ def section(about: Mapping[str, object]) -> str:
     lines = lines_of(name)
     comparison = DOCS / "comparisons" / f"{name}.toml"
     written = tomllib.loads(comparison.read_text(encoding="utf-8")) if comparison.exists() else {}
-    title = str(about.get("title") or written["title"]).replace("images a class", "images per class")
+    title = str(about.get("title") or written["title"])
     command = about.get("command") or (f"refilled compare docs/comparisons/{name}.toml --jobs 2" if written else None)
     if is_comparison(lines):
         table = comparison_table(about, comparison_rows(lines))

@@ -1,4 +1,4 @@
-"""Draw the picture of the README, once for light and once for dark pages: python docs/draw_idea.py."""
+"""Draw the picture of the README, once for light and once for dark pages: python docs/build_idea.py."""
 
 from collections.abc import Iterator, Mapping
 from html import escape
