@@ -175,7 +175,9 @@ def section(about: Mapping[str, object]) -> str:
 
 def about_results() -> list[dict[str, object]]:
     """Return the parts of the page, in its order."""
-    parts: list[dict[str, object]] = tomllib.loads((DOCS / "results" / "about.toml").read_text(encoding="utf-8"))["part"]
+    parts: list[dict[str, object]] = tomllib.loads((DOCS / "results" / "about.toml").read_text(encoding="utf-8"))[
+        "part"
+    ]
     return parts
 
 

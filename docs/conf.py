@@ -24,3 +24,9 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+# The examples in the docstrings see the names of their modules, as when Python's doctest runs them.
+doctest_global_setup = """
+import torch
+from refilled.losses.mining import semi_hard_triplets
+"""

@@ -14,7 +14,10 @@ from refilled.compare.summary import spread
 DOCS = Path(__file__).parents[2] / "docs"
 MEAN = re.compile(r"(?<![+\-\d.])(\d+\.\d+) ± (\d+\.\d+)")
 GAIN = re.compile(r"([+-]\d+\.\d\d) \[([+-]\d+\.\d\d), ([+-]\d+\.\d\d)\]")
-PAGES = [DOCS.parent / "README.md", *(DOCS / name for name in ("results.md", "method.md", "all-results.md", "fewshot.md"))]
+PAGES = [
+    DOCS.parent / "README.md",
+    *(DOCS / name for name in ("results.md", "method.md", "all-results.md", "fewshot.md")),
+]
 
 
 def build_script():
