@@ -17,7 +17,8 @@ TURNS: tuple[tuple[str, str], ...] = (
     (r"\b(?:ever )?so many\b", "this many, or the number of"),
     (
         r"\b(?:images?|shots?|positives?|tasks?|seeds?|dots?|queries|steps|GFLOP|bytes|seconds) an? "
-        r"(?:class|species|step|seed|task|batch|run|gigabyte|stage|pass|message|parameter|channel|image|second|minute)\b(?! of)",
+        r"(?:class|species|step|seed|task|batch|run|gigabyte|stage|pass|message|parameter|channel|image|second|minute)"
+        r"\b(?! of)",
         "per class, per step, ...",
     ),
     (r"\bgo(?:es)? on(?! \w*(?:to|with the stage))\b", "resume, or continue"),

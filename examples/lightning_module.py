@@ -39,7 +39,7 @@ class Distillation(L.LightningModule):
         return torch.optim.AdamW([*self.student.parameters(), *self.regression.parameters()], lr=3e-3)
 
 
-def main(epochs: int = 20, teacher_epochs: int = 20) -> float:
+def main(epochs: int = 10, teacher_epochs: int = 10) -> float:
     """Train for ``epochs`` and return the test accuracy in percent."""
     teacher = train_teacher(teacher_epochs)
     torch.manual_seed(0)

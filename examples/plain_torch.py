@@ -11,7 +11,7 @@ from digits import Network, accuracy_of, images_of, train_teacher
 from refilled.losses import LocalKDLoss, TripletAlignmentLoss
 
 
-def main(epochs: int = 20, teacher_epochs: int = 20) -> float:
+def main(epochs: int = 10, teacher_epochs: int = 10) -> float:
     """Train both stages for ``epochs`` each and return the test accuracy in percent."""
     teacher = train_teacher(teacher_epochs)
     images, labels = images_of(range(5, 10))

@@ -88,6 +88,24 @@ def test_means_and_gains_are_those_of_the_raw_results(page):
         assert {found.group() for found in GAIN.finditer(block)} <= gains, block
 
 
+def evidence(word: str) -> list[str]:
+    """The figures with a decimal in the sentences of method.md that begin with ``word``."""
+    text = " ".join((DOCS / "method.md").read_text().split())
+    sentences = re.findall(rf"(?<=[.*)] )({word}.*?\.)(?= [A-Z*#(]|$)", text)
+    assert len(sentences) >= 8
+    return [figure for sentence in sentences for figure in re.findall(r"(?<![\d.x])\d+\.\d\b", sentence)]
+
+
+def test_the_choices_in_the_method_are_those_of_the_raw_results():
+    accuracies = {f"{figure:.1f}" for row in seeds_of("cifar100-halves-choices") for figure in row.values()}
+    assert set(evidence("Choices")) <= accuracies
+
+
+def test_the_leads_in_the_method_stand_in_the_log():
+    log = (DOCS / "log.md").read_text()
+    assert [figure for figure in evidence("Lead") if figure not in log] == []
+
+
 def test_a_wrong_figure_would_be_noticed():
     assert "83.46 ± 0.55" in means_of("birds-long")
     assert "83.5 ± 0.5" in means_of("birds-long")
