@@ -36,6 +36,7 @@ def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> No
             axes.plot(values, [place] * len(values), "o", color=color, markersize=4)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.invert_yaxis()
+        axes.set_xlim(0, 90)
         axes.set_title(title, fontsize=9, loc="left")
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -48,23 +49,15 @@ def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> No
 def main() -> None:
     """Draw all pictures."""
     settings = {
-        "birds-long": "Birds, all images: iNaturalist teacher, MobileNetV1 x0.25, 400 epochs",
-        "birds": "The same, 200 epochs",
-        "birds-half-width": "The same for a MobileNetV1 x0.5",
-        "birds-mobilenetv3": "The same for a MobileNetV3-Small x0.5",
-        "birds-paper": "Birds, all images, x0.25, the paper's recipe, 400 epochs",
-        "birds-20": "Birds, 20 images per class, x0.25, 400 epochs",
-        "birds-10-long": "Birds, 10 images per class, x0.25, 1200 epochs",
-        "birds-10-half-width-long": "The same, x0.5",
-        "birds-10": "Birds, 10 images per class, x0.25, 400 epochs",
+        "birds-long": "Birds, all images",
+        "birds-20": "Birds, 20 images per class",
+        "birds-10-long": "Birds, 10 images per class",
         "birds-5": "Birds, 5 images per class",
-        "cifar100-halves-long": "CIFAR-100 halves: a teacher of the other 50 classes, 400 epochs",
-        "cifar100-halves": "The same, 60 epochs",
-        "cifar100-random-halves": "Random halves, otherwise the same",
-        "cifar100-halves-500": "Halves with 500 images per class, 30 epochs",
-        "cifar100-halves-200": "Halves with 200 images per class, 30 epochs",
-        "cifar100-halves-10": "The same teacher and classes with 10 images per class, 150 epochs",
-        "cifar10-resnet56": "Halves, 50 images per class, 60 epochs: a weak teacher (CIFAR-10 ResNet-56)",
+        "cifar100-halves": "CIFAR-100 halves, 50 images per class, 60 epochs",
+        "cifar100-halves-long": "The same, 400 epochs",
+        "cifar100-halves-200": "Halves, 200 images per class",
+        "cifar100-halves-500": "Halves, 500 images per class",
+        "cifar10-resnet56": "Halves, 50 images per class, a weak teacher",
     }
     label = "test accuracy in percent after the last epoch; one dot per seed"
     draw("settings", {title: read(name) for name, title in settings.items()}, label)
