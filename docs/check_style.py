@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-CHECKED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "examples")
+CHECKED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "examples", "benchmarks")
 """Files and folders; add "src" and "tests" when they are in the house style."""
 
 EXEMPT = ("docs/check_style.py",)
