@@ -6,8 +6,8 @@ One process, one thread of a processor, made-up images of 32 pixels and 100 clas
     python benchmarks/step.py --students wrn_16_1 --rounds 15
     python benchmarks/step.py --device cuda --rounds 50        # on an NVIDIA GPU
 
-Our rows are the product's own training loop, ``refilled.training.loop.fit``, held after every step until its next turn. All
-contestants take one step in turn, round after round; each number is a median over the rounds, and each ratio the
+Our rows are the product's own training loop, ``refilled.training.loop.fit``, held after every step until its next turn.
+All contestants take one step in turn, round after round; each number is a median over the rounds, and each ratio the
 median of the ratios within a round. Times are processor time, since others may use the machine; on a GPU they are
 by the clock, from an idle GPU to an idle GPU.
 
