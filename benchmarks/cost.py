@@ -7,7 +7,7 @@
 
 First table: the milliseconds of a step at a third batch size or image size, from the line through two smaller ones; the
 cost of an image grows with its area. The sizes take turns, and each time is the median over the rounds. Second table:
-runs in processes of their own, started by the command line, beside what ``--dry-run`` says of them. Seconds are those
+runs in processes of their own, started by the command line, beside the prediction of ``--dry-run``. Seconds are those
 in ``result.json``; memory is the largest resident set that the system saw. Third table: a model of what this machine
 cannot measure, from rates of a GPU that are assumed and from :class:`refilled.cost.step.Network`.
 """
@@ -101,11 +101,11 @@ def real_runs(folder: Path, runs: tuple[tuple[str, str, dict[str, int], str], ..
 
 
 def modelled(student_rate: float, teacher_rate: float) -> None:
-    """Print one-stage ReFilled from a ResNet-50 to a ResNet-18 at 224 x 224, 128 images a GPU."""
+    """Print one-stage ReFilled from a ResNet-50 to a ResNet-18 at 224 x 224, 128 images per GPU."""
     print(f"modelled: a GPU trains {student_rate:,.0f} and embeds {teacher_rate:,.0f} images/s; {Network()}")
     print(f"{'classes':>8} {'images':>12} {'GPUs':>5} {'step ms':>8} {'messages':>9} {'images/s':>9} {'epoch':>14}")
     for classes, images in ((1_000, 1_281_167), (21_841, 14_197_122)):
-        with torch.device("meta"):  # their shapes count, not their weights
+        with torch.device("meta"):  # only their shapes are needed, not their weights
             names = ("timm/resnet18", "timm/resnet50")
             student, teacher = (create_model(name, classes, image_size=224) for name in names)
         (stage,) = refilled(student, freeze(teacher), gamma=0.1)
