@@ -69,7 +69,7 @@ def third_from_two(rounds: int, pairs: tuple[tuple[str, str, int], ...]) -> None
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from refilled.cli.main import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from refilled.cli import main; main()", *map(str, arguments)]
 
 
 def real_runs(folder: Path, runs: tuple[tuple[str, str, dict[str, int], str], ...]) -> None:

@@ -245,7 +245,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"Go on with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
+    assert f"Resume with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["a b"]
     done = subprocess.run(
         [*command, "distill", "--resume", str(tmp_path / "a b"), "--image-memory", "3", "--json"],
@@ -255,3 +255,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"] > 50
     assert "image_memory = 3.0" in (tmp_path / "a b" / "run.toml").read_text()
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert refilled("--version").strip() == f"refilled {version('refilled')}"
