@@ -60,9 +60,10 @@ def student(tmp_path_factory, photos) -> Path:
 
 def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
     accuracy = json.loads(refilled("evaluate", student, "--json"))["accuracy"]
-    assert accuracy == json.loads((student / "result.json").read_text())["accuracy"]
+    result = json.loads((student / "result.json").read_text())
+    assert accuracy == result["accuracy"]
     shown = refilled("evaluate", student)
-    assert "all 6 images" in shown
+    assert f"all {result['data']['images']['test']} images" in shown
     lines = refilled("predict", student, photos, "--json").splitlines()
     predictions = [json.loads(line) for line in lines]
     assert len(predictions) == 36
@@ -108,7 +109,7 @@ MISTAKES = [
         ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],
         "temperature must be greater than 0",
     ),
-    (["distill", "digits:5-9", "--resume", "x"], "leave out the task"),
+    (["distill", "digits:5-9", "--resume", "x"], "x holds no run to resume"),
     (
         ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
         "leave out --epochs. What may change is: --data-r",
@@ -244,7 +245,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"Go on with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
+    assert f"Resume with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["a b"]
     done = subprocess.run(
         [*command, "distill", "--resume", str(tmp_path / "a b"), "--image-memory", "3", "--json"],
@@ -254,3 +255,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"] > 50
     assert "image_memory = 3.0" in (tmp_path / "a b" / "run.toml").read_text()
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert refilled("--version").strip() == f"refilled {version('refilled')}"

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from refilled.config import Run
-from refilled.data import load_task, store
+from refilled.data import channel_statistics, load_task, store
 from refilled.data.source import ArrayPart, Names
 from refilled.data.store import StoredImages, free_memory, stored_images
 from refilled.errors import TaskError
-from refilled.runs.experiment import channel_statistics, distill
+from refilled.runs.experiment import distill
 
 SIDE = 8
 CHANCE = np.random.default_rng(0)

@@ -4,6 +4,8 @@ A picture that cannot be read is left out with a reason and never stops the run:
 nothing but the listed formats is tried, and the number of pixels is read from the header before any is decoded.
 """
 
+import os
+import re
 import stat
 import warnings
 from collections.abc import Iterable
@@ -18,7 +20,7 @@ from typing import IO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from refilled.data.grey import (
@@ -34,16 +36,45 @@ from refilled.data.grey import (
     to_bytes,
 )
 from refilled.data.source import Crop, Picture
-from refilled.errors import TaskError
+from refilled.errors import RunError, TaskError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
-    | {".ppm", ".pgm", ".pbm", ".pnm"}
-)
+_ALWAYS = {
+    "PNG": {".png"},
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp", ".dib"},
+    "GIF": {".gif"},
+    "TIFF": {".tif", ".tiff"},
+    "PPM": {".ppm", ".pgm", ".pbm", ".pnm"},
+}
+
+
+def _readable_formats() -> dict[str, set[str]]:
+    """Return the formats that the installed Pillow reads, with the suffixes of their files."""
+    found = dict(_ALWAYS)
+    if features.check("avif"):
+        found["AVIF"] = {".avif"}
+    if features.check("jpg_2000"):
+        found["JPEG2000"] = {".jp2", ".j2k", ".jpx"}
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found["HEIF"] = {".heic", ".heif", ".hif"}
+    return found
+
+
+_FORMATS = _readable_formats()
+FORMATS = tuple(_FORMATS)
+SUFFIXES = frozenset().union(*_FORMATS.values())
 """File names that promise one of the formats."""
 
-MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of a decompression bomb
+MAX_MEGAPIXELS = "REFILLED_MAX_MEGAPIXELS"
+"""Variable of the environment that raises the limit on the pixels of a picture, in millions."""
+
+_MAX_PIXELS = 80_000_000  # to be decoded: 240 MB
+_MAX_JPEG_PIXELS = 800_000_000  # of the file: it is decoded at a fraction of its size
+_FIRST_BYTES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
 
 _BATCH = 128  # encoded pictures held in memory at a time
 _LARGE = 4_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
@@ -72,14 +103,17 @@ def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArra
     if isinstance(picture, np.ndarray):
         return _square(Image.fromarray(picture), size)
     cut_out, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
-    with _open(picture) as file, Image.open(file, formats=FORMATS) as opened:
+    with _open(picture) as file, _identify(file) as opened:
         image: Image.Image = opened
+        if image.format == "JPEG":
+            _refuse_large(image, _MAX_JPEG_PIXELS)
+        if cut_out is None:
+            image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
         _refuse_large(image)
         if is_deep(image):
             image = _shallow(image, file, grey)
         if cut_out is not None:
             return _cut_out(image, cut_out, size)
-        image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
         if image.width * image.height <= _LARGE:
             return _upright_square(image, size)
         with _large_picture:
@@ -110,7 +144,7 @@ def has_deep(pictures: Iterable[Picture]) -> bool:
 def _has_unknown_range(picture: Picture) -> bool:
     if isinstance(picture, np.ndarray):
         return False
-    with suppress(Exception), _open(_file_of(picture)) as file, Image.open(file, formats=FORMATS) as image:
+    with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
         return is_deep(image) and image.format not in FORMATS_SCALED_BY_PILLOW
     return False
 
@@ -118,7 +152,7 @@ def _has_unknown_range(picture: Picture) -> bool:
 def _extremes(picture: Picture) -> Extremes | None:
     if not _has_unknown_range(picture) or isinstance(picture, np.ndarray):
         return None
-    with suppress(Exception), _open(_file_of(picture)) as file, Image.open(file, formats=FORMATS) as image:
+    with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
         _refuse_large(image)
         return extremes(levels_of(image, file)[0])
     return None  # decode() will give the reason
@@ -134,7 +168,7 @@ def short_side(picture: Picture) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
+            with _open(picture) as file, _identify(file) as image:
                 return min(image.size)
     except Exception:  # Pillow's plugins raise many kinds on broken files; decode() will give the reason
         return None
@@ -193,11 +227,20 @@ def describe(error: Exception) -> str:
     """Say in a few words why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return f"not a picture in a known format ({', '.join(FORMATS)})"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large: over {MAX_PIXELS // 10**6} million pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()  # without the path, which stands beside the reason
     return str(error) or type(error).__name__
+
+
+def is_encoded_picture(path: Path) -> bool:
+    """Return whether a regular file begins like a picture in one of the common formats."""
+    if not regular_file_size(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return _FIRST_BYTES.match(file.read(12)) is not None
+    except OSError:
+        return False
 
 
 def regular_file_size(path: Path) -> int | None:
@@ -209,13 +252,31 @@ def regular_file_size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
+def _identify(file: IO[bytes]) -> Image.Image:
+    """Read the header of a picture. The limit on its pixels is ours, since Pillow's refuses large photographs."""
+    Image.MAX_IMAGE_PIXELS = None
+    return Image.open(file, formats=FORMATS)
+
+
+def _refuse_large(image: Image.Image, limit: int = _MAX_PIXELS) -> None:
+    text = os.environ.get(MAX_MEGAPIXELS)
+    if text is not None:
+        limit = max(limit, _whole_million(text))
+    if image.width * image.height > limit:
+        raise _Unreadable(
+            f"too large: {image.width}x{image.height}, over {limit // 10**6} million pixels; {MAX_MEGAPIXELS} raises "
+            "the limit"
+        )
+
+
+def _whole_million(text: str) -> int:
+    if not text.isdecimal():
+        raise RunError(f"{MAX_MEGAPIXELS}={text} must be a whole number of millions of pixels")
+    return int(text) * 10**6
+
+
 def _file_of(picture: bytes | Path | Crop) -> bytes | Path:
     return picture.path if isinstance(picture, Crop) else picture
-
-
-def _refuse_large(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise _Unreadable(f"too large: {image.width}x{image.height}, over {MAX_PIXELS // 10**6} million pixels")
 
 
 def _open(picture: bytes | Path) -> IO[bytes]:

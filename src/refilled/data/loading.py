@@ -12,9 +12,19 @@ import torch
 from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
 from refilled.data.decode import find_grey_range, has_deep, keep, read_pixels, short_side
 from refilled.data.grey import NO_RANGE, GreyRange
-from refilled.data.partition import DIGEST, Digests, draw_shots, first_copies, hold_out, pixel_digests
+from refilled.data.partition import (
+    DIGEST,
+    Digests,
+    content_keys,
+    count_copies,
+    draw_shots,
+    first_rows,
+    hold_out,
+    hold_out_by_content,
+    pixel_digests,
+)
 from refilled.data.selection import select_classes
-from refilled.data.source import Names, Part, Rows, Source, pool
+from refilled.data.source import Names, Part, Rows, Source, pool, stamp_of
 from refilled.data.sources import cifar100, cub, digits
 from refilled.data.sources.cifar100 import open_cifar100
 from refilled.data.sources.csv_folder import is_csv_folder, is_list, open_csv_folder
@@ -93,7 +103,7 @@ def load_task(
         shots_seed: Which ones.
         val: Fraction of the training part to validate on; 0 for none at all.
         image_size: Side length S; found from the images if None.
-        allow_bad: Go on although more than 1 % of the images cannot be read.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 %.
         memory_limit: Bytes above which a part's images lie on disk; a quarter of the memory that is free if None.
         grey_range: Black and white of pictures with more than 8 bits a channel, as a student was trained with; that of
             the training images if None.
@@ -130,6 +140,20 @@ def load_task(
         licence=source.licence,
         citation=source.citation,
     )
+
+
+def task_stamp(text: str, data_root: Path | None = None) -> str:
+    """Return a digest of the state of a task's files, without reading the images.
+
+    Equal stamps mean equal images. Different stamps mean that files were written, added, removed or copied since; what
+    is in them may still be the same, as :attr:`Task.fingerprint` tells.
+
+    Raises:
+        TaskError: The text is not understood, or the data are missing or damaged.
+    """
+    root = data_folder(data_root)
+    source = open_source(parse_task_text(text, root, TaskOptions()), root)
+    return stamp_of((), *(part.stamp() for part in (source.train, source.val, source.test) if part is not None))
 
 
 @dataclass(frozen=True)
@@ -273,12 +297,16 @@ def open_source(wanted: TaskText, data_root: Path) -> Source:
 
 def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Plan:
     """Choose the rows of every part, and cut the parts that the source does not have."""
-    given = {"train": source.train, "val": source.val if options.val else None, "test": source.test}
+    given = {
+        "train": source.train,
+        "val": _with_any(source.val, chosen) if options.val else None,
+        "test": _with_any(source.test, chosen),
+    }
     parts = {name: part or source.train for name, part in given.items()}
     rows = {name: _rows_of(part, chosen) for name, part in given.items()}
     wanted = {"test": options.test or TEST_FRACTION, "val": options.val}
     cut = {name: fraction for name, fraction in wanted.items() if given[name] is None and fraction}
-    cut_rows, notes = _cut(source.train, rows["train"], cut, options.seed)
+    cut_rows, notes = _cut(source, rows["train"], cut, options.seed)
     rows.update(cut_rows)
     present = {name: set(np.unique(parts[name].labels[rows[name]]).tolist()) for name in parts}
     for position in sorted((present["val"] | present["test"]) - present["train"]):
@@ -290,30 +318,46 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     if len(classes) < 2:
         raise TaskError(f"a task needs at least two classes with images to train on, but there are {len(classes)}")
     notes += _absence_note("no images, left out", source, set(chosen) - present["train"])
+    if not len(rows["test"]):
+        raise TaskError(
+            "there are no images to test on: every class has a single picture, which trains. Add images, or a test part"
+        )
     for name in ("val", "test"):
         if len(rows[name]):
             notes += _absence_note(f"no {name} images", source, set(classes) - present[name])
     return _Plan(classes, parts, rows, frozenset(cut), tuple(notes))
 
 
-def _cut(part: Part, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
+def _cut(source: Source, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
     """Cut held-out parts off the training part; returns the rows of every part, and notes."""
     cut = {"train": rows}
     notes: list[str] = []
     if not fractions:
         return cut, notes
-    firsts = np.full(len(part.labels), -1)
-    firsts[rows] = first_copies(rows, part.pictures(rows))
-    copies = int((firsts[rows] != rows).sum())
+    part = source.train
+    keys = np.zeros(len(part.labels), dtype=np.uint64)
+    keys[rows] = content_keys(part.pictures(rows))
+    copies = count_copies(keys[rows])
     if copies:
         notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
     for name, fraction in fractions.items():
         here = cut["train"]
-        cut["train"], cut[name] = hold_out(here, part.labels[here], firsts[here], fraction, seed=seed, purpose=name)
+        labels, known_by = part.labels[here], keys[here]
+        if source.fixed:
+            firsts = first_rows(here, known_by)
+            cut["train"], cut[name] = hold_out(here, labels, firsts, fraction, seed=seed, purpose=name)
+        else:
+            cut["train"], cut[name] = hold_out_by_content(here, labels, known_by, fraction, seed=seed, purpose=name)
     if "test" in fractions:
         share = f"{fractions['test']:.0%}"
-        notes.append(f"no test part: {share} of the images of each class were cut off for it, seed {seed}")
+        about = "" if source.fixed else "about "
+        notes.append(f"no test part: {about}{share} of the images of each class were cut off for it, seed {seed}")
     return cut, notes
+
+
+def _with_any(part: Part | None, chosen: Sequence[int]) -> Part | None:
+    """Return the part if it holds an image of the chosen classes; one that holds none is no part."""
+    return part if len(_rows_of(part, chosen)) else None
 
 
 def _rows_of(part: Part | None, chosen: Sequence[int]) -> Rows:
@@ -476,7 +520,7 @@ def refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
     more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     raise TaskError(
         f"{len(skipped)} of {total} images cannot be read, more than {MAX_BAD_FRACTION:.0%}: {first}{more}. Mend or "
-        "remove them, or allow bad images to go on without them"
+        "remove them, or leave them out with --allow-bad"
     )
 
 
@@ -493,7 +537,7 @@ def _check_train(train: Decoded, plan: _Plan, source: Source, shots: int | None)
 
 def _split(part: Decoded, plan: _Plan) -> Split:
     labels = np.searchsorted(plan.classes, part.part.labels[part.rows])
-    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows))
+    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows), part.digests)
 
 
 def _copies_notes(decoded: dict[str, Decoded]) -> list[str]:

@@ -32,6 +32,7 @@ def load_pool(
     *,
     data_root: Path | None = None,
     image_size: int | None = None,
+    allow_bad: bool = False,
     memory_limit: int | None = None,
 ) -> Task:
     """Load all images of the classes on one side of a class split, from whatever part of the source they are in.
@@ -42,6 +43,7 @@ def load_pool(
         side: ``"seen"``, ``"val"`` or ``"unseen"``.
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         image_size: Side length S; what the split or the source says, else found from the images, if None.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 %.
         memory_limit: Bytes above which the images lie on disk; a quarter of the memory that is free if None.
 
     Returns:
@@ -70,7 +72,8 @@ def load_pool(
     found = decode_part(part, chosen, lambda rows: rows, NO_DIGESTS, size, memory_limit, grey)
     if grey is None and lacks_grey_range([found]) and (grey := find_grey_range(part.pictures(seen))) is not None:
         found = decode_part(part, chosen, lambda rows: rows, NO_DIGESTS, size, memory_limit, grey)
-    refuse_bad(found.skipped, len(found.rows))
+    if not allow_bad:
+        refuse_bad(found.skipped, len(found.rows))
     labels = np.searchsorted(classes, part.labels[found.rows])
     images = Split(found.pixels, torch.from_numpy(labels), Names(part, found.rows))
     nothing = Split(found.pixels[:0], images.labels[:0], ())

@@ -16,16 +16,21 @@ from refilled.data.transforms import Augmentation
 from refilled.errors import TaskError
 
 PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
+    word: part
+    for part, words in {
+        "train": "train training trainset trainingset traindata trainingdata trainimages",
+        "val": "val valid validation valset validset validationset valdata validationdata dev devset eval evaluation",
+        "test": "test testing testset testingset testdata testingdata testimages holdout",
+    }.items()
+    for word in words.split()
 }
-"""What folders and files of the parts are called."""
+"""What folders and files of the parts are called, without what separates words."""
+
+
+def part_called(name: str) -> str | None:
+    """Return the part that a folder of this name holds: ``train``, ``val`` or ``test``; None for any other name."""
+    return PART_NAMES.get(re.sub(r"[^a-z0-9]+", "", name.lower()))
+
 
 Rows = NDArray[np.int64]
 
@@ -151,6 +156,7 @@ class Source:
     test: Part | None = None
     augmentation: Augmentation = "crop-flip"
     image_size: int | None = None  # the side length, where the source knows it
+    fixed: bool = False  # whether its publisher has fixed the rows, so that cuts may go by them
     licence: str | None = None
     citation: str | None = None
     notes: tuple[str, ...] = ()

@@ -3,12 +3,12 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from refilled.errors import ModelError, unknown
-from refilled.models.backbone import Backbone
+from refilled.models.backbone import Backbone, Pooling
 from refilled.models.cifar_resnet import DEPTHS, CifarResNet
 from refilled.models.convnet import ConvNet4
 from refilled.models.mobilenet import MobileNet
@@ -139,6 +139,7 @@ def describe(model: Backbone) -> dict[str, Any]:
         "mean": _numbers(model.mean),
         "std": _numbers(model.std),
         "classes": None if model.class_names is None else list(model.class_names),
+        **({} if model.pooling == "pooled" else {"pooling": model.pooling}),
     }
 
 
@@ -158,14 +159,21 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
             raise ModelError(f"the description of the model has an unusable '{key}': {value!r:.80}")
     if not all(isinstance(number, int | float) for number in (*description["mean"], *description["std"])):
         raise ModelError("the description of the model has a mean or std that is not made of numbers")
+    num_classes = description["num_classes"]
     model = create_model(
         description["architecture"],
-        description["num_classes"],
+        num_classes,
         mean=description["mean"],
         std=description["std"],
         input_size=description["input_size"],
         image_size=description["image_size"],
     )
+    pooling = description.get("pooling", "pooled")
+    if pooling != "pooled":
+        if pooling not in get_args(Pooling):
+            raise ModelError(f"the description of the model has an unusable 'pooling': {pooling!r:.80}")
+        model.set_pooling(pooling)
+        model.classifier, model.num_classes = nn.Linear(model.embedding_dim, num_classes), num_classes
     classes = description["classes"]
     if classes is not None and len(classes) != model.num_classes:
         raise ModelError(f"the description of the model names {len(classes)} classes but counts {model.num_classes}")
