@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from refilled.cli import app as cli
 from refilled.cli.app import app, main
 from refilled.config import Run
 from refilled.errors import RefilledError
@@ -209,7 +208,7 @@ def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
 
 
 def test_few_images_get_more_epochs_unless_epochs_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_LEAST_STEPS", 61)
+    monkeypatch.setattr("refilled.cli.options._LEAST_STEPS", 61)
     common = ["train", "digits:5-9", "--shots", 1, "--val", 0, "--model", "wrn_10_1", "--threads", 1]
     for name, flags in {"many": [], "few": ["--epochs", 2]}.items():
         refilled(*common, *flags, "--out", tmp_path / name)
