@@ -60,6 +60,8 @@ DataRoot = Annotated[
     str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
 ]
 
+_STUDENT_HELP = "Architecture ('refilled list models'), or weights to start from: a run's folder, or architecture:FILE."
+
 
 def _run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag for each field of a configuration, with the help that its docstring holds."""
@@ -98,7 +100,12 @@ def _descriptions(of: type = Run) -> dict[str, str]:
 def train(
     task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
     model: Annotated[
-        str, typer.Option("--model", "--student", help="Architecture; 'refilled list models' names them.")
+        str,
+        typer.Option(
+            "--model",
+            "--student",
+            help="Architecture ('refilled list models'), or weights to start from: a run's folder, architecture:FILE.",
+        ),
     ] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
@@ -125,7 +132,12 @@ def distill(
         str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
     ] = None,
     teacher: Annotated[str | None, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)] = None,
-    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    student: Annotated[
+        str,
+        typer.Option(
+            help="Architecture ('refilled list models'), or weights to start from: a run's folder, architecture:FILE."
+        ),
+    ] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
     ] = "refilled",
@@ -248,7 +260,12 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
-    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    student: Annotated[
+        str,
+        typer.Option(
+            help="Architecture ('refilled list models'), or weights to start from: a run's folder, architecture:FILE."
+        ),
+    ] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
     executor: Executor = "local",
@@ -388,7 +405,12 @@ def tune(
         ),
     ],
     teacher: Annotated[str | None, typer.Option(help=escape(_descriptions()["teacher"]), show_default=False)] = None,
-    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    student: Annotated[
+        str,
+        typer.Option(
+            help="Architecture ('refilled list models'), or weights to start from: a run's folder, architecture:FILE."
+        ),
+    ] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
     ] = "refilled",

@@ -4,10 +4,12 @@ from refilled.models.architectures import create_model, describe, from_descripti
 from refilled.models.backbone import Backbone, freeze, trainable_copy
 from refilled.models.folder import load_model, save_model
 from refilled.models.teacher import load_teacher
+from refilled.models.warm_start import create_student, starts_from_weights
 
 __all__ = [
     "Backbone",
     "create_model",
+    "create_student",
     "describe",
     "freeze",
     "from_description",
@@ -15,5 +17,6 @@ __all__ = [
     "load_model",
     "load_teacher",
     "save_model",
+    "starts_from_weights",
     "trainable_copy",
 ]

@@ -1,8 +1,10 @@
 """Teachers from wherever they are: a student folder, timm, a weight file, or a Python file of the user's."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from refilled.errors import ModelError
 from refilled.models.architectures import create_model, is_architecture
@@ -86,7 +88,7 @@ def _why_not(text: str) -> str:
 def _with_weights(architecture: str, path: Path) -> Backbone:
     if not is_architecture(architecture):
         create_model(architecture, 1)  # says what is wrong with the name
-    weights = {_our_name(name): value for name, value in read_state_dict(path).items()}
+    weights = in_our_names(read_state_dict(path))
     if "classifier.weight" not in weights:
         raise ModelError(f"{path} holds no classifier.weight, so that it is no whole {architecture}")
     model = create_model(architecture, len(weights["classifier.weight"]))
@@ -94,8 +96,12 @@ def _with_weights(architecture: str, path: Path) -> Backbone:
     return model
 
 
+def in_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under our names, where the field's published CIFAR models call the same thing otherwise."""
+    return {_our_name(name): value for name, value in weights.items()}
+
+
 def _our_name(name: str) -> str:
-    """Translate what the field's published CIFAR models call the same thing."""
     name = re.sub(r"^(fc|linear)\.", "classifier.", name)
     return name.replace(".layer.", ".").replace(".convShortcut.", ".shortcut.")
 

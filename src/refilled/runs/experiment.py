@@ -24,13 +24,22 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refilled.config import WHERE, Run, what
+from refilled.config import WHERE, YOUNGER, Run, what
 from refilled.data import Pixels, Split, Task, load_task
 from refilled.data.decode import SUFFIXES, read_pixels
 from refilled.errors import RunError, TaskError
 from refilled.files import cache_folder, write_atomic
 from refilled.methods import load_method
-from refilled.models import Backbone, create_model, load_model, load_teacher, save_model, trainable_copy
+from refilled.models import (
+    Backbone,
+    create_model,
+    create_student,
+    load_model,
+    load_teacher,
+    save_model,
+    starts_from_weights,
+    trainable_copy,
+)
 from refilled.runs.determinism import give_memory_back, use_machine
 from refilled.stages import FineTuning, Readout, Stage
 from refilled.training.checkpoints import discard_states, hold
@@ -385,7 +394,7 @@ def _load_run(folder: Path) -> Run:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    return tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+    return {**YOUNGER, **tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))}
 
 
 def _to_record(run: Run) -> dict[str, Any]:
@@ -467,8 +476,9 @@ class _Prepared:
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = _load_teacher(run)
+        self.student_notes: list[str] = []
         torch.manual_seed(run.seed)
-        student = None if run.student is None else self._fresh(run.student)
+        student = None if run.student is None else self._begin_with(run.student)
         plan = method.build(student, self.teacher, run.settings)
         self.stages: list[Stage] = []
         self.readout: Readout | None = None
@@ -488,6 +498,17 @@ class _Prepared:
     def scored(self) -> Split:
         """The images that the result is about."""
         return self.task.test if self.run.score == "test" else self.task.val
+
+    def _begin_with(self, text: str) -> Backbone:
+        if not starts_from_weights(text):
+            return self._fresh(text)
+        if self.run.pretrained:
+            raise RunError(f"--pretrained takes published weights, but '{text}' names others; leave one out")
+        mean, std = channel_statistics(self.task.train.pixels)
+        student, self.student_notes = create_student(
+            text, self.task.classes, image_size=self.task.image_size, mean=mean, std=std
+        )
+        return student
 
     def _fresh(self, architecture: str) -> Backbone:
         # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
@@ -662,7 +683,11 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
             "scored": run.score,
             "image_size": task.image_size,
             "skipped": [list(pair) for pair in task.skipped],
-            "notes": [*task.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
+            "notes": [
+                *task.notes,
+                *prepared.student_notes,
+                *(_few_steps(run, len(task.train)) if prepared.stages else []),
+            ],
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
         versions=versions(),
