@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from refilled.config import Run
 from refilled.errors import ModelError, RunError
 from refilled.models import create_model, create_student, load_model, starts_from_weights
-from refilled.runs.experiment import _Prepared, distill, resolve
+from refilled.runs.experiment import distill
+from refilled.runs.prepared import Prepared, resolve
 
 TIMM = "timm/mobilenetv3_small_050"
 ABOUT = {"image_size": 32, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -95,12 +96,12 @@ def test_what_cannot_be_started_from_is_refused_with_the_remedy(teacher, tmp_pat
         start("mine.py:make")
     run = Run(task="digits:5-9", student=teacher, pretrained=True, threads=1)
     with pytest.raises(RunError, match="leave one out"):
-        _Prepared(resolve(run))
+        Prepared(resolve(run))
 
 
 def test_a_run_from_weights_begins_where_they_ended_and_can_be_loaded(teacher, tmp_path):
     run = Run(task="digits:5-9", student=teacher, epochs=1, batch_size=20, shots=8, threads=1, precision="32-true")
-    assert same(body(_Prepared(resolve(run)).student), body(load_model(Path(teacher))))
+    assert same(body(Prepared(resolve(run)).student), body(load_model(Path(teacher))))
     distill(replace(run, lr=1e-9), tmp_path / "run")
     assert load_model(tmp_path / "run").architecture == "wrn_10_1"
     parameters = dict(load_model(Path(teacher)).named_parameters())

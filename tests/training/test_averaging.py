@@ -11,8 +11,9 @@ from torch import nn
 
 from refilled.config import Recipe, Run
 from refilled.errors import RunError
-from refilled.runs import experiment
 from refilled.runs.experiment import complete, distill, resume
+from refilled.runs.prepared import Prepared, resolve
+from refilled.runs.teacher_caches import fabric_of
 from refilled.training.averaging import WeightAverage
 from refilled.training.journal import Interrupted
 from refilled.training.loop import Journal, fit
@@ -78,7 +79,7 @@ def test_the_student_is_the_average_of_the_weights_that_plain_training_passes_th
     seen = []
 
     def train(ema: float):
-        prepared = experiment._Prepared(experiment.resolve(replace(QUICK, ema=ema, val=0.2)))
+        prepared = Prepared(resolve(replace(QUICK, ema=ema, val=0.2)))
         state = prepared.student.state_dict
 
         class Watching(Journal):
@@ -88,7 +89,7 @@ def test_the_student_is_the_average_of_the_weights_that_plain_training_passes_th
 
         begin = {name: value.clone() for name, value in state().items()}
         run = prepared.run
-        fit(prepared.student, None, prepared.task, prepared.stages, run, experiment._fabric(run), Watching())
+        fit(prepared.student, None, prepared.task, prepared.stages, run, fabric_of(run), Watching())
         return begin, state()
 
     expected, _ = train(0.0)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from refilled.data.grey import GreyRange
+from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.store import Pixels
 from refilled.data.transforms import Augmentation
 
@@ -27,6 +30,17 @@ class Split:
 
     sources: Sequence[str]
     """Where each image came from: a path within the folder, or ``train.parquet#17``."""
+
+    known_digests: Digests | None = None
+    """What :attr:`digests` gives, where it is known already."""
+
+    @property
+    def digests(self) -> Digests:
+        """Digests of the pixels ``(N,)``; equal digests mean equal pixels."""
+        if self.known_digests is not None:
+            return self.known_digests
+        blocks = [pixel_digests(block.cpu()) for block in self.pixels.split(_BLOCK)]
+        return np.concatenate([np.empty(0, dtype=DIGEST), *blocks])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +73,9 @@ class Task:
 
     notes: tuple[str, ...] = ()
     """What a reader of results should know: parts that were cut, copies, classes without images."""
+
+    grey_range: GreyRange | None = None
+    """The levels that became black and white in pictures with more than 8 bits a channel; None if there are none."""
 
     licence: str | None = None
     citation: str | None = None

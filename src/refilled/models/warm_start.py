@@ -12,9 +12,8 @@ from refilled.errors import ModelError
 from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
 from refilled.models.folder import DESCRIPTION, load_model
-from refilled.models.teacher import in_our_names
-from refilled.models.timm_backbone import TimmBackbone
-from refilled.models.weights import read_state_dict
+from refilled.models.timm_backbone import TimmBackbone, timm_model
+from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
 
 _SHOWN = 4  # names in a message, so that it stays readable
 _LEAST_FOUND = 0.5  # share of the tensors below which a file belongs to another network
@@ -70,17 +69,18 @@ def create_student(
     Raises:
         ModelError: there are no such weights, or they belong to another network.
     """
-    start = _find(os.path.expandvars(text))
+    notes: list[str] = []
+    start = _find(os.path.expandvars(text), notes)
     student = create_model(start.architecture, len(class_names), image_size=image_size, mean=start.mean, std=start.std)
     student.class_names = tuple(class_names)
-    notes = _load_body(student, start)
+    notes += _load_body(student, start)
     if start.mean is None and not start.architecture.startswith("timm/"):  # timm records it
         student.set_preprocessing(mean, std)
         notes.append(f"{start.source} does not record how its images were normalised: by the task's mean and std here")
     return student, notes
 
 
-def _find(text: str) -> Start:
+def _find(text: str, notes: list[str]) -> Start:
     if _is_model_folder(text):
         return _from_folder(Path(text))
     if re.fullmatch(r".+\.py:\w+(:.*)?", text, re.DOTALL):
@@ -91,9 +91,12 @@ def _find(text: str) -> Start:
     architecture, _, file = text.partition(":")
     if not is_architecture(architecture):
         create_model(architecture, 1)  # raises what is wrong with the name
-    weights = read_state_dict(Path(file))
+    path, branch = path_and_branch(file)
     if not architecture.startswith("timm/"):
-        return Start(architecture, _body(in_our_names(weights)), None, None, file)
+        weights = _body(in_our_names(read_weights(path, branch, notes.append)))
+        return Start(architecture, weights, None, None, file)
+    body = timm_model(architecture.removeprefix("timm/"))
+    weights = in_timm_names(read_weights(path, branch, notes.append, body.state_dict().keys()), body)
     return Start(architecture, {f"body.{name}": value for name, value in weights.items()}, None, None, file)
 
 

@@ -16,8 +16,8 @@ from sys import intern
 import numpy as np
 
 from refilled.data.decode import SUFFIXES, regular_file_size
-from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
-from refilled.data.sources.parquet import number_labels
+from refilled.data.source import Picture, Rows, Source, by_part, stamp_of
+from refilled.data.sources.columns import Cells, read_labels
 from refilled.errors import TaskError
 
 _LABEL = "cls"  # what the label's name ends in, by WebDataset's custom
@@ -29,7 +29,7 @@ _BLOCK = 512  # bytes; the unit of a tar file
 def open_webdataset(path: Path, image: str | None = None, label: str | None = None) -> Source:
     """Open one tar file, or a folder of them; not compressed, since compressed ones can be read from the start only.
 
-    A shard belongs to the part that its name begins with, as in ``train-0001.tar``; if no name does so, all of them are
+    A shard belongs to the part that its name says, as in ``train-0001.tar``; if no name does so, all of them are
     training part. A label is text, or an integer, in a member of its own. Links, devices and sparse members are passed
     over.
 
@@ -47,8 +47,17 @@ def open_webdataset(path: Path, image: str | None = None, label: str | None = No
         raise TaskError(f"{path} has no training part; name its shards train-0000.tar and so on")
     image = image or _find_image(files["train"][0])
     found = {part: [_list_shard(file, image, label or _LABEL) for file in shards] for part, shards in files.items()}
-    raw = {part: [text for shard in shards for text in shard.labels] for part, shards in found.items()}
-    classes, labels = number_labels(_integers(raw), None, f"{path}")
+    whole = all(
+        re.fullmatch("[0-9]{1,9}", text) for shards in found.values() for shard in shards for text in shard.labels
+    )
+    cells = {
+        part: [
+            Cells(str(file), list(map(int, shard.labels)) if whole else shard.labels)
+            for file, shard in zip(files[part], shards, strict=True)
+        ]
+        for part, shards in found.items()
+    }
+    classes, labels = read_labels(cells, label or _LABEL)
     parts = {
         part: TarPart(
             labels[part],
@@ -106,11 +115,7 @@ def _part_files(path: Path) -> dict[str, list[Path]]:
     files = [file for file in found if regular_file_size(file) is not None]  # opening a pipe would wait for ever
     if not files:
         raise TaskError(f"{path} has no tar files; WebDataset shards end in .tar, not compressed")
-    parts: dict[str, list[Path]] = {}
-    for file in files:
-        part = PART_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
-        if part:
-            parts.setdefault(part, []).append(file)
+    parts = by_part(((file, file.name) for file in files), path) if path.is_dir() else {}
     return parts or {"train": files}
 
 
@@ -172,13 +177,6 @@ def _list_shard(file: Path, image: str, label: str) -> _Shard:
             found = members.get(image)
             places.append((found.offset_data, found.size) if found else (0, 0))
     return _Shard(labels, np.array(places, dtype=np.int64).reshape(-1, 2))
-
-
-def _integers(raw: dict[str, list[str]]) -> dict[str, list[str]] | dict[str, list[int]]:
-    """Read labels as integers where all of them are."""
-    if all(re.fullmatch("[0-9]{1,9}", text) for part in raw.values() for text in part):
-        return {part: [int(text) for text in found] for part, found in raw.items()}
-    return raw
 
 
 def _listed(members: Iterable[str]) -> str:
