@@ -21,6 +21,12 @@ WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 """Fields that say where and how a run is carried out, and not what it is: they change its result by rounding alone."""
 
 
+YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0}
+"""Fields that older records lack, with the value that those runs had without naming it."""
+
+_SGD_ONLY_LR = 0.05
+
+
 def what(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a configuration's fields that say what is carried out."""
     return {name: value for name, value in values.items() if name not in WHERE}
@@ -36,9 +42,12 @@ class Recipe:
             takes 1000 where neither epochs nor a preset that has them is given.
         batch_size: Images a step, at most; an epoch is cut into batches of nearly equal size.
         lr: Learning rate at its highest.
-        momentum: Momentum of SGD.
-        nesterov: Whether it is Nesterov's.
+        optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001.
+        momentum: Momentum of SGD; the first beta of AdamW.
+        nesterov: Whether SGD's momentum is Nesterov's.
         weight_decay: Weight decay.
+        ema: Decay of an exponential moving average of the student's weights, such as 0.99; the student of each stage
+            is that average. It rises to this value over the first steps. 0 for no average.
         schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage (the
             paper); ``late-step``: times 0.1 after 62.5, 75 and 87.5 % of it (Tian et al., ICLR 2020).
         warmup: Epochs of linear warm-up at the beginning of each stage.
@@ -60,9 +69,11 @@ class Recipe:
     least_steps: int = 0
     batch_size: int = 64
     lr: float = 0.1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    ema: float = 0.0
     schedule: Literal["cosine", "step", "late-step"] = "cosine"
     warmup: float = 1.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
@@ -81,6 +92,7 @@ class Recipe:
             "batch_size": self.batch_size >= 1,
             "lr": math.isfinite(self.lr) and self.lr > 0,
             "momentum": 0 <= self.momentum < 1,
+            "ema": 0 <= self.ema < 1,
             "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             "warmup": math.isfinite(self.warmup) and self.warmup >= 0,
             "views": self.views is None or self.views >= 1,
@@ -92,8 +104,10 @@ class Recipe:
         for name, holds in rules.items():
             if not holds:
                 raise RunError(f"{name} = {getattr(self, name)} is out of range")
-        if self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise RunError("nesterov needs a momentum above 0")
+        if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
+            raise RunError(f"lr = {self.lr} is a rate for SGD; AdamW needs about 0.001")
 
     def epochs_over(self, images: int) -> int:
         """Return how many passes over so many training images there are."""
@@ -110,7 +124,8 @@ class Run(Recipe):
 
     Attributes:
         task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
-        student: Architecture of the student; None where the method trains none of its own.
+        student: Architecture of the student, or weights to start from: a student folder, ``architecture:weights``. None
+            where the method trains no student of its own.
         teacher: A student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``, or
             ``file.py:function``; variables of the environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.

@@ -6,6 +6,7 @@ needs to go on from there is handed to the journal as a state, so that an interr
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
@@ -21,10 +22,12 @@ from refilled.errors import NonFiniteError, RunError
 from refilled.models import Backbone, refuse_non_finite
 from refilled.outputs import Outputs
 from refilled.stages import Prepares, Reports, Stage
+from refilled.training.averaging import WeightAverage
 from refilled.training.checkpoints import State
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, embed, predict_classes
+from refilled.training.optimizers import create_optimizer
 from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
 
 _FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
@@ -180,6 +183,8 @@ class _Training:
             else:
                 self._begin()
             self._train_stage()
+            if self.average is not None:
+                self.average.give()
             if number + 1 < len(stages):
                 self.journal.end_stage(stage, self.student)
 
@@ -188,14 +193,9 @@ class _Training:
         self.position = Position(number)
         self.sums: dict[str, Tensor] = {}  # of each value over the epoch so far, weighted by images
         self.losses = nn.ModuleDict({name: term.loss for name, term in stage.terms.items()}).to(self.fabric.device)
-        self.optimizer = torch.optim.SGD(
-            [*self.student.parameters(), *self.losses.parameters()],
-            lr=self.recipe.lr,
-            momentum=self.recipe.momentum,
-            nesterov=self.recipe.nesterov,
-            weight_decay=self.recipe.weight_decay,
-            fused=self.fabric.device.type in ("cpu", "cuda"),
-        )
+        learned = [*self.student.parameters(), *self.losses.parameters()]
+        self.optimizer = create_optimizer(learned, self.recipe, self.fabric.device)
+        self.average: WeightAverage | None = None
         self.graphed_student, self.graphed_teacher = self._graphed(self.student), self._graphed(self.teacher)
 
     def _graphed(self, network: Backbone | None) -> GraphedNetwork | None:
@@ -260,6 +260,8 @@ class _Training:
             self._check_finite(losses, taught, batch, epoch, step)
             self._set_learning_rate(epoch + step / len(batches))
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             self._record(losses, len(batch), Position(self.position.stage, epoch, step + 1))
 
     def _view(self, epoch: int, step: int, steps: int) -> View:
@@ -360,7 +362,8 @@ class _Training:
         entry = {"stage": self.stage.name, "epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **means}
         classifies = any(term.student == "logits" for term in self.stage.terms.values())
         if classifies and len(self.task.val) > 0:
-            with self.fabric.autocast():
+            averaged = nullcontext() if self.average is None else self.average.in_place()
+            with averaged, self.fabric.autocast():
                 found = predict_classes(self.student, self.task.val.pixels, self.fabric.device, self.world)
             entry["val_accuracy"] = accuracy(found, self.task.val.labels)
         return entry
@@ -369,6 +372,7 @@ class _Training:
         if self.stage.classifier == "fresh":
             generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.position.stage)
             self.student.reset_classifier(generator)
+        self._follow_weights()
         losses = [term.loss for term in self.stage.terms.values()]
         curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
         if curious and self.teacher is not None:
@@ -377,6 +381,10 @@ class _Training:
             refuse_non_finite(embedding, self.task.train.sources)
             for loss in curious:
                 loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
+
+    def _follow_weights(self) -> None:
+        if self.recipe.ema > 0:
+            self.average = WeightAverage(self.student, self.recipe.ema)
 
     def _state(self) -> State:
         tensors = {f"student/{name}": value for name, value in self.student.state_dict().items()}
@@ -387,6 +395,9 @@ class _Training:
         tensors["random"] = torch.get_rng_state()
         if self.fabric.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state()
+        if self.average is not None:
+            tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
+            tensors["updates"] = torch.tensor(self.average.updates)
         lr = self.optimizer.param_groups[0]["lr"]
         # The names of the sums besides, for their order: a file of tensors does not keep it, and the log should.
         return State(tensors, {"position": vars(self.position), "lr": lr, "sums": list(self.sums)})
@@ -401,8 +412,14 @@ class _Training:
         for name, value in _under("optimizer/", state.tensors):
             index, entry = name.split("/")
             parameter = parameters[int(index)]
+            if entry == "step":  # AdamW counts its steps in a tensor
+                self.optimizer.state[parameter][entry] = value.to(self.fabric.device)
+                continue
             # In the memory layout of its parameter: the fused step walks both in the order of memory.
             self.optimizer.state[parameter][entry] = torch.empty_like(parameter).copy_(value)
+        self._follow_weights()
+        if self.average is not None:
+            self.average.restore(dict(_under("average/", state.tensors)), int(state.tensors["updates"]))
         for group in self.optimizer.param_groups:
             group["lr"] = state.data["lr"]
         torch.set_rng_state(state.tensors["random"])
