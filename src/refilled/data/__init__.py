@@ -4,7 +4,7 @@ from refilled.data.class_split import Side, list_splits
 from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.loading import TaskSize, list_datasets, load_task, task_size
 from refilled.data.pool import load_pool
-from refilled.data.samplers import Sampler, epoch_batches
+from refilled.data.samplers import Sampler, epoch_batches, joined_batches
 from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
 from refilled.data.transforms import Augmentation, augment
@@ -24,6 +24,7 @@ __all__ = [
     "augment",
     "epoch_batches",
     "free_memory",
+    "joined_batches",
     "list_datasets",
     "list_splits",
     "load_pool",

@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from refilled.data.store import Pixels
+from refilled.data.store import JoinedImages, Pixels, SeenPixels
 from refilled.data.transforms import Augmentation
 
 _BLOCK = 256  # images that are brought to memory at a time
@@ -23,13 +24,23 @@ class Split:
     """uint8 ``(N, 3, S, S)`` in channels-last memory, or on disk where that is too large."""
 
     labels: Tensor
-    """int64 ``(N,)``, class ids 0 .. C-1."""
+    """int64 ``(N,)``, class ids 0 .. C-1; -1 for an image without a label."""
 
     sources: Sequence[str]
     """Where each image came from: a path within the folder, or ``train.parquet#17``."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Seen(NamedTuple):
+    """The N labelled images that training sees, and after them M without labels."""
+
+    pixels: SeenPixels
+    """uint8 ``(N + M, 3, S, S)``."""
+
+    labels: Tensor
+    """int64 ``(N + M,)``; -1 for an image without a label."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,28 @@ class Task:
     licence: str | None = None
     citation: str | None = None
 
+    unlabelled: Split | None = None
+    """Images to learn from without labels; the fingerprint is not about them."""
+
+    unlabelled_fingerprint: str | None = None
+    """SHA-256 over their pixels."""
+
+    @property
+    def seen(self) -> Seen:
+        """The images that training sees: the labelled ones, and after them those without labels."""
+        if self.unlabelled is None:
+            return Seen(self.train.pixels, self.train.labels)
+        pixels = JoinedImages(self.train.pixels, self.unlabelled.pixels)
+        labels = torch.cat([self.train.labels, self.unlabelled.labels])
+        return Seen(pixels, labels)
+
+    @property
+    def seen_fingerprint(self) -> str:
+        """The fingerprint of the labelled images and of those without labels together."""
+        if self.unlabelled_fingerprint is None:
+            return self.fingerprint
+        return sha256(f"{self.fingerprint}/{self.unlabelled_fingerprint}".encode()).hexdigest()
+
     def near(self, device: torch.device) -> "Task":
         """Hold the images on an NVIDIA GPU that has room for them, so that it draws their views itself."""
         if device.type != "cuda":
@@ -77,7 +110,9 @@ class Task:
             room -= size
             return replace(part, pixels=part.pixels.to(device))
 
-        return replace(self, train=nearer(self.train), val=nearer(self.val), test=nearer(self.test))
+        train, val, test = nearer(self.train), nearer(self.val), nearer(self.test)
+        unlabelled = None if self.unlabelled is None else nearer(self.unlabelled)
+        return replace(self, train=train, val=val, test=test, unlabelled=unlabelled)
 
 
 def fingerprint(classes: tuple[str, ...], splits: tuple[Split, ...]) -> str:

@@ -450,6 +450,7 @@ def _load_task(run: Run) -> Task:
         val=run.val,
         image_size=run.image_size,
         memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
+        unlabelled=run.unlabelled,
     )
 
 
@@ -517,7 +518,7 @@ def _carry_out(
     prepared.task = task = prepared.task.near(fabric.device)
     if world.size > 1:
         models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
-        world.check_same(images=task.fingerprint, **models)
+        world.check_same(images=task.seen_fingerprint, **models)
     journal = RunJournal(folder, display, seconds_between_saves, world)
     try:
         if prepared.readout is None:
@@ -662,7 +663,8 @@ def _measure(prepared: _Prepared, folder: Path, seconds: float, world: World) ->
             "scored": run.score,
             "image_size": task.image_size,
             "skipped": [list(pair) for pair in task.skipped],
-            "notes": [*task.notes, *(_few_steps(run, len(task.train)) if prepared.stages else [])],
+            "notes": [*task.notes, *_unseen(prepared), *(_few_steps(run, task) if prepared.stages else [])],
+            **_unlabelled(run, prepared),
         },
         teacher=None if teacher is None else {"name": run.teacher, "fingerprint": fingerprint(teacher)},
         versions=versions(),
@@ -694,8 +696,25 @@ def _weights_after(stage: Stage, folder: Path) -> dict[str, Tensor] | None:
     return load_file(path) if path.exists() else None
 
 
-def _few_steps(run: Run, images: int) -> list[str]:
-    steps = run.epochs_over(images) * run.steps_over(images)
+def _unlabelled(run: Run, prepared: _Prepared) -> dict[str, Any]:
+    """Return what the record says of unlabelled images: where they are from, how many, and their fingerprint."""
+    task = prepared.task
+    if task.unlabelled is None:
+        return {}
+    digest = task.unlabelled_fingerprint
+    return {"unlabelled": {"source": run.unlabelled, "images": len(task.unlabelled), "fingerprint": digest}}
+
+
+def _unseen(prepared: _Prepared) -> list[str]:
+    """Return a note where there are unlabelled images that no loss has a use for."""
+    if prepared.task.unlabelled is None or any(stage.sees_unlabelled for stage in prepared.stages):
+        return []
+    return [f"the method '{prepared.run.method}' has no use for unlabelled images: none were seen"]
+
+
+def _few_steps(run: Run, task: Task) -> list[str]:
+    images = len(task.train), 0 if task.unlabelled is None else len(task.unlabelled)
+    steps = run.epochs_over(*images) * run.steps_over(*images)
     if steps >= _FEW_STEPS:
         return []
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]

@@ -41,6 +41,16 @@ def open_image_folder(root: Path) -> Source:
     return Source(tuple(classes), parts["train"], parts.get("val"), parts.get("test"))
 
 
+def open_loose_images(root: Path) -> "FolderPart":
+    """Find all images of a folder at any depth, in the order of their names; what is hidden is passed over.
+
+    Raises:
+        TaskError: A folder cannot be listed.
+    """
+    files = tuple(_list_images(root))
+    return FolderPart(np.zeros(len(files), dtype=np.int64), files, root)
+
+
 @dataclass(frozen=True)
 class FolderPart:
     """A part of a folder of images: the files of all its classes, class after class."""

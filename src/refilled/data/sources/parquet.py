@@ -27,7 +27,7 @@ def is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet" or bool(_part_files(path))
 
 
-def open_parquet(path: Path, image: str | None = None, label: str | None = None) -> Source:
+def open_parquet(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
     """Open one Parquet file, which is all training part, or a folder with a file or shards for each part.
 
     The part is the first word of a file's name: ``train.parquet``, ``validation-00000-of-00002.parquet``.
@@ -40,6 +40,7 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None)
         path: The file or the folder.
         image: The image column; found by type and name if None.
         label: The label column; found by name if None.
+        labelled: Whether a label column is needed; if not, none is read and all images are of one class.
 
     Raises:
         TaskError: A file is damaged, or its columns cannot be used.
@@ -51,9 +52,16 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None)
         )
     tables = {part: _Table(tuple(paths)) for part, paths in files.items()}
     image = image or tables["train"].image_column()
+    if not labelled:
+        zeros = {part: np.zeros(table.length(), dtype=np.int64) for part, table in tables.items()}
+        return _source(("",), zeros, image, tables)
     label = label or tables["train"].label_column(image)
     raw = {part: table.column(label) for part, table in tables.items()}
     classes, labels = number_labels(raw, _class_names(raw, tables, label), f"column '{label}' of {path}")
+    return _source(classes, labels, image, tables)
+
+
+def _source(classes: tuple[str, ...], labels: dict[str, Rows], image: str, tables: "dict[str, _Table]") -> Source:
     parts = {part: ParquetPart(labels[part], image, table.files, table.starts()) for part, table in tables.items()}
     return Source(classes, parts["train"], parts.get("val"), parts.get("test"))
 
@@ -85,6 +93,11 @@ class _Table:
         import pyarrow.parquet as pq
 
         return tuple(accumulate((pq.read_metadata(file).num_rows for file in self.files[:-1]), initial=0))
+
+    def length(self) -> int:
+        import pyarrow.parquet as pq
+
+        return sum(pq.read_metadata(file).num_rows for file in self.files)
 
     def image_column(self) -> str:
         import pyarrow.types as types
