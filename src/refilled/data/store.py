@@ -131,11 +131,7 @@ class JoinedImages:
                 (self._first, index[of_first]),
                 (self._second, index[~of_first] - len(self._first)),
             )
-            if len(positions)
         ]
-        if len(found) == 1:
-            return found[0]
-        # Labelled images mostly come first, so that there is nothing to reorder.
         order = torch.cat([of_first.nonzero(), (~of_first).nonzero()]).squeeze(1)
         return torch.cat(found).index_select(0, order.argsort().to(self.device))
 

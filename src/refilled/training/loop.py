@@ -162,7 +162,7 @@ class _Training:
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
         self.images = task.seen
         self.labelled = len(task.train)
-        self.unlabelled = len(self.images) - self.labelled
+        self.unlabelled = len(self.images.labels) - self.labelled
         self.views = views_of(recipe, task)
         student.to(memory_format=torch.channels_last)
         self.learner = fabric.setup_module(student)

@@ -301,7 +301,7 @@ def teacher_cache(
     contents = Contents(
         teacher=fingerprint(teacher),
         data=task.seen_fingerprint,
-        images=len(task.seen),
+        images=len(task.seen.labels),
         embedding_dim=teacher.embedding_dim,
         views=number,
         precision=precision,
