@@ -69,7 +69,7 @@ def local_kd(
     check_batch(labels, student_logits, teacher_embedding)
     check_choice("average", average, get_args(Average))
     if isinstance(centers, Tensor) and bool((labels < 0).any()):
-        known = labels >= 0
+        known = _labelled(labels)
         others = _of_unlabelled(
             student_logits[~known],
             _teacher_rows(teacher_embedding[~known], normalize),
@@ -231,7 +231,7 @@ class LocalKDLoss(nn.Module):
             teacher_embedding = teacher_embedding - self.mean
         if self.centers != "global":
             return
-        rows, known = _teacher_rows(teacher_embedding, self.normalize), labels >= 0
+        rows, known = _teacher_rows(teacher_embedding, self.normalize), _labelled(labels)
         means, classes = distances.class_centers(rows[known], labels[known])
         _check_classes(classes)
         means = self._refined(means, classes, rows, labels)
@@ -335,6 +335,13 @@ def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding
         raise MethodError(f"class {missing[0]} had no image when the class means were taken; prepare them anew")
     compared = present if classes == "batch" else known.nonzero().flatten()
     return centers.to(embedding)[compared], compared
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """Return which images have a label ``(N,)``; -1 stands for none."""
+    if int(labels.min()) < -1:
+        raise MethodError(f"class id {int(labels.min())} is neither a class nor -1, which stands for no label")
+    return labels >= 0
 
 
 def _check_width(centers: Tensor, embedding: Tensor) -> None:
