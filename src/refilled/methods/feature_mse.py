@@ -32,8 +32,10 @@ class FeatureMSELoss(nn.Module):
 
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)``; the labels are not used."""
-        projected = self.projector(at_least_float32(student_embedding))
-        return F.mse_loss(projected, at_least_float32(teacher_embedding.detach()))
+        student = at_least_float32(student_embedding)
+        if isinstance(self.projector, nn.Linear):
+            student = self.projector(student.to(self.projector.weight.dtype))
+        return F.mse_loss(student, at_least_float32(teacher_embedding.detach()).to(student.dtype))
 
 
 def feature_mse(

@@ -31,7 +31,6 @@ class PseudoLabelLoss(nn.Module):
     """
 
     sees_unlabelled = True
-    reads_labels = False  # which class an image has does not matter, only whether it is known
 
     def __init__(self, threshold: float = 0.95) -> None:
         super().__init__()
