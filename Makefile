@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs pages bench clean
 
 demo: $(STAMP)
 	$(BIN)/refilled demo
@@ -16,6 +16,18 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/check_style.py
+
+# The site, without a warning, and the examples in the docstrings.
+docs: $(STAMP) .venv/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
+
+# What the documents take from the raw results.
+pages: $(STAMP)
+	$(BIN)/python docs/build_results.py
+	$(BIN)/python docs/build_figures.py
+	$(BIN)/python docs/build_idea.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mining.py --sizes 128 256 512 --runs 5
@@ -28,5 +40,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
+.venv/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv docs/_build .pytest_cache .mypy_cache .ruff_cache

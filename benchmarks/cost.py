@@ -7,7 +7,7 @@
 
 First table: the milliseconds of a step at a third batch size or image size, from the line through two smaller ones; the
 cost of an image grows with its area. The sizes take turns, and each time is the median over the rounds. Second table:
-runs in processes of their own, started by the command line, beside what ``--dry-run`` says of them. Seconds are those
+runs in processes of their own, started by the command line, beside the prediction of ``--dry-run``. Seconds are those
 in ``result.json``; memory is the largest resident set that the system saw. Third table: a model of what this machine
 cannot measure, from rates of a GPU that are assumed and from :class:`refilled.cost.step.Network`.
 """
@@ -31,7 +31,7 @@ from refilled.data import TaskSize
 from refilled.methods.refilled import refilled
 from refilled.models import create_model
 from refilled.models.backbone import freeze
-from refilled.runs.experiment import resolve
+from refilled.runs.prepared import resolve
 
 PAIRS = (("wrn_16_1", "wrn_16_2", 32), ("resnet20", "wrn_40_1", 32), ("mobilenet_0.5", "wrn_16_2", 64))
 """Student, teacher, and the smallest image size; MobileNet is another network below 64 pixels."""
@@ -69,7 +69,7 @@ def third_from_two(rounds: int, pairs: tuple[tuple[str, str, int], ...]) -> None
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from refilled.cli.main import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from refilled.cli import main; main()", *map(str, arguments)]
 
 
 def real_runs(folder: Path, runs: tuple[tuple[str, str, dict[str, int], str], ...]) -> None:
@@ -101,11 +101,11 @@ def real_runs(folder: Path, runs: tuple[tuple[str, str, dict[str, int], str], ..
 
 
 def modelled(student_rate: float, teacher_rate: float) -> None:
-    """Print one-stage ReFilled from a ResNet-50 to a ResNet-18 at 224 x 224, 128 images a GPU."""
+    """Print one-stage ReFilled from a ResNet-50 to a ResNet-18 at 224 x 224, 128 images per GPU."""
     print(f"modelled: a GPU trains {student_rate:,.0f} and embeds {teacher_rate:,.0f} images/s; {Network()}")
     print(f"{'classes':>8} {'images':>12} {'GPUs':>5} {'step ms':>8} {'messages':>9} {'images/s':>9} {'epoch':>14}")
     for classes, images in ((1_000, 1_281_167), (21_841, 14_197_122)):
-        with torch.device("meta"):  # their shapes count, not their weights
+        with torch.device("meta"):  # only their shapes are needed, not their weights
             names = ("timm/resnet18", "timm/resnet50")
             student, teacher = (create_model(name, classes, image_size=224) for name in names)
         (stage,) = refilled(student, freeze(teacher), gamma=0.1)

@@ -1,4 +1,4 @@
-"""Images a second of the input pipeline: this package's beside torchvision's.
+"""Images per second of the input pipeline, compared with torchvision's.
 
 For instance::
 
@@ -10,7 +10,7 @@ pixels, cropped and mirrored as CIFAR's; ``photographs`` are JPEGs of 500 × 375
 are noise whose spectrum falls like that of photographs (amplitude 1 / frequency), so that they compress like some.
 
 ``first epoch`` is ours from nothing: find the files, decode each once, look for copies, take checksums, then one
-epoch of augmented batches. ``later epochs`` is what all others cost. ``torchvision, N workers`` is an epoch of
+epoch of augmented batches. ``later epochs`` is the cost of every other epoch. ``torchvision, N workers`` is an epoch of
 ``ImageFolder``, its transforms and a ``DataLoader``, which decodes every picture in every epoch; its workers live on
 between epochs. Wall-clock time, contestants in turn, medians; each ratio is the median of those within a round. Ours
 decodes with as many threads as torch has, ``--threads``.
@@ -70,7 +70,7 @@ def draw(kind: Kind, generator: np.random.Generator) -> Image.Image:
 
 
 def write_pictures(folder: Path, kind: Kind) -> int:
-    """Write class folders to train on, and a picture a class to test on; return the bytes of one."""
+    """Write class folders to train on, and one picture per class to test on; return the bytes of one."""
     generator = np.random.default_rng(0)
     for part, count in (("train", kind.count), ("test", CLASSES)):
         for index in range(count):

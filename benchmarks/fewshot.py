@@ -1,4 +1,4 @@
-"""Few-shot tasks a second: many at once, against one by one, scikit-learn and easyfsl, in one thread.
+"""Few-shot tasks per second: many at once, one by one, scikit-learn and easyfsl, in one thread.
 
 For instance::
 
@@ -7,19 +7,19 @@ For instance::
     python benchmarks/fewshot.py --part students
     python benchmarks/fewshot.py --part processes
 
-The embeddings are random, of five classes that overlap; they are the same for everybody, and so are the tasks.
-``ours`` takes all tasks together, ``one by one`` is our own code in a loop, and the peers are fitted in a loop. Of
-those in a loop some tasks are timed, and tasks a second follow.
+The embeddings are random, of five classes that overlap; all contestants get the same embeddings and tasks.
+``ours`` takes all tasks together, ``one by one`` is our own code in a loop, and the peers are fitted in a loop. For a
+loop only some tasks are timed.
 
 ``heads``: embedding to scores. ``protonet``: from a bank of embeddings, drawing of the tasks included, as 600 tasks of
-a test. ``students``: ConvNet-4s of 32 pixels trained by ReFilled's losses, one by one or so many ``together`` as one
+a test. ``students``: ConvNet-4s of 32 pixels trained by ReFilled's losses, one by one or several ``together`` as one
 network with grouped convolutions, in the precision that is best for the processor; as ``float32``, one by one in that
-precision; and as ``plain loop`` besides in the memory layout that PyTorch takes by itself. All these times are
+precision; and as ``plain loop`` also in PyTorch's default memory layout. All these times are
 processor time, since others may use the machine: the least of three.
 
-``processes``: the same students on a folder of images, by the clock: the plain loop with as many threads as PyTorch
-takes, and ``refilled fewshot --jobs``, one thread a process, whose accuracies must be those of one process. Others at
-the machine spoil it, most of all for the loop, whose threads wait for each other.
+``processes``: the same students on a folder of images, by the clock: the plain loop with PyTorch's default number of
+threads, and ``refilled fewshot --jobs``, one thread per process, whose accuracies must be those of one process. Other
+work on the machine disturbs it, most of all the loop, whose threads wait for each other.
 """
 
 import argparse
@@ -59,7 +59,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def seconds(call: Callable[[], object], runs: int = 3, clock: Callable[[], float] = process_time) -> float:
-    """Least time of a call, by default of the processor."""
+    """Return the least time of a call, by default processor time."""
     times = []
     for _ in range(runs):
         start = clock()
@@ -100,7 +100,7 @@ def one_by_one(classify: Callable[[Tensor, Tensor, Tensor], Tensor], batch: Batc
 
 
 def heads(tasks: int) -> None:
-    print(f"\nheads: tasks a second, {tasks} tasks, {WAY}-way, {QUERIES} queries a class")
+    print(f"\nheads: tasks per second, {tasks} tasks, {WAY}-way, {QUERIES} queries per class")
     print(f"{'':10} {'dim':>4} {'shots':>5} {'ours':>10} {'one by one':>10} {'peer':>10} {'ours/peer':>9}  peer")
     rows = {
         "linear": (logistic_regression, "sklearn LogisticRegression", LogisticRegression(max_iter=1000), 20),
@@ -152,7 +152,7 @@ def write_photos(folder: Path) -> Path:
 
 @contextmanager
 def plain_layout() -> Iterator[None]:
-    """Train in the memory layout that PyTorch takes by itself."""
+    """Train in PyTorch's default memory layout."""
     kept = students.students
     students.students = students.Students
     try:
@@ -163,7 +163,7 @@ def plain_layout() -> Iterator[None]:
 
 def share_students(jobs: int, threads: int, tasks: int, steps: int) -> None:
     """Time the tasks of a test, in one loop and shared by processes."""
-    print(f"\nprocesses: tasks a second by the clock, {tasks} tasks of ReFilled, {steps} steps, 32 pixels")
+    print(f"\nprocesses: tasks per second by the clock, {tasks} tasks of ReFilled, {steps} steps, 32 pixels")
     names = ("plain loop", f"{threads} threads", "1 process", f"{jobs} processes", "gain")
     print(f"{'shots':>5} " + " ".join(f"{name:>11}" for name in names))
     with TemporaryDirectory() as folder, processes(jobs) as pool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from refilled.errors import RunError
 from refilled.models import create_model
 from refilled.runs.determinism import repeat_exactly
-from refilled.runs.experiment import device_name, find_device
+from refilled.runs.environment import device_name, find_device
 from refilled.training.cuda_graphs import GraphedNetwork
 
 CLASSES = 100

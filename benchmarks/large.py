@@ -1,10 +1,10 @@
-"""Data larger than memory: a million small images from WebDataset shards, with the memory that they take by phases.
+"""Data larger than memory: a million small images from WebDataset shards, and the memory that each phase takes.
 
 ::
 
     python benchmarks/large.py                                # 100,000 images of 32 x 32, 0.8 GB of disk
     python benchmarks/large.py --images 1000000               # 8 GB of disk
-    python benchmarks/large.py --images 1000000 --folder big  # goes on where an earlier start stood, and leaves it all
+    python benchmarks/large.py --images 1000000 --folder big  # resumes an earlier start, and keeps the files
 
 The shards are made up (uncompressed pictures of noise, so that making them costs little), decoded into the store on
 disk, and gone through for an epoch in random order and augmented, as in training; then the smallest network takes some
@@ -30,33 +30,32 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from refilled.data import augment, epoch_batches, load_task
+from refilled.data import augment, channel_statistics, epoch_batches, load_task
 from refilled.models import create_model
-from refilled.runs.experiment import channel_statistics
 
 SIDE, CLASSES, SHARD, BATCH = 32, 100, 20_000, 256
 TRAINING_STEPS = 50
 
 
 class Meter(threading.Thread):
-    """Reads the process's memory ten times a second."""
+    """Reads the process's memory ten times per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Start a new measurement."""
         self.own = self.mapped = 0.0
 
     def run(self) -> None:
-        """Look until the process ends."""
+        """Measure until the process ends."""
         while True:
             self.look()
             time.sleep(0.1)
 
     def look(self) -> None:
-        """Look once."""
+        """Measure once."""
         lines = Path("/proc/self/status").read_text().splitlines()
         values = dict(line.split(":") for line in lines)
         own, mapped = (int(values[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))

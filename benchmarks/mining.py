@@ -1,4 +1,4 @@
-"""What the triplet-alignment loss costs: beside a general miner, and beside the floor that no miner can go below.
+"""The cost of the triplet-alignment loss, compared with a general miner and with the floor that no miner can beat.
 
 Forward and backward, in one thread, on embeddings of 64 numbers (student) and 128 (teacher) with 100 classes::
 
@@ -32,7 +32,7 @@ from refilled.losses.triplet_alignment import TripletAlignmentLoss, triplet_alig
 CLASSES = 100
 COLUMNS = ("ours", "floor", "mining", "tuple", "peer", "matrix")
 COLUMNS += ("ours/floor", "peer/ours", "matrix/ours", "matrix/tuple", "memory/N²")
-LARGEST_MATRIX = 1024  # beyond, the miner's N³ masks need 30 GB
+LARGEST_MATRIX = 1024  # beyond this, the miner's N³ masks need 30 GB
 LARGEST_PEER = 1024**3 * 64  # N³·d beyond which the gathered rows need 16 GB
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,7 +54,7 @@ def peer(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def matrix(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Do the same with the distances looked up in matrices, a kindness to the peer."""
+    """Do the same with the distances looked up in matrices, which is faster for the peer."""
     anchor, positive, negative = list_triplets(student, labels)
     gaps = []
     for embedding in (student, teacher):
@@ -130,7 +130,7 @@ def report(size: int, dim: int, runs: int) -> None:
     taken: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(runs):
         for name, loss in losses.items():
-            seconds(loss, *batch)  # what the one before left in caches and heap is not this one's affair
+            seconds(loss, *batch)  # so that caches and heap are this contestant's own
             taken[name].append(1000 * seconds(loss, *batch))
     t = {name: median(times) for name, times in taken.items()}
     memory = {name: peak_memory(losses[name], *batch) / (4 * size**2) for name in ("ours", "tuple")}

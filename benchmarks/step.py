@@ -1,4 +1,4 @@
-"""What a training step costs: every method beside its bare arithmetic, and beside its peers.
+"""The cost of a training step: every method compared with its bare arithmetic and with its peers.
 
 One process, one thread of a processor, made-up images of 32 pixels and 100 classes, teacher WRN-40-2::
 
@@ -6,17 +6,17 @@ One process, one thread of a processor, made-up images of 32 pixels and 100 clas
     python benchmarks/step.py --students wrn_16_1 --rounds 15
     python benchmarks/step.py --device cuda --rounds 50        # on an NVIDIA GPU
 
-Ours are the product's own training loop, ``refilled.training.loop.fit``, held after every step until its next turn. All
-contestants take one step in turn, round after round; each number is a median over the rounds, and each ratio the
+Our rows are the product's own training loop, ``refilled.training.loop.fit``, held after every step until its next turn.
+All contestants take one step in turn, round after round; each number is a median over the rounds, and each ratio the
 median of the ratios within a round. Times are processor time, since others may use the machine; on a GPU they are
 by the clock, from an idle GPU to an idle GPU.
 
-``student, arithmetic`` and ``both, arithmetic`` are loops of the fewest lines on one batch that lies ready: forward,
+``student, arithmetic`` and ``both, arithmetic`` are shortest loops on one ready batch: forward,
 cross-entropy, backward and a fused optimiser, and the teacher's forward pass before it. Nothing can train faster with
 these networks in this precision. ``plain`` loops are the same in float32 and PyTorch's own memory layout.
 
-Peers are lent our images: the same augmented views of the same batches. ``authors`` is stage 1 as the authors'
-repository has it: pytorch-metric-learning's miner, temperature 4 on both sides, float32. timm and torchdistill come
+Peers get our images: the same augmented views of the same batches. ``authors`` is stage 1 as in the authors'
+repository: pytorch-metric-learning's miner, temperature 4 on both sides, float32. timm and torchdistill come
 twice, as they are and in bfloat16 with channels-last memory, as timm's training script offers. One that is not
 installed is left out.
 """
@@ -47,7 +47,7 @@ from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model, freeze
 from refilled.outputs import Outputs
 from refilled.runs.determinism import use_machine
-from refilled.runs.experiment import device_name, find_device
+from refilled.runs.environment import device_name, find_device
 from refilled.stages import Stage, Term, constant
 from refilled.training.loop import Journal, Position, fit, resolve_precision
 from refilled.training.teacher_cache import Contents, TeacherCache
@@ -62,7 +62,7 @@ Objective = Callable[[Outputs, Outputs | None, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Scene:
-    """What all contestants share."""
+    """The data and settings that all contestants share."""
 
     student_name: str
     teacher_name: str
@@ -71,7 +71,7 @@ class Scene:
     cache: TeacherCache
     device: torch.device
     fast: bool
-    """Whether bfloat16 is this machine's fastest setting."""
+    """Whether bfloat16 is the fastest setting of this machine."""
 
     def clock(self) -> float:
         """Seconds, when all that was begun is done."""
@@ -90,7 +90,7 @@ class Scene:
         return freeze(self._model(self.teacher_name, channels_last))
 
     def ready(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batch again and again, for nothing."""
+        """Return the same batch forever, at no cost."""
         labels = self.task.train.labels[: self.batch].to(self.device)
         return repeat((self.task.train.pixels[: self.batch], labels))
 
@@ -159,7 +159,7 @@ def method(name: str, settings: Mapping[str, Any], student: Backbone, teacher: B
 
 
 class Listen(nn.Module):
-    """A loss that hears the teacher and says nothing."""
+    """A loss that reads the teacher's output and is always 0."""
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return student.new_zeros(())
@@ -178,7 +178,7 @@ def bare(
     taught: bool = True,
     plain: bool = False,
 ) -> Step:
-    """A loop of the fewest lines."""
+    """The shortest possible loop."""
     student = scene.student(not plain)
     teacher = scene.teacher(not plain) if taught else None
     optimizer = torch.optim.SGD(student.parameters(), fused=not plain, **SGD)
@@ -202,7 +202,7 @@ def cross_entropy(seen: Outputs, taught: Outputs | None, labels: Tensor) -> Tens
 
 
 def our_stage_1(seen: Outputs, taught: Outputs, labels: Tensor) -> Tensor:
-    """The losses of this package in anybody's own loop."""
+    """The losses of this package in a plain loop."""
     return TripletAlignmentLoss()(seen.embedding, taught.embedding, labels)
 
 
@@ -312,7 +312,7 @@ def baselines() -> list[str]:
 
 
 def contestants(scene: Scene) -> dict[str, tuple[str, Step]]:
-    """Every row of the table: what it is measured against, and its step. What is compared stands close together."""
+    """Return every row of the table: its baseline and its step. Rows to compare are adjacent."""
     alone, together = "student, arithmetic", "both, arithmetic"
     rows: dict[str, tuple[str, Step]] = {
         alone: (alone, bare(scene, cross_entropy, scene.ready(), taught=False)),
@@ -349,7 +349,7 @@ def peers_of(row: str, scene: Scene) -> dict[str, tuple[str, Step]]:
 
 
 def bars(times: Mapping[str, Sequence[float]]) -> list[tuple[str, float, str, bool]]:
-    """What was asked for: the words, the ratio, its bound, and whether it holds."""
+    """Return the targets: description, ratio, bound, and whether it holds."""
     found = []
     for row in ("stage 1", "stage 2"):
         ratio = relative(times, row, "both, arithmetic")
@@ -373,7 +373,7 @@ def relative(times: Mapping[str, Sequence[float]], row: str, other: str) -> floa
 
 
 def one_heap() -> None:
-    """Let the threads of ours take memory from the heap that the peers take it from, as a run does that has no threads.
+    """Let our threads take memory from the heap of the peers, as a run without threads does.
 
     The heaps that glibc makes for threads are in pieces of 64 MB, which go back to the system when they are empty.
     """
@@ -435,7 +435,7 @@ def main() -> None:
 
     use_machine(threads=1)
     one_heap()
-    logging.disable(logging.WARNING)  # timm and torchdistill tell what they build
+    logging.disable(logging.WARNING)  # timm and torchdistill log what they build
     device = find_device(given.device)
     task = made_up_task(8 * given.batch, 32)
     fast = resolve_precision("auto", device) == "bf16-mixed"

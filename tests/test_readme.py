@@ -17,6 +17,7 @@ from refilled.cli.app import app
 from refilled.compare.comparison import Comparison
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -24,8 +25,8 @@ def blocks(language: str, text: str) -> list[str]:
 
 
 @pytest.fixture
-def photos(tmp_path, monkeypatch) -> None:
-    """Make the folders and files that the commands of the README take for granted."""
+def folder_of_a_reader(tmp_path, monkeypatch, teacher) -> Path:
+    """A folder that holds what the commands of the documents take for granted, the current one."""
     monkeypatch.chdir(tmp_path)
     chance = np.random.default_rng(0)
     for channel, name in enumerate(("robin", "wren", "owl")):
@@ -38,50 +39,90 @@ def photos(tmp_path, monkeypatch) -> None:
     (tmp_path / "more").mkdir()
     Image.fromarray(pixels).save(tmp_path / "more" / "a.png")
     Image.fromarray(pixels).save(tmp_path / "new.jpg")
+    return tmp_path
 
 
-def test_the_commands_of_the_readme_run(photos):
-    text = (ROOT / "README.md").read_text()
-    # The block with the embedded data comes last for the reader; here it goes first, since it makes a teacher that
-    # stands in for timm's, whose weights would have to be downloaded.
-    commands = sorted(
-        (
-            line
-            for block in blocks("sh", text)
-            for line in block.replace("\\\n", " ").splitlines()
-            if "refilled" in line
-        ),
-        key=lambda line: ("digits" not in line, "compare" in line),
-    )
-    assert len(commands) >= 6
-    for command in commands:
-        command = command.partition("#")[0].replace("timm/resnet50", "runs/teacher")
-        arguments = shlex.split(command)
-        assert arguments.pop(0) == ".venv/bin/refilled"
-        if arguments[0] in ("train", "distill", "compare", "tune"):
-            if "--epochs" not in arguments:
-                arguments += ["--epochs", "2"]
-            arguments += ["--threads", "1"]
-            arguments = [a.replace("timm/mobilenetv3_small_050", "wrn_10_1") for a in arguments]
-        result = CliRunner().invoke(app, arguments)
+def commands(text: str) -> list[str]:
+    """List the commands of this package in the blocks of a document, in its order."""
+    lines = (line for block in blocks("sh", text) for line in block.replace("\\\n", " ").splitlines())
+    return [line.partition("#")[0] for line in lines if "bin/refilled" in line]
+
+
+def quick(command: str, teacher: str) -> list[str]:
+    """Return the arguments of a command, with few epochs and a small student in place of timm's.
+
+    The weights of timm's teacher would have to be downloaded; a small teacher takes its place.
+    """
+    program, *arguments = shlex.split(command.replace("timm/resnet50", teacher))
+    assert program == ".venv/bin/refilled"
+    if arguments[0] in ("train", "distill", "compare", "tune"):
+        if "--epochs" in arguments:
+            arguments[arguments.index("--epochs") + 1] = "2"
+        else:
+            arguments += ["--epochs", "2"]
+        arguments += ["--threads", "1"]
+    return [argument.replace("timm/mobilenetv3_small_050", "wrn_10_1") for argument in arguments]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/start.md", "docs/data.md"])
+def test_the_commands_of_the_documents_run(document, folder_of_a_reader, teacher):
+    listed = commands((ROOT / document).read_text())
+    assert listed
+    for command in listed:
+        result = CliRunner().invoke(app, quick(command, teacher))
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception}"
 
 
-def test_the_python_of_the_readme_runs():
-    for block in blocks("python", (ROOT / "README.md").read_text()):
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("document", ["README.md", "docs/start.md", "docs/data.md"])
+def test_the_python_of_the_documents_runs(document):
+    found = blocks("python", (ROOT / document).read_text())
+    assert found
+    for block in found:
+        exec(compile(block, document, "exec"), {})
+
+
+def test_the_first_two_commands_of_the_readme_set_everything_up():
+    first = blocks("sh", (ROOT / "README.md").read_text())[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().partition("## Links")[0].split()) <= 600
+
+
+def rows_of_tables(text: str) -> list[list[str]]:
+    """Return the cells of every row of every Markdown table as they are read: no lines of dashes, no addresses."""
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    rows = [line.strip().strip("|").split("|") for line in prose.splitlines() if line.lstrip().startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+
+
+def test_the_table_of_the_readme_is_small():
+    head, *rows = rows_of_tables((ROOT / "README.md").read_text())
+    assert len(rows) == 3
+    for cell in [*head, *(cell for row in rows for cell in row)]:
+        assert len(re.findall(r"[\w.-]+", cell)) <= 4, cell
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_cell_of_a_table_is_a_paragraph(path):
+    for row in rows_of_tables(path.read_text()):
+        for cell in row:
+            assert len(cell) <= 80, cell
 
 
 def test_the_make_targets_of_the_documents_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for name in ("README.md", "CONTRIBUTING.md", ".ci/run"):
-        assert set(re.findall(r"^make (\w+)", (ROOT / name).read_text(), re.MULTILINE)) <= targets
+    for path in [*DOCUMENTS, ROOT / ".ci/run"]:
+        assert set(re.findall(r"^make (\w+)", path.read_text(), re.MULTILINE)) <= targets
 
 
 def test_links_within_the_documents_lead_somewhere():
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)|(?:src|srcset)=\"([^\"]+)\"", text):
+            assert (document.parent / "".join(link)).exists(), f"{document.name}: {link}"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/comparisons/*.toml")), ids=lambda path: path.stem)

@@ -135,8 +135,8 @@ class Run(Recipe):
     Attributes:
         task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
         student: Architecture of the student; None where the method trains none of its own.
-        teacher: A student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``; variables of the
-            environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
+        teacher: A student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``, or
+            ``file.py:function``; variables of the environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
         shots: Training images a class; None for all.
@@ -150,8 +150,12 @@ class Run(Recipe):
         pretrained: Whether a ``timm/`` student starts from published weights.
         teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
         teacher_std: Standard deviations likewise.
-        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
+        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come. Vision
+            transformers then see 224, or the size of the images, but not more than they were trained at.
+        teacher_embedding: Which output of the teacher is its embedding: ``token`` (the class token), ``mean`` (of the
+            patches), ``both``, or ``pooled`` (what its own classifier reads); None for what suits its family.
         data_root: Folder that holds the data sets.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
         image_memory: GiB of decoded images that a part of the task may hold in memory; a larger part lies on disk,
             decoded once for all runs, and nothing else changes. None for a quarter of the memory that is free.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
@@ -173,6 +177,8 @@ class Run(Recipe):
     teacher_mean: tuple[float, float, float] | None = None
     teacher_std: tuple[float, float, float] | None = None
     teacher_size: int | None = None
+    teacher_embedding: Literal["pooled", "token", "mean", "both"] | None = None
+    allow_bad: bool = False
     data_root: str | None = None
     image_memory: float | None = None
     device: str = "auto"
@@ -213,7 +219,8 @@ class FewShotRun:
         data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
         method: A few-shot method, or any distillation method, which then trains a student for each task.
         settings: The method's own parameters.
-        teacher: The frozen model: a student folder, ``timm/<name>``, ``architecture:weights``, or ``file.py:function``.
+        teacher: The frozen model: a student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``,
+            or ``file.py:function``.
         n_way: Classes of a task.
         n_shot: Support images a class.
         n_query: Query images a class, at most: fewer where the smallest class has fewer left.
@@ -224,7 +231,11 @@ class FewShotRun:
         image_size: Side length that images are brought to; None for what suits them.
         teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
         teacher_std: Standard deviations likewise.
-        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come.
+        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come. Vision
+            transformers then see 224, or the size of the images, but not more than they were trained at.
+        teacher_embedding: Which output of the teacher is its embedding: ``token`` (the class token), ``mean`` (of the
+            patches), ``both``, or ``pooled`` (what its own classifier reads); None for what suits its family.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
         data_root: Folder that holds the data sets.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         threads: Processor threads; None for as many as torch chooses.
@@ -245,6 +256,8 @@ class FewShotRun:
     teacher_mean: tuple[float, float, float] | None = None
     teacher_std: tuple[float, float, float] | None = None
     teacher_size: int | None = None
+    teacher_embedding: Literal["pooled", "token", "mean", "both"] | None = None
+    allow_bad: bool = False
     data_root: str | None = None
     device: str = "auto"
     threads: int | None = None
@@ -277,6 +290,7 @@ class MetaRun:
         n_validation: Validation tasks.
         seed: Of the initial weights and of the tasks.
         image_size: Side length that images are brought to; None for what suits them.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
         data_root: Folder that holds the data sets.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         threads: Processor threads; None for as many as torch chooses.
@@ -297,6 +311,7 @@ class MetaRun:
     n_validation: int = 100
     seed: int = 0
     image_size: int | None = None
+    allow_bad: bool = False
     data_root: str | None = None
     device: str = "auto"
     threads: int | None = None

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from refilled.cli import app as cli
 from refilled.cli.app import app, main
 from refilled.config import Run
 from refilled.errors import RefilledError
@@ -60,9 +59,10 @@ def student(tmp_path_factory, photos) -> Path:
 
 def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
     accuracy = json.loads(refilled("evaluate", student, "--json"))["accuracy"]
-    assert accuracy == json.loads((student / "result.json").read_text())["accuracy"]
+    result = json.loads((student / "result.json").read_text())
+    assert accuracy == result["accuracy"]
     shown = refilled("evaluate", student)
-    assert "all 6 images" in shown
+    assert f"all {result['data']['images']['test']} images" in shown
     lines = refilled("predict", student, photos, "--json").splitlines()
     predictions = [json.loads(line) for line in lines]
     assert len(predictions) == 36
@@ -108,7 +108,7 @@ MISTAKES = [
         ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],
         "temperature must be greater than 0",
     ),
-    (["distill", "digits:5-9", "--resume", "x"], "leave out the task"),
+    (["distill", "digits:5-9", "--resume", "x"], "x holds no run to resume"),
     (
         ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
         "leave out --epochs. What may change is: --data-r",
@@ -208,7 +208,7 @@ def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
 
 
 def test_few_images_get_more_epochs_unless_epochs_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_LEAST_STEPS", 61)
+    monkeypatch.setattr("refilled.cli.options._LEAST_STEPS", 61)
     common = ["train", "digits:5-9", "--shots", 1, "--val", 0, "--model", "wrn_10_1", "--threads", 1]
     for name, flags in {"many": [], "few": ["--epochs", 2]}.items():
         refilled(*common, *flags, "--out", tmp_path / name)
@@ -244,7 +244,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"Go on with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
+    assert f"Resume with: refilled distill --resume '{tmp_path / 'a b'}'" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["a b"]
     done = subprocess.run(
         [*command, "distill", "--resume", str(tmp_path / "a b"), "--image-memory", "3", "--json"],
@@ -254,3 +254,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"] > 50
     assert "image_memory = 3.0" in (tmp_path / "a b" / "run.toml").read_text()
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert refilled("--version").strip() == f"refilled {version('refilled')}"

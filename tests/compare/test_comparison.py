@@ -17,7 +17,9 @@ from refilled.compare.summary import Gain
 from refilled.config import Run
 from refilled.errors import RunError
 from refilled.presets import PRESETS
-from refilled.runs.experiment import Result, complete, teacher_accuracy
+from refilled.runs.experiment import complete
+from refilled.runs.inference import teacher_accuracy
+from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 
 TEXT = """

@@ -3,20 +3,25 @@
 import json
 import os
 import pickle
+import re
 import tarfile
+from decimal import Decimal
 from hashlib import md5
 from io import BytesIO
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.data.sources import cifar100
 from refilled.errors import RefilledError, TaskError
@@ -84,7 +89,7 @@ def test_any_rows_are_read_from_shards_and_row_groups(tmp_path, rows):
         ({"label": [7, 3] * 5, "class_name": ["dog", "cat"] * 5}, ("cat", "dog")),
         ({"label": [1, 0] * 5, "class_name": ["same", "same"] * 5}, ("same", "same")),
         ({"label": [1, 0] * 5, "class_name": list("abcdefghij")}, ("0", "1")),  # no one name for a number
-        ({"anything": [1, 0] * 5}, ("0", "1")),
+        ({"Target ": [1, 0] * 5}, ("0", "1")),
         ({"other": [1, 0] * 5, "label": pa.array([4, 5] * 5, pa.uint8())}, ("4", "5")),
     ],
 )
@@ -144,8 +149,13 @@ def test_bad_cells_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([0, None] * 5, "NoneType"),
-        ([0.5, 1.5] * 5, "which column"),
+        ([0, None] * 5, r"x\.parquet has 5 empty cells among 10"),
+        ([0.0, float("nan")] * 5, r"x\.parquet has 5 empty cells among 10"),
+        (["a", ""] * 5, "5 empty cells"),
+        ([0.5, 1.5] * 5, r"'label' of .*x\.parquet holds fractions such as 0\.5"),
+        ([float("inf"), 1.5] * 5, "fractions"),
+        ([[0], [1]] * 5, "None of them can be"),
+        (list(range(10)), "another value in each of its 10 rows"),
         ([0, -1] * 5, "label -1, but there are names for 0 to 1 only"),
         ([0, 2] * 5, "label 2, but"),
     ],
@@ -201,6 +211,188 @@ def test_any_labels_give_a_task_or_an_error_that_a_user_can_mend(tmp_path, label
     assert len(task.train) + len(task.val) + len(task.test) == len(labels)
 
 
+# Which column is the label, and what all files say of it
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([False, True], ("False", "True")),
+        ([0.0, 1.0], ("0", "1")),
+        (["cat", "dog"], ("cat", "dog")),
+        (pd.Categorical(["cat", "dog"] * 10), ("cat", "dog")),
+        (pd.Categorical([4, 2] * 10), ("2", "4")),
+        (np.array([3, 1] * 10, np.uint8), ("1", "3")),
+        (np.array([3, 1] * 10, np.float16), ("1", "3")),
+        ([Decimal(5), Decimal(6)], ("5", "6")),
+    ],
+)
+def test_an_integer_column_is_not_the_label_because_no_other_column_is_left(tmp_path, labels, classes):
+    """The error names what can be the label, with words that work; image_id and the scores cannot be."""
+    file, out = tmp_path / "train.parquet", tmp_path / "run"
+    frame = pd.DataFrame({"image": images(20), "image_id": range(20), "score": [0.5, 1.0] * 10})
+    for name in ("is_cat", "label"):
+        frame.assign(**{name: labels * 10 if isinstance(labels, list) else labels}).to_parquet(file)
+        if name == "is_cat":
+            with pytest.raises(TaskError) as refused:
+                load_task(str(file))
+            found = re.findall(r"@\w+=\w+", str(refused.value))
+            assert found == ["@label=is_cat"]
+            task = load_task(f"{file}{found[0]}")
+        else:
+            task = load_task(str(file))
+        assert task.classes == classes
+        expected = {f"train.parquet#{row}": classes.index(str(value).removesuffix(".0"))
+                    for row, value in enumerate(pd.read_parquet(file)[name])}  # fmt: skip
+        for split in (task.train, task.val, task.test):
+            assert [expected[source] for source in split.sources] == split.labels.tolist()
+    command = [
+        "train",
+        str(file),
+        "--model",
+        "wrn_10_1",
+        "--epochs",
+        "1",
+        "--threads",
+        "1",
+        "--quiet",
+        "--out",
+        str(out),
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads((out / "model.json").read_text())["classes"] == list(classes)
+
+
+def test_a_class_label_is_a_label_whatever_its_name(tmp_path):
+    features = datasets.Features(
+        picture=datasets.Image(), n=datasets.Value("int64"), breed=datasets.ClassLabel(2, ["x", "a"])
+    )
+    columns = {"picture": images(10), "n": [1, 2] * 5, "breed": [0, 1] * 5}
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "train.parquet")
+    assert load_task(str(tmp_path)).classes == ("x", "a")
+
+
+def two_files(
+    folder: Path, first: dict, second: dict, names=(None, None), files=("train.parquet", "test.parquet")
+) -> str:
+    for file, columns, known in zip(files, (first, second), names, strict=True):
+        write(folder / file, {"img": images(6), **columns}, known)
+    return str(folder)
+
+
+@pytest.mark.parametrize("files", [("train.parquet", "test.parquet"), ("train-0.parquet", "train-1.parquet")])
+@pytest.mark.parametrize(
+    ("first", "second", "names", "message"),
+    [
+        ({"label": [0, 1] * 3}, {"other": [0, 1] * 3}, (None, None), r"{1}: unknown column 'label'"),
+        ({"other": [0, 1] * 3}, {"label": [0, 1] * 3}, (None, None), r"{0}: unknown column 'label'"),
+        ({"label": [0, 1] * 3}, {"label": [0, 1] * 3}, (["a", "b"], ["b", "a"]),
+         r"{0} and .*{1} contradict each other: in column 'label', label 0 is 'a' in the one and 'b' in the other"),
+        ({"label": [0, 1] * 3}, {"label": ["a", "b"] * 3}, (None, None),
+         r"'label' holds integers in .*{0}, but text in .*{1}"),
+        ({"label": [0, 1] * 3}, {"label": [True, False] * 3}, (None, None), r"integers in .*{0}, but true or false in"),
+        ({"label": [0, 1] * 3}, {"label": [0, None] * 3}, (None, None), r"{1} has 3 empty cells among 6"),
+        ({"label": [0, 1] * 3}, {"label": [0, 0.5] * 3}, (None, None), r"{1} holds fractions"),
+        ({"label": [0, 1] * 3, "class_name": ["a", "b"] * 3}, {"label": [0, 1] * 3, "class_name": ["b", "a"] * 3},
+         (None, None), r"{0} and .*{1} contradict"),
+        ({"label": [0, 1] * 3}, {"label": [0, 1] * 3, "img": [1, 2] * 3}, (None, None),
+         r"'img' of .*{1} holds no images"),
+    ],
+)  # fmt: skip
+def test_files_that_contradict_each_other_are_named(tmp_path, files, first, second, names, message):
+    with pytest.raises(TaskError, match=message.format(*map(re.escape, files))):
+        load_task(two_files(tmp_path, first, second, names, files))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pa.array([0, 1, 2] * 2, pa.int16()),
+        pa.array([0.0, 1.0, 2.0] * 2),
+        pa.array([0, 1, 2] * 2).dictionary_encode(),
+    ],
+)
+def test_files_may_write_equal_labels_in_other_types_and_know_more_names(tmp_path, second):
+    first = pa.array([1, 0] * 3, pa.int64())
+    task = load_task(two_files(tmp_path, {"label": first}, {"label": second}, (None, ["a", "b", "c"]),
+                               ("train-0.parquet", "train-1.parquet")), val=0)  # fmt: skip
+    assert task.classes == ("a", "b", "c")
+
+
+def test_a_single_table_may_say_the_part_of_each_row(tmp_path):
+    parts = ["train"] * 8 + ["validation"] * 4 + ["test"] * 8
+    frame = pd.DataFrame({"image": images(20), "label": [0, 1] * 10, "split": parts})
+    frame.sample(frac=1, random_state=0).to_parquet(tmp_path / "pets.parquet")
+    task = load_task(str(tmp_path / "pets.parquet"))
+    assert [len(split) for split in (task.train, task.val, task.test)] == [8, 4, 8]
+    assert sorted(task.test.pixels[:, 0, 0, 0].tolist()) == list(range(12, 20))
+    assert (task.test.pixels[:, 0, 0, 0] % 2).tolist() == task.test.labels.tolist()
+
+
+# The layouts of the hub
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("default/train/0000.parquet", "default/validation/0000.parquet", "default/test/0000.parquet"),
+        ("default/partial-train/0000.parquet", "default/partial-val/0000.parquet", "default/partial-test/0.parquet"),
+        (
+            "data/train-00000-of-00001-b42.parquet",
+            "data/dev-00000-of-00001.parquet",
+            "data/test-00000-of-00001.parquet",
+        ),
+        ("pets/train-00000-of-00001.parquet", "pets/valid-0.parquet", "pets/test-0.parquet"),
+        ("train/0000.parquet", "validation/0000.parquet", "test/0000.parquet"),
+        ("data/train/0.PARQUET", "data/val/0.PARQUET", "data/test/0.PARQUET"),
+        ("pets_train.parquet", "pets_dev.parquet", "pets_test.parquet"),
+    ],
+)
+def test_the_layouts_of_the_hub_are_read(tmp_path, train, val, test):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    for name, first, count in ((train, 0, 12), (val, 20, 4), (test, 40, 6)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = {"image": images(count, first), "label": [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / name)
+    (tmp_path / "README.md").write_text("pets")
+    task = load_task(str(tmp_path))
+    assert task.classes == ("cat", "dog")
+    for split, name in ((task.train, train), (task.val, val), (task.test, test)):
+        rows = pd.read_parquet(tmp_path / name)
+        expected = [Image.open(BytesIO(image["bytes"])).getpixel((0, 0))[0] for image in rows["image"]]
+        assert split.pixels[:, 0, 0, 0].tolist() == expected
+        assert split.labels.tolist() == rows["label"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["a/train/0.parquet", "b/train/0.parquet"], r"holds several configurations .*\(a, b\); name one .*a$"),
+        (
+            ["train.parquet", "val.parquet", "validation.parquet"],
+            "two kinds of files for the val part, 'val' and 'valid",
+        ),
+        (["train.parquet", "more.parquet"], r"more\.parquet belongs to no part"),
+    ],
+)
+def test_layouts_that_cannot_be_told_are_refused(tmp_path, files, message):
+    for file in files:
+        write(tmp_path / file, {"img": images(6), "label": [0, 1] * 3})
+    with pytest.raises(TaskError, match=message):
+        load_task(str(tmp_path))
+    if "configurations" in message:
+        assert len(load_task(str(tmp_path / "a")).train) > 0
+
+
+def test_a_table_within_class_folders_does_not_hide_them(tmp_path):
+    for number in range(10):
+        (tmp_path / "train" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "ab"[number % 2] / f"{number}.png").write_bytes(png(number))
+    for place in ("train/metadata.parquet", "train/a/notes.parquet", "metadata.parquet"):
+        write(tmp_path / place, {"file_name": ["x"]})
+    assert load_task(str(tmp_path)).classes == ("a", "b")
+
+
 # The hub
 
 
@@ -220,6 +412,22 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
     assert task.val.sources[1] == "someone/pets/validation#1"
     with pytest.raises(TaskError, match="unknown column 'lable'; did you mean 'label'"):
         load_task("hub:someone/pets@label=lable")
+    other = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["dog", "cat"]))
+    parts["test"] = datasets.Dataset.from_dict({"image": images(4), "label": [0, 1] * 2}, other)
+    with pytest.raises(TaskError, match=r"pets/train and hub:someone/pets/test contradict each other"):
+        load_task("hub:someone/pets")
+
+
+def test_a_column_of_the_hub_is_no_label_because_no_other_is_left(monkeypatch):
+    columns = {"image": images(8), "image_id": range(8), "is_cat": [True, False] * 4}
+    features = datasets.Features(
+        image=datasets.Image(), image_id=datasets.Value("int64"), is_cat=datasets.Value("bool")
+    )
+    table = datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features))
+    monkeypatch.setattr("datasets.load_dataset", lambda name: table)
+    with pytest.raises(TaskError, match=r"Add one of these to the task: @label=is_cat \(bool\)$"):
+        load_task("hub:someone/pets")
+    assert load_task("hub:someone/pets@label=is_cat").classes == ("False", "True")
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), FileNotFoundError("no such data set"), ValueError()])

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from refilled.config import Run
-from refilled.data import load_task, store
+from refilled.data import channel_statistics, load_task, store
 from refilled.data.source import ArrayPart, Names
 from refilled.data.store import StoredImages, free_memory, stored_images
 from refilled.errors import TaskError
-from refilled.runs.experiment import channel_statistics, distill
+from refilled.runs.experiment import distill
 
 SIDE = 8
 CHANCE = np.random.default_rng(0)
@@ -59,9 +59,9 @@ def count_decoded(monkeypatch) -> list[int]:
     """Keep the number of pictures of every shard that is decoded from now on."""
     counts, read = [], store.read_pixels
 
-    def counted(pictures, count, size):
+    def counted(pictures, count, size, grey=None):
         counts.append(count)
-        return read(pictures, count, size)
+        return read(pictures, count, size, grey)
 
     monkeypatch.setattr(store, "read_pixels", counted)
     return counts

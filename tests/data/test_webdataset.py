@@ -185,3 +185,21 @@ def test_the_training_part_is_needed(tmp_path):
     write_tar(tmp_path / "test-0.tar", samples(range(4)))
     with pytest.raises(TaskError, match="no training part"):
         open_webdataset(tmp_path)
+
+
+def test_shards_of_unclear_parts_are_refused_and_one_shard_is_a_task(tmp_path):
+    write_tar(tmp_path / "train-0.tar", samples(range(20)))
+    write_tar(tmp_path / "more-0.tar", samples(range(20, 40)))
+    with pytest.raises(TaskError, match=r"more-0\.tar belongs to no part"):
+        load_task(f"wds:{tmp_path}")
+    (tmp_path / "more-0.tar").rename(tmp_path / "val-0.tar")
+    write_tar(tmp_path / "dev-0.tar", samples(range(40, 60)))
+    with pytest.raises(TaskError, match="two kinds of files for the val part, 'dev' and 'val'"):
+        load_task(f"wds:{tmp_path}")
+    assert len(load_task(f"wds:{tmp_path / 'val-0.tar'}").classes) == 2
+
+
+def test_a_label_that_numbers_the_images_is_refused(tmp_path):
+    members = [pair for n in range(9) for pair in ((f"{n}.png", png(n)), (f"{n}.cls", b"%d" % n))]
+    with pytest.raises(TaskError, match="another value in each of its 9 rows"):
+        load_task(f"wds:{write_tar(tmp_path / 'train-0.tar', members)}")

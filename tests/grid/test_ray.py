@@ -16,7 +16,9 @@ from refilled.errors import MethodError, RunError
 from refilled.grid.cache_building import build_cache_together
 from refilled.grid.executors import find_executor
 from refilled.grid.runner import run_grid
-from refilled.runs.experiment import Result, distill, find_cache
+from refilled.runs.experiment import distill
+from refilled.runs.result import Result
+from refilled.runs.teacher_caches import find_cache
 
 RUN = Run(task="digits:5-9", student="wrn_10_1", epochs=1, batch_size=20, shots=8, threads=1, device="cpu")
 

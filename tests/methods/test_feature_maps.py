@@ -27,8 +27,9 @@ from refilled.methods.sp import SimilarityPreservingLoss
 from refilled.methods.vid import VariationalLoss, gaussian_nll
 from refilled.models import create_model
 from refilled.outputs import Outputs
-from refilled.runs import experiment
-from refilled.runs.experiment import distill, resume
+from refilled.runs.experiment import carry_out, distill, resume
+from refilled.runs.folder import RunFolder
+from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import warm_up
 from refilled.training.journal import Interrupted
 from refilled.training.progress import Display
@@ -311,8 +312,8 @@ def teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FEATURE_METHODS)
 def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp_path, name):
-    run = experiment.resolve(replace(QUICK, teacher=teacher, method=name))
-    prepared = experiment._Prepared(run)
+    run = resolve(replace(QUICK, teacher=teacher, method=name))
+    prepared = Prepared(run)
     losses = [term.loss for term in prepared.stages[0].terms.values()]
     before = [parameter.detach().clone() for loss in losses for parameter in loss.parameters()]
     distil_prepared(prepared, tmp_path / "whole")
@@ -327,7 +328,7 @@ def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp
 
 def distil_prepared(prepared, folder):
     folder.mkdir()
-    experiment._carry_out(prepared, folder, Display(), 60)
+    carry_out(prepared, RunFolder(folder), Display(), 60)
 
 
 class StopsAfterAStep(Display):

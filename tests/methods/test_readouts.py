@@ -18,8 +18,11 @@ from refilled.methods import load_method
 from refilled.models import create_model, load_model, load_teacher, save_model
 from refilled.models.backbone import trainable_copy
 from refilled.presets import PRESETS
-from refilled.runs import experiment
-from refilled.runs.experiment import Result, distill, resume
+from refilled.runs.experiment import distill, resume
+from refilled.runs.inference import classify as classify_images
+from refilled.runs.inference import evaluate
+from refilled.runs.prepared import Prepared, load_task_of, resolve
+from refilled.runs.result import Result
 from refilled.stages import Readout
 from refilled.training.evaluation import predict
 
@@ -85,7 +88,7 @@ def test_a_readout_sees_neither_the_order_nor_the_length_of_embeddings(name):
 def test_a_run_scores_the_readout_of_its_teachers_embedding(teacher, tmp_path, name):
     run = reading(teacher, name)
     result = distill(run, tmp_path / "a")
-    network, task = load_teacher(teacher), experiment._load_task(run)
+    network, task = load_teacher(teacher), load_task_of(run)
     train, test = (predict(network, split.pixels).embedding for split in (task.train, task.test))
     right = theirs(name, train, task.train.labels, test) == task.test.labels.numpy()
     assert result.accuracy == pytest.approx(100 * right.mean())
@@ -99,6 +102,8 @@ def test_a_readout_leaves_a_folder_like_any_run_but_for_the_student(teacher, tmp
     result = distill(reading(teacher, "svm"), tmp_path / "a")
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "run.toml",
+        "data.json",
+        "images.safetensors",
         "log.jsonl",
         "result.json",
         "DONE",
@@ -116,7 +121,7 @@ def test_a_readout_leaves_a_folder_like_any_run_but_for_the_student(teacher, tmp
 
 def test_what_needs_a_student_says_that_there_is_none(teacher, tmp_path):
     distill(reading(teacher, "svm"), tmp_path / "a")
-    for call in (experiment.evaluate, lambda folder: experiment.classify(folder, [Path("x.png")])):
+    for call in (evaluate, lambda folder: classify_images(folder, [Path("x.png")])):
         with pytest.raises(RunError, match=r"a holds no student: 'svm' reads the embedding of its teacher"):
             call(tmp_path / "a")
 
@@ -130,9 +135,9 @@ def test_a_strength_that_makes_no_sense_is_refused(teacher, tmp_path, name):
 
 def test_a_run_may_score_the_held_out_images_instead_of_the_test_images(teacher, tmp_path, monkeypatch):
     run = reading(teacher, "nearest_neighbour", score="val", val=0.25)
-    task = experiment._load_task(run)
+    task = load_task_of(run)
     hidden = replace(task, test=replace(task.test, pixels=None, labels=None))  # whoever looks at them fails
-    monkeypatch.setattr(experiment, "_load_task", lambda run: hidden)
+    monkeypatch.setattr("refilled.runs.prepared.load_task_of", lambda run: hidden)
     monkeypatch.setattr(
         "refilled.data.task.Split.__len__", lambda split: 0 if split.labels is None else len(split.labels)
     )
@@ -159,7 +164,7 @@ def test_the_page_takes_readouts_for_baseline_and_for_the_row_that_is_shown(teac
 
 def test_fine_tuning_trains_all_of_a_copy_of_the_teacher(teacher, tmp_path):
     run = replace(QUICK, method="fine_tune", teacher=teacher, lr=0.01)
-    prepared = experiment._Prepared(experiment.resolve(run))
+    prepared = Prepared(resolve(run))
     network = load_teacher(teacher)
     for name, weights in prepared.student.state_dict().items():
         assert name.startswith("classifier") or torch.equal(weights, network.state_dict()[name]), name
@@ -172,7 +177,7 @@ def test_fine_tuning_trains_all_of_a_copy_of_the_teacher(teacher, tmp_path):
     assert student.class_names == ("5", "6", "7", "8", "9")
     assert torch.equal(student.mean, network.mean)
     assert result.teacher["name"] == teacher
-    assert experiment.evaluate(tmp_path / "a")["accuracy"] == result.accuracy
+    assert evaluate(tmp_path / "a")["accuracy"] == result.accuracy
 
 
 def test_fine_tuning_with_the_papers_rate_begins_where_the_teacher_is_good(teacher, tmp_path):

@@ -353,10 +353,21 @@ def test_a_setting_that_makes_no_sense_is_refused(wrong):
 
 
 def test_a_model_of_one_size_resizes_to_it_and_refuses_another():
-    assert create_model("timm/test_vit", 2).input_size == 160
+    assert create_model("timm/mixer_s32_224", 2).input_size == 224
     assert create_model("timm/test_resnet", 2).input_size is None
-    with pytest.raises(ModelError, match="160 pixels only"):
-        create_model("timm/test_vit", 2, input_size=32)
+    with pytest.raises(ModelError, match="224 pixels only"):
+        create_model("timm/mixer_s32_224", 2, input_size=32)
+
+
+def test_a_vision_transformer_can_be_brought_to_whole_patches():
+    assert create_model("timm/test_vit", 2).input_size == 160
+    model = create_model("timm/test_vit", 2, input_size=32).eval()
+    assert model.input_size == 32
+    assert model.body.pos_embed.shape[1] == 1 + 2 * 2
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 50, 50)).logits.shape == (2, 2)
+    with pytest.raises(ModelError, match="multiple of 16 pixels, such as 32 or 48; got 40"):
+        create_model("timm/test_vit", 2, input_size=40)
 
 
 @settings(max_examples=200, deadline=None)

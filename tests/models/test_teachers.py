@@ -254,7 +254,7 @@ class TestUserFile:
     def test_gets_its_argument_as_one_string(self, tmp_path):
         code = "def make(text): net = Net(); net.class_names = list(text[-4:]); return net, {**INFO, 'labels': None}"
         teacher = self.load(tmp_path, code, call="make:some:dir/x.wxyz")
-        assert teacher.class_names is None  # no embedding apart from the logits, so no classifier
+        assert teacher.class_names == tuple("wxyz")
         code = "def make(text): return nn.Conv2d(3, len(text), 1), INFO"
         assert self.load(tmp_path, code, call="make:a:b c").embedding_dim == 5
 
@@ -292,7 +292,7 @@ class TestUserFile:
         code = "def make(): return Net()"
         with pytest.raises(ModelError, match="--teacher-mean and --teacher-std"):
             self.load(tmp_path, code)
-        assert self.load(tmp_path, code, mean=HALF, std=HALF).embedding_dim == 4
+        assert self.load(tmp_path, code, mean=HALF, std=HALF).embedding_dim == 6
 
     def test_is_told_the_line_by_a_relative_path_too(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

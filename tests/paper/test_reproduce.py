@@ -35,7 +35,10 @@ from refilled.paper.measures import added_gradients
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.paper.report import Entry, TableReport
 from refilled.paper.tables import TABLES, Column, Row, Table
-from refilled.runs.experiment import Result, build_cache, distill, resolve
+from refilled.runs.experiment import distill
+from refilled.runs.prepared import resolve
+from refilled.runs.result import Result
+from refilled.runs.teacher_caches import build_cache
 from refilled.training.checkpoints import hold
 from refilled.training.evaluation import nmi
 

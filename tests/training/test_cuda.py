@@ -15,7 +15,8 @@ from refilled.data import Views, load_task
 from refilled.fewshot.evaluation import evaluate_few_shot
 from refilled.methods import list_methods, load_method
 from refilled.models import create_model, freeze, load_teacher, save_model
-from refilled.runs.experiment import distill, evaluate
+from refilled.runs.experiment import distill
+from refilled.runs.inference import evaluate
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")

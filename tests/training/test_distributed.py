@@ -26,8 +26,10 @@ from refilled.errors import NonFiniteError, RankError, RunError
 from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model
 from refilled.models.backbone import freeze
-from refilled.runs import experiment
-from refilled.runs.experiment import Result, distill, resume
+from refilled.runs.experiment import begin, distill, resume
+from refilled.runs.folder import RunFolder
+from refilled.runs.prepared import Prepared, resolve
+from refilled.runs.result import Result
 from refilled.stages import Stage
 from refilled.training import distributed
 from refilled.training.distributed import ALONE, World, joined
@@ -353,9 +355,9 @@ QUICK = Run(
 def carried_out(world: World, run: Run, folder: Path, stop: int | None = None) -> int:
     """Begin a run or go on with it; rank 1 is told to stop after so many steps. Returns the signal that ended it."""
     display = Signalled(stop) if stop and world.rank == 1 else Display()
-    prepared = experiment._Prepared(experiment.resolve(run))
+    prepared = Prepared(resolve(run))
     try:
-        experiment._begin(prepared, folder, display, 60.0, world)
+        begin(prepared, RunFolder(folder), display, 60.0, world)
     except Interrupted as interruption:
         return interruption.number
     return 0

@@ -22,8 +22,9 @@ from refilled.config import Run
 from refilled.data import Split, Task, Views, augment, load_task
 from refilled.errors import RunError
 from refilled.models import load_teacher
-from refilled.runs import experiment
-from refilled.runs.experiment import Result, build_cache, distill, find_cache
+from refilled.runs.experiment import distill
+from refilled.runs.result import Result
+from refilled.runs.teacher_caches import build_cache, embedder, find_cache
 from refilled.training.teacher_cache import VIEW_SEED, Contents, TeacherCache
 
 QUICK = Run(
@@ -78,7 +79,7 @@ def content(cache: TeacherCache) -> dict[str, bytes]:
 def test_it_says_what_the_live_teacher_says_about_the_same_views(run, precision):
     cache = build_cache(replace(run, precision=precision, device="cpu"))
     task = load_task(run.task, shots=run.shots)
-    live = experiment._embedder(load_teacher(run.teacher), Fabric(accelerator="cpu", precision=precision))
+    live = embedder(load_teacher(run.teacher), Fabric(accelerator="cpu", precision=precision))
     for view in range(3):
         indices = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(view))[:20]
         images = augment(task.train.pixels[indices], indices, seed=VIEW_SEED, view=view, kind=task.augmentation)
@@ -293,7 +294,7 @@ def test_logits_come_from_the_embeddings_kept(method, tmp_path, monkeypatch):
     kept = distill(run, tmp_path / "kept")
     assert kept.teacher["cache"]["views"] == 2
     # The same images before the live teacher.
-    monkeypatch.setattr(experiment, "_cache", lambda *arguments: None)
+    monkeypatch.setattr("refilled.runs.experiment.cache_for", lambda *arguments: None)
     live = distill(run, tmp_path / "live")
     assert "cache" not in (live.teacher or {})
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("kept", "live")]
@@ -305,7 +306,7 @@ def test_logits_come_from_the_embeddings_kept(method, tmp_path, monkeypatch):
 def test_the_gap_shows_what_is_lost(run):
     cache = find_cache(run)
     task = load_task(run.task, shots=run.shots)
-    live = experiment._embedder(load_teacher(run.teacher), Fabric(accelerator="cpu"))
+    live = embedder(load_teacher(run.teacher), Fabric(accelerator="cpu"))
     cache.build(task, lambda images: live(images).roll(1, 0))  # each image's embedding is another's
     gap = cache.gap(task, live)
     assert gap.largest_difference > 0.5

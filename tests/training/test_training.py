@@ -22,8 +22,12 @@ from refilled.config import Recipe, Run
 from refilled.data import epoch_batches
 from refilled.errors import NonFiniteError, RunError
 from refilled.models import load_model
-from refilled.runs import experiment
-from refilled.runs.experiment import Result, complete, distill, resume
+from refilled.runs.experiment import carry_out, complete, distill, resume
+from refilled.runs.folder import RunFolder
+from refilled.runs.inference import evaluate
+from refilled.runs.prepared import Prepared, resolve
+from refilled.runs.result import Result
+from refilled.runs.teacher_caches import build_cache, fabric_of
 from refilled.stages import Stage, Term
 from refilled.training import loop as training
 from refilled.training.cuda_graphs import GraphedNetwork
@@ -54,6 +58,8 @@ def test_the_folder_explains_itself(teacher, tmp_path):
     names = {path.name for path in (tmp_path / "b").iterdir()}
     assert names == {
         "run.toml",
+        "data.json",
+        "images.safetensors",
         "log.jsonl",
         "result.json",
         "model.safetensors",
@@ -73,7 +79,7 @@ def test_the_folder_explains_itself(teacher, tmp_path):
 
 def test_evaluating_a_student_gives_the_accuracy_of_its_run(teacher, tmp_path):
     result = distill(refilled(teacher), tmp_path / "b")
-    again = experiment.evaluate(tmp_path / "b")
+    again = evaluate(tmp_path / "b")
     assert again["accuracy"] == result.accuracy
     assert again["class_accuracies"] == result.class_accuracies
 
@@ -132,7 +138,7 @@ def test_a_run_of_an_earlier_version_is_not_gone_on_with(teacher, tmp_path):
         distill(refilled(teacher), tmp_path / "a", display=_Stopping(1))
     record = tmp_path / "a" / "run.toml"
     record.write_text(record.read_text().replace('kd_average = "elements"\n', ""))
-    with pytest.raises(RunError, match=r"had no kd_average; go on with that version, or .*--overwrite"):
+    with pytest.raises(RunError, match=r"had no kd_average; resume with that version, or .*--overwrite"):
         resume(tmp_path / "a")
     assert (tmp_path / "a" / "last.ckpt").exists()
 
@@ -152,7 +158,7 @@ def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
         record.write_text(record.read_text().replace('device = "cpu"', 'device = "cuda"'))
         with pytest.raises(RunError, match="'cuda' cannot be used here, choose another with --device"):
             resume(folder)
-        with pytest.raises(RunError, match="epochs cannot change, only data_root, "):
+        with pytest.raises(RunError, match="cannot change epochs when resuming; only data_root, "):
             resume(folder, where={"device": "cpu", "epochs": 1})
         go_on()
         assert digest(folder) == digest(tmp_path / "whole")
@@ -204,7 +210,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_still_ends_exactly(tea
 def test_a_folder_is_never_overwritten_silently(teacher, tmp_path):
     with pytest.raises(Interrupted):
         distill(QUICK, tmp_path / "b", display=_Stopping(3))
-    with pytest.raises(RunError, match=r"unfinished run; go on with 'refilled distill --resume .*/b'"):
+    with pytest.raises(RunError, match=r"unfinished run; resume it with 'refilled distill --resume .*/b'"):
         distill(QUICK, tmp_path / "b")
     resume(tmp_path / "b")
     before = digest_all(tmp_path / "b")
@@ -216,7 +222,7 @@ def test_a_folder_is_never_overwritten_silently(teacher, tmp_path):
     with pytest.raises(RunError, match="not empty"):
         distill(QUICK, tmp_path / "mine")
     (tmp_path / "b" / "notes.txt").write_text("keep")
-    experiment.overwrite(tmp_path / "b")
+    RunFolder(tmp_path / "b").overwrite()
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".lock", "notes.txt"]
 
 
@@ -225,13 +231,13 @@ def digest_all(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path):
-    run = experiment.resolve(refilled(teacher, device="cpu"))
-    prepared = experiment._Prepared(run)
+    run = resolve(refilled(teacher, device="cpu"))
+    prepared = Prepared(run)
     before = {name: value.clone() for name, value in prepared.teacher.state_dict().items()}
     student = {name: value.clone() for name, value in prepared.student.state_dict().items()}
     folder = tmp_path / "b"
     folder.mkdir()
-    experiment._carry_out(prepared, folder, Display(), 60)
+    carry_out(prepared, RunFolder(folder), Display(), 60)
     after = prepared.teacher.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not prepared.teacher.training
@@ -264,10 +270,10 @@ def test_the_teacher_sees_the_mixture_and_labels_are_mixed_as_the_images_are(
         def epoch(self, entry):
             entries.append(entry)
 
-    run = experiment.resolve(refilled(teacher, views=views, device="cpu", **{kind: 1.0}))
-    prepared = experiment._Prepared(run)
-    task, fabric = prepared.task, experiment._fabric(run)
-    cache = None if views is None else experiment.build_cache(run, say=lambda text: None)
+    run = resolve(refilled(teacher, views=views, device="cpu", **{kind: 1.0}))
+    prepared = Prepared(run)
+    task, fabric = prepared.task, fabric_of(run)
+    cache = None if views is None else build_cache(run, say=lambda text: None)
     stages = [Stage("joint", {"sees": Term(loss, teacher="embedding")})]
     fit(prepared.student, prepared.teacher, task, stages, replace(run, epochs=2), fabric, Log(), cache)
     shown, every, shares = views_of(run, task), torch.arange(len(task.train)), set()
@@ -306,10 +312,10 @@ class _Exploding(nn.Module):
 
 @pytest.mark.parametrize("gradient_only", [False, True])
 def test_a_step_that_is_not_finite_is_not_taken(tmp_path, gradient_only):
-    prepared = experiment._Prepared(experiment.resolve(QUICK))
+    prepared = Prepared(resolve(QUICK))
     prepared.stages = [Stage("classifier", {"ce": Term(_Exploding(3, gradient_only))})]
     with pytest.raises(NonFiniteError, match=r"stage 'classifier', epoch 2, step 1.*The step was not taken"):
-        experiment._carry_out(prepared, tmp_path, Display(), 60)
+        carry_out(prepared, RunFolder(tmp_path), Display(), 60)
     assert all(parameter.isfinite().all() for parameter in prepared.student.parameters())
 
 

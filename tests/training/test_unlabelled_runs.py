@@ -12,7 +12,8 @@ from refilled.cli.app import app
 from refilled.config import Recipe, Run
 from refilled.cost.run import forecast
 from refilled.errors import RunError
-from refilled.runs.experiment import Result, distill, resume
+from refilled.runs.experiment import distill, resume
+from refilled.runs.result import Result
 from refilled.training.journal import Interrupted
 from refilled.training.progress import Display
 

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from refilled.cli.app import app
 from refilled.config import Run
 from refilled.errors import MethodError, NonFiniteError, RefilledError, RunError
-from refilled.runs.experiment import Result, distill
+from refilled.runs.experiment import distill
+from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 from refilled.training.journal import Interrupted
 from refilled.training.progress import Display
@@ -120,17 +121,17 @@ def test_more_trials_that_find_better_values_are_trained_on_all_images_too(probe
 
 def test_a_trial_stopped_in_the_middle_is_taken_up_where_it_stood(teacher, tmp_path, monkeypatch):
     run = replace(QUICK, method="at", teacher=teacher, epochs=2)
-    begin = tuning.distill
+    begin = tuning.complete
 
     class Stops(Display):
         def step(self, epoch, images, values):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(tuning, "distill", lambda run, folder: begin(run, folder, display=Stops()))
+    monkeypatch.setattr(tuning, "complete", lambda run, folder: begin(run, folder, display=Stops()))
     with pytest.raises(Interrupted):
         tune(run, {"weight": "1..10"}, 2, tmp_path / "t")
     assert (tmp_path / "t" / "trials" / "0" / "last.ckpt").exists()
-    monkeypatch.setattr(tuning, "distill", begin)
+    monkeypatch.setattr(tuning, "complete", begin)
     tune(run, {"weight": "1..10"}, 2, tmp_path / "t", told := Trials())
     assert [number for number, *_ in told] == [0, 1]
     log = [json.loads(line) for line in (tmp_path / "t" / "trials" / "0" / "log.jsonl").read_text().splitlines()]
@@ -176,14 +177,14 @@ def test_two_processes_share_the_trials(probe, tmp_path):
 
 
 def test_a_trial_whose_loss_explodes_is_counted_out(probe, tmp_path, monkeypatch):
-    real = tuning.distill
+    real = tuning.complete
 
     def explosive(run, folder):
         if run.score == "val" and float(run.settings["C"]) > 0.5:
             raise NonFiniteError("the loss is not finite")
         return real(run, folder)
 
-    monkeypatch.setattr(tuning, "distill", explosive)
+    monkeypatch.setattr(tuning, "complete", explosive)
     tuned = tune(probe, {"C": "0.1,1"}, 6, tmp_path / "t", told := Trials())
     assert {values["C"]: accuracy is None for _, values, accuracy in told} == {"0.1": False, "1": True}
     assert tuned.values == {"C": "0.1"}

@@ -42,7 +42,8 @@ from refilled.grid.jobs import accuracy
 from refilled.grid.runner import run_grid
 from refilled.methods import load_method
 from refilled.presets import with_preset
-from refilled.runs.experiment import Result, resolve
+from refilled.runs.prepared import resolve
+from refilled.runs.result import Result
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
     if not load_method(changed.method).ignores_teacher:
         return changed
     # It is the same run whatever the teacher, and need not be repeated for another one.
-    return replace(changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None)
+    return replace(
+        changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None, teacher_embedding=None
+    )
 
 
 def _place(row: str, seed: int) -> str:

@@ -17,7 +17,8 @@ from refilled.config import Recipe, Run
 from refilled.data import Split
 from refilled.files import write_atomic
 from refilled.models import Backbone
-from refilled.runs.experiment import Result, network_of, task_of, teacher_accuracy
+from refilled.runs.inference import network_of, task_of, teacher_accuracy
+from refilled.runs.result import Result
 from refilled.training.evaluation import embed
 
 

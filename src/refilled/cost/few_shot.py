@@ -22,7 +22,7 @@ from refilled.fewshot.meta_learner import MetaLearner, MetaTask
 from refilled.fewshot.methods import list_meta_learners, load_few_shot_method, load_meta_learner
 from refilled.models import Backbone, create_model
 from refilled.models.backbone import freeze
-from refilled.runs.experiment import find_device
+from refilled.runs.environment import find_device
 
 _SOON, _LONG = 0.1, 1.0  # seconds: less is timed for many tasks, more is not done again to warm up
 _FEW_STEPS = 5

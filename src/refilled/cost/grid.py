@@ -14,7 +14,7 @@ from refilled.cost.run import duration
 from refilled.cost.speed import Work, images_per_second, keeps_embeddings
 from refilled.data import TaskSize, task_size
 from refilled.grid.jobs import FewShotTest, Job
-from refilled.runs.experiment import find_cache
+from refilled.runs.teacher_caches import find_cache
 
 _SHORT = 3  # seconds; what takes less is not told one by one
 

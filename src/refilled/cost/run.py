@@ -17,7 +17,7 @@ from refilled.cost.step import Cost, Network, made_up_task, probe_batches, scori
 from refilled.data import TaskSize, free_memory, task_size
 from refilled.files import cache_folder
 from refilled.models import Backbone
-from refilled.runs.experiment import prepare, resolve
+from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import Prepares, Stage
 from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import share_epochs, views_of
@@ -110,7 +110,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     """
     run, network = resolve(run), network or Network()
     size = _size_of(run)
-    prepared = prepare(run, made_up_task(size, _IMAGES))
+    prepared = Prepared(run, made_up_task(size, _IMAGES))
     student, teacher, stages = prepared.student, prepared.teacher, prepared.stages
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
     batch = _largest_batch(stages, run, size, ranks)

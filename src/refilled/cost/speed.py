@@ -17,7 +17,7 @@ from refilled.methods.refilled import refilled
 from refilled.methods.vanilla import vanilla
 from refilled.models import create_model
 from refilled.models.backbone import freeze
-from refilled.runs.experiment import resolve
+from refilled.runs.prepared import resolve
 
 _CLASSES = tuple(map(str, range(10)))
 

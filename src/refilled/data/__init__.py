@@ -2,17 +2,21 @@
 
 from refilled.data.class_split import Side, list_splits
 from refilled.data.episodes import Episodes, queries_left, sample_episodes
-from refilled.data.loading import TaskSize, list_datasets, load_task, task_size
+from refilled.data.grey import GreyRange
+from refilled.data.loading import TaskSize, data_folder, list_datasets, load_task, task_size, task_stamp
 from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches, joined_batches
+from refilled.data.statistics import channel_statistics
 from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
+from refilled.data.task_text import absolute_task_text
 from refilled.data.transforms import Augmentation, augment
 from refilled.data.views import Mixing, Views
 
 __all__ = [
     "Augmentation",
     "Episodes",
+    "GreyRange",
     "Mixing",
     "Pixels",
     "Sampler",
@@ -21,7 +25,10 @@ __all__ = [
     "Task",
     "TaskSize",
     "Views",
+    "absolute_task_text",
     "augment",
+    "channel_statistics",
+    "data_folder",
     "epoch_batches",
     "free_memory",
     "joined_batches",
@@ -32,4 +39,5 @@ __all__ = [
     "queries_left",
     "sample_episodes",
     "task_size",
+    "task_stamp",
 ]

@@ -4,34 +4,77 @@ A picture that cannot be read is left out with a reason and never stops the run:
 nothing but the listed formats is tried, and the number of pixels is read from the header before any is decoded.
 """
 
+import os
+import re
 import stat
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from refilled.data.source import Crop, Picture
-from refilled.errors import TaskError
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
-    | {".ppm", ".pgm", ".pbm", ".pnm"}
+from refilled.data.grey import (
+    FORMATS_SCALED_BY_PILLOW,
+    FULL,
+    NO_RANGE,
+    Extremes,
+    GreyRange,
+    extremes,
+    is_deep,
+    levels_of,
+    range_of,
+    to_bytes,
 )
+from refilled.data.source import Crop, Picture
+from refilled.errors import RunError, TaskError
+
+_ALWAYS = {
+    "PNG": {".png"},
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp", ".dib"},
+    "GIF": {".gif"},
+    "TIFF": {".tif", ".tiff"},
+    "PPM": {".ppm", ".pgm", ".pbm", ".pnm"},
+}
+
+
+def _readable_formats() -> dict[str, set[str]]:
+    """Return the formats that the installed Pillow reads, with the suffixes of their files."""
+    found = dict(_ALWAYS)
+    if features.check("avif"):
+        found["AVIF"] = {".avif"}
+    if features.check("jpg_2000"):
+        found["JPEG2000"] = {".jp2", ".j2k", ".jpx"}
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found["HEIF"] = {".heic", ".heif", ".hif"}
+    return found
+
+
+_FORMATS = _readable_formats()
+FORMATS = tuple(_FORMATS)
+SUFFIXES = frozenset().union(*_FORMATS.values())
 """File names that promise one of the formats."""
 
-MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of a decompression bomb
+MAX_MEGAPIXELS = "REFILLED_MAX_MEGAPIXELS"
+"""Variable of the environment that raises the limit on the pixels of a picture, in millions."""
+
+_MAX_PIXELS = 80_000_000  # to be decoded: 240 MB
+_MAX_JPEG_PIXELS = 800_000_000  # of the file: it is decoded at a fraction of its size
+_FIRST_BYTES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
 
 _BATCH = 128  # encoded pictures held in memory at a time
 _LARGE = 4_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
@@ -42,12 +85,17 @@ class _Unreadable(Exception):
     """Why a picture is left out."""
 
 
-def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
+def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArray[np.uint8]:
     """Decode one picture to RGB ``(S, S, 3)``: upright, short side scaled to ``size``, centre square kept.
 
     A :class:`Crop` is scaled as a whole instead: its box was put around what counts.
 
-    The first frame of an animation is taken, transparency laid on white, 16-bit grey scaled to 8 bits.
+    The first frame of an animation is taken, transparency laid on white, more than 8 bits a channel scaled to 8.
+
+    Args:
+        picture: The encoded picture.
+        size: Side length S of the image.
+        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
 
     Raises:
         Exception: Of many kinds; :func:`describe` turns them into a reason.
@@ -55,16 +103,59 @@ def decode(picture: Picture, size: int) -> NDArray[np.uint8]:
     if isinstance(picture, np.ndarray):
         return _square(Image.fromarray(picture), size)
     cut_out, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
-    with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise _Unreadable(f"too large: {image.width}x{image.height}, over {MAX_PIXELS // 10**6} million pixels")
+    with _open(picture) as file, _identify(file) as opened:
+        image: Image.Image = opened
+        if image.format == "JPEG":
+            _refuse_large(image, _MAX_JPEG_PIXELS)
+        if cut_out is None:
+            image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
+        _refuse_large(image)
+        if is_deep(image):
+            image = _shallow(image, file, grey)
         if cut_out is not None:
             return _cut_out(image, cut_out, size)
-        image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
         if image.width * image.height <= _LARGE:
             return _upright_square(image, size)
         with _large_picture:
             return _upright_square(image, size)
+
+
+def find_grey_range(pictures: Iterable[Picture]) -> GreyRange | None:
+    """Find what is black and white over pictures with more than 8 bits a channel; None if there are none.
+
+    All pictures are opened, and those with more than 8 bits decoded.
+    """
+    found: list[Extremes] = []
+    remaining = iter(pictures)
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        warnings.simplefilter("ignore")
+        while batch := list(islice(remaining, _BATCH)):
+            found += (each for each in pool.map(_extremes, batch) if each is not None)
+    return range_of(found)
+
+
+def has_deep(pictures: Iterable[Picture]) -> bool:
+    """Whether one of the pictures has more than 8 bits a channel, from the headers alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return any(_has_unknown_range(picture) for picture in pictures)
+
+
+def _has_unknown_range(picture: Picture) -> bool:
+    if isinstance(picture, np.ndarray):
+        return False
+    with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
+        return is_deep(image) and image.format not in FORMATS_SCALED_BY_PILLOW
+    return False
+
+
+def _extremes(picture: Picture) -> Extremes | None:
+    if not _has_unknown_range(picture) or isinstance(picture, np.ndarray):
+        return None
+    with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
+        _refuse_large(image)
+        return extremes(levels_of(image, file)[0])
+    return None  # decode() will give the reason
 
 
 def short_side(picture: Picture) -> int | None:
@@ -77,19 +168,22 @@ def short_side(picture: Picture) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _open(picture) as file, Image.open(file, formats=FORMATS) as image:
+            with _open(picture) as file, _identify(file) as image:
                 return min(image.size)
     except Exception:  # Pillow's plugins raise many kinds on broken files; decode() will give the reason
         return None
 
 
-def read_pixels(pictures: Iterable[Picture], count: int, size: int) -> tuple[Tensor, dict[int, str]]:
+def read_pixels(
+    pictures: Iterable[Picture], count: int, size: int, grey: GreyRange | None = None
+) -> tuple[Tensor, dict[int, str]]:
     """Decode ``count`` pictures into one tensor.
 
     Args:
         pictures: The encoded pictures.
         count: How many there are, N.
         size: Side length S of the images.
+        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
 
     Returns:
         uint8 ``(M, 3, S, S)`` in channels-last memory, of the M readable ones in their order, and for each other one
@@ -105,7 +199,7 @@ def read_pixels(pictures: Iterable[Picture], count: int, size: int) -> tuple[Ten
     def work(numbered: list[tuple[int, Picture]]) -> None:
         for position, picture in numbered:
             try:
-                array[position] = decode(picture, size)
+                array[position] = decode(picture, size, grey)
             except Exception as error:  # of any kind: a broken file must not stop the run
                 reasons[position] = describe(error)
 
@@ -133,11 +227,20 @@ def describe(error: Exception) -> str:
     """Say in a few words why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return f"not a picture in a known format ({', '.join(FORMATS)})"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large: over {MAX_PIXELS // 10**6} million pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()  # without the path, which stands beside the reason
     return str(error) or type(error).__name__
+
+
+def is_encoded_picture(path: Path) -> bool:
+    """Return whether a regular file begins like a picture in one of the common formats."""
+    if not regular_file_size(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return _FIRST_BYTES.match(file.read(12)) is not None
+    except OSError:
+        return False
 
 
 def regular_file_size(path: Path) -> int | None:
@@ -147,6 +250,33 @@ def regular_file_size(path: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _identify(file: IO[bytes]) -> Image.Image:
+    """Read the header of a picture. The limit on its pixels is ours, since Pillow's refuses large photographs."""
+    Image.MAX_IMAGE_PIXELS = None
+    return Image.open(file, formats=FORMATS)
+
+
+def _refuse_large(image: Image.Image, limit: int = _MAX_PIXELS) -> None:
+    text = os.environ.get(MAX_MEGAPIXELS)
+    if text is not None:
+        limit = max(limit, _whole_million(text))
+    if image.width * image.height > limit:
+        raise _Unreadable(
+            f"too large: {image.width}x{image.height}, over {limit // 10**6} million pixels; {MAX_MEGAPIXELS} raises "
+            "the limit"
+        )
+
+
+def _whole_million(text: str) -> int:
+    if not text.isdecimal():
+        raise RunError(f"{MAX_MEGAPIXELS}={text} must be a whole number of millions of pixels")
+    return int(text) * 10**6
+
+
+def _file_of(picture: bytes | Path | Crop) -> bytes | Path:
+    return picture.path if isinstance(picture, Crop) else picture
 
 
 def _open(picture: bytes | Path) -> IO[bytes]:
@@ -191,20 +321,24 @@ def _cut_out(image: Image.Image, box: tuple[float, float, float, float], size: i
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith(("I", "F")):
-        return _from_deep_grey(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, where Pillow's own conversion would clip."""
-    levels: NDArray[Any] = np.asarray(image)
-    if image.mode.startswith("F") or levels.min() < 0 or levels.max() > 65535:
-        raise _Unreadable(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits a channel")
-    return Image.fromarray((levels // 257).astype(np.uint8))
+def _shallow(image: Image.Image, file: IO[bytes], grey: GreyRange | None) -> Image.Image:
+    """Bring a picture with more than 8 bits a channel to 8."""
+    scale = FULL if image.format in FORMATS_SCALED_BY_PILLOW else grey
+    if scale is None:
+        raise _Unreadable(NO_RANGE)
+    with _large_picture if image.width * image.height > _LARGE else nullcontext():
+        levels, opacity = levels_of(image, file)
+        shallow = Image.fromarray(to_bytes(levels, scale))
+    if opacity is not None:
+        shallow.putalpha(Image.fromarray(opacity))
+    shallow.getexif().update(image.getexif())  # which may say that it lies on its side
+    return shallow
 
 
 def _allocate(count: int, size: int) -> Tensor:

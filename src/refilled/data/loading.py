@@ -1,7 +1,7 @@
 """From a task's text to the task: open the source, choose classes, divide, decode."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -10,13 +10,24 @@ import numpy as np
 import torch
 
 from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
-from refilled.data.decode import keep, read_pixels, short_side
-from refilled.data.partition import DIGEST, Digests, draw_shots, first_copies, hold_out, pixel_digests
+from refilled.data.decode import find_grey_range, has_deep, keep, read_pixels, short_side
+from refilled.data.grey import NO_RANGE, GreyRange
+from refilled.data.partition import (
+    DIGEST,
+    Digests,
+    content_keys,
+    count_copies,
+    draw_shots,
+    first_rows,
+    hold_out,
+    hold_out_by_content,
+    pixel_digests,
+)
 from refilled.data.selection import select_classes
-from refilled.data.source import Names, Part, Rows, Source, pool
+from refilled.data.source import Names, Part, Rows, Source, pool, stamp_of
 from refilled.data.sources import cifar100, cub, digits
 from refilled.data.sources.cifar100 import open_cifar100
-from refilled.data.sources.csv_folder import is_csv_folder, open_csv_folder
+from refilled.data.sources.csv_folder import is_csv_folder, is_list, open_csv_folder
 from refilled.data.sources.cub import open_cub
 from refilled.data.sources.digits import open_digits
 from refilled.data.sources.hub import open_hub
@@ -36,6 +47,7 @@ REST = "rest"
 """Stands for the training images that the shots left out."""
 NO_DIGESTS: Digests = np.empty(0, dtype=DIGEST)
 _LOOKED_AT = 256  # images whose size is looked at to find the automatic size
+_OPENED = 32  # of the first images, which a table gives quickly, to see whether they have more than 8 bits a channel
 
 
 def list_datasets() -> list[tuple[str, str]]:
@@ -48,6 +60,7 @@ def list_datasets() -> list[tuple[str, str]]:
         ("folder:PATH", "class folders of images, with or without train, val and test above them; PATH alone will do"),
         ("NAME", "a folder of this name below the data root: class folders, or train.parquet and test.parquet"),
         ("FILE.parquet", "a table with a column of encoded images and one of labels"),
+        ("FILE.csv", "a list of images and labels; a folder with labels.csv, or with train.csv and test.csv, will do"),
         ("wds:PATH", "WebDataset shards: a tar file, or a folder of them, with a .cls member beside each image"),
         ("hub:NAME", "a data set of the Hugging Face hub"),
     ]
@@ -64,6 +77,7 @@ def load_task(
     allow_bad: bool = False,
     memory_limit: int | None = None,
     unlabelled: str | None = None,
+    grey_range: GreyRange | None = None,
 ) -> Task:
     """Load a task from its text form, ``SOURCE[:SELECTION][@key=value,...]``.
 
@@ -75,6 +89,8 @@ def load_task(
     * ``shots`` are drawn last, from what is left to train on.
     * Images are square: the short side is scaled to ``image_size`` and the middle kept. The automatic size is the
       median short side of up to 256 training images, at most 224; a source may know better (digits: 16).
+    * Pictures with more than 8 bits a channel are scaled to 8, all by one range of levels, which is that of the
+      training images: 8, 10, 12, 14 or 16 bits, or for fractions and negative levels their extremes.
     * Class ids count from 0 in the order of the source's classes.
     * The selections ``seen``, ``val`` and ``unseen`` take one side of a class split; see
       :func:`~refilled.data.class_split.split_classes`.
@@ -83,17 +99,20 @@ def load_task(
         text: The task. Its options ``shots``, ``shots_seed``, ``val`` and ``size`` go before the arguments below;
             besides there are ``seed`` (of halves, cuts and shots), ``test`` (the fraction of each class to test on, cut
             from all images in place of the source's own parts), ``augment``, ``image`` and ``label``, the columns of
-            a table, and ``split``, which classes are seen and unseen.
+            a table or list, ``split``, which classes are seen and unseen, and ``bits``, how many bits of a channel
+            are used (8 to 16).
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         shots: Training images of each class; all if None.
         shots_seed: Which ones.
         val: Fraction of the training part to validate on; 0 for none at all.
         image_size: Side length S; found from the images if None.
-        allow_bad: Go on although more than 1 % of the images cannot be read.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 %.
         memory_limit: Bytes above which a part's images lie on disk; a quarter of the memory that is free if None.
         unlabelled: Images to learn from without their labels: ``"rest"`` for the training images that the shots left
             out, a folder with images at any depth, or the text of a task, whose training images are taken; a table or
             shards need no labels. Images that equal one of ``val`` or ``test`` are left out.
+        grey_range: Black and white of pictures with more than 8 bits a channel, as a student was trained with; that of
+            the training images if None.
 
     Raises:
         TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
@@ -105,7 +124,7 @@ def load_task(
     )
     source, plan = _plan(wanted, root)
     size = _size(wanted, source)
-    decoded = _decode(plan, wanted.options, size, memory_limit)
+    decoded, grey = _decode(plan, wanted.options, size, memory_limit, grey_range)
     skipped = tuple(bad for part in decoded.values() for bad in part.skipped)
     if not allow_bad:
         refuse_bad(skipped, sum(len(part.rows) for part in decoded.values()))
@@ -113,9 +132,8 @@ def load_task(
     splits = {name: _split(part, plan) for name, part in decoded.items()}
     extra = None
     if unlabelled is not None:
-        extra = _decode_unlabelled(
-            *_find_unlabelled(unlabelled, plan, decoded["train"], root), decoded, size, memory_limit
-        )
+        where = _find_unlabelled(unlabelled, plan, decoded["train"], root)
+        extra = _decode_unlabelled(*where, decoded, size, memory_limit, grey)
         if not allow_bad:
             refuse_bad(extra.skipped, len(extra.rows))
     without_labels = None if extra is None else _without_labels(extra)
@@ -130,12 +148,33 @@ def load_task(
         augmentation=wanted.options.augment or source.augmentation,
         fingerprint=fingerprint(names, (splits["train"], splits["val"], splits["test"])),
         skipped=skipped + (() if extra is None else extra.skipped),
-        notes=(*plan.notes, *_copies_notes(decoded), *([] if extra is None else _unlabelled_notes(extra))),
+        notes=(
+            *source.notes,
+            *plan.notes,
+            *grey_notes(grey, grey_range),
+            *_copies_notes(decoded),
+            *([] if extra is None else _unlabelled_notes(extra)),
+        ),
+        grey_range=grey,
         licence=source.licence,
         citation=source.citation,
         unlabelled=without_labels,
         unlabelled_fingerprint=None if without_labels is None else fingerprint((), (without_labels,)),
     )
+
+
+def task_stamp(text: str, data_root: Path | None = None) -> str:
+    """Return a digest of the state of a task's files, without reading the images.
+
+    Equal stamps mean equal images. Different stamps mean that files were written, added, removed or copied since; what
+    is in them may still be the same, as :attr:`Task.fingerprint` tells.
+
+    Raises:
+        TaskError: The text is not understood, or the data are missing or damaged.
+    """
+    root = data_folder(data_root)
+    source = open_source(parse_task_text(text, root, TaskOptions()), root)
+    return stamp_of((), *(part.stamp() for part in (source.train, source.val, source.test) if part is not None))
 
 
 @dataclass(frozen=True)
@@ -275,6 +314,8 @@ def open_source(wanted: TaskText, data_root: Path, *, labelled: bool = True) -> 
         return open_webdataset(Path(wanted.source), *columns, labelled=labelled)
     if wanted.kind == "path" and is_parquet(Path(wanted.source)):
         return open_parquet(Path(wanted.source), *columns, labelled=labelled)
+    if wanted.kind == "path" and (is_list(Path(wanted.source)) or is_csv_folder(Path(wanted.source))):
+        return open_csv_folder(Path(wanted.source), *columns)
     if any(columns):
         raise TaskError(f"'{wanted.source}' is no table and has no columns; leave out @image= and @label=")
     if wanted.kind == "digits":
@@ -282,19 +323,24 @@ def open_source(wanted: TaskText, data_root: Path, *, labelled: bool = True) -> 
     if wanted.kind == "cub":
         return open_cub(data_root)
     if not Path(wanted.source).is_dir():
-        raise TaskError(f"{wanted.source} is neither a folder nor a .parquet file")
-    folder = Path(wanted.source)
-    return open_csv_folder(folder) if is_csv_folder(folder) else open_image_folder(folder)
+        raise TaskError(
+            f"{wanted.source} is neither a folder, nor a .parquet file, nor a .csv list of images and labels"
+        )
+    return open_image_folder(Path(wanted.source))
 
 
 def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Plan:
     """Choose the rows of every part, and cut the parts that the source does not have."""
-    given = {"train": source.train, "val": source.val if options.val else None, "test": source.test}
+    given = {
+        "train": source.train,
+        "val": _with_any(source.val, chosen) if options.val else None,
+        "test": _with_any(source.test, chosen),
+    }
     parts = {name: part or source.train for name, part in given.items()}
     rows = {name: _rows_of(part, chosen) for name, part in given.items()}
     wanted = {"test": options.test or TEST_FRACTION, "val": options.val}
     cut = {name: fraction for name, fraction in wanted.items() if given[name] is None and fraction}
-    cut_rows, notes = _cut(source.train, rows["train"], cut, options.seed)
+    cut_rows, notes = _cut(source, rows["train"], cut, options.seed)
     rows.update(cut_rows)
     present = {name: set(np.unique(parts[name].labels[rows[name]]).tolist()) for name in parts}
     for position in sorted((present["val"] | present["test"]) - present["train"]):
@@ -306,30 +352,46 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> _Pla
     if len(classes) < 2:
         raise TaskError(f"a task needs at least two classes with images to train on, but there are {len(classes)}")
     notes += _absence_note("no images, left out", source, set(chosen) - present["train"])
+    if not len(rows["test"]):
+        raise TaskError(
+            "there are no images to test on: every class has a single picture, which trains. Add images, or a test part"
+        )
     for name in ("val", "test"):
         if len(rows[name]):
             notes += _absence_note(f"no {name} images", source, set(classes) - present[name])
     return _Plan(classes, parts, rows, frozenset(cut), tuple(notes))
 
 
-def _cut(part: Part, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
+def _cut(source: Source, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
     """Cut held-out parts off the training part; returns the rows of every part, and notes."""
     cut = {"train": rows}
     notes: list[str] = []
     if not fractions:
         return cut, notes
-    firsts = np.full(len(part.labels), -1)
-    firsts[rows] = first_copies(rows, part.pictures(rows))
-    copies = int((firsts[rows] != rows).sum())
+    part = source.train
+    keys = np.zeros(len(part.labels), dtype=np.uint64)
+    keys[rows] = content_keys(part.pictures(rows))
+    copies = count_copies(keys[rows])
     if copies:
         notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
     for name, fraction in fractions.items():
         here = cut["train"]
-        cut["train"], cut[name] = hold_out(here, part.labels[here], firsts[here], fraction, seed=seed, purpose=name)
+        labels, known_by = part.labels[here], keys[here]
+        if source.fixed:
+            firsts = first_rows(here, known_by)
+            cut["train"], cut[name] = hold_out(here, labels, firsts, fraction, seed=seed, purpose=name)
+        else:
+            cut["train"], cut[name] = hold_out_by_content(here, labels, known_by, fraction, seed=seed, purpose=name)
     if "test" in fractions:
         share = f"{fractions['test']:.0%}"
-        notes.append(f"no test part: {share} of the images of each class were cut off for it, seed {seed}")
+        about = "" if source.fixed else "about "
+        notes.append(f"no test part: {about}{share} of the images of each class were cut off for it, seed {seed}")
     return cut, notes
+
+
+def _with_any(part: Part | None, chosen: Sequence[int]) -> Part | None:
+    """Return the part if it holds an image of the chosen classes; one that holds none is no part."""
+    return part if len(_rows_of(part, chosen)) else None
 
 
 def _rows_of(part: Part | None, chosen: Sequence[int]) -> Rows:
@@ -356,12 +418,57 @@ def automatic_size(part: Part) -> int:
 def _decoding_rate(part: Part, rows: Rows, size: int) -> float:
     """Time how many images a second are decoded, on the first of the rows: a table is read in pieces of many rows."""
     some = rows[:_LOOKED_AT]
+    grey = find_grey_range(part.pictures(some))
     start = perf_counter()
-    read_pixels(part.pictures(some), len(some), size)
+    read_pixels(part.pictures(some), len(some), size, grey)
     return len(some) / (perf_counter() - start)
 
 
-def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int | None) -> dict[str, Decoded]:
+def choose_grey_range(part: Part, rows: Rows, options: TaskOptions) -> GreyRange | None:
+    """Decide what is black and white in pictures with more than 8 bits a channel, if the first few are such pictures.
+
+    Args:
+        part: Where the training images are from.
+        rows: Which ones they are ``(N,)``.
+        options: May say how many bits there are.
+    """
+    if options.bits is not None:
+        return GreyRange.of_bits(options.bits)
+    return find_grey_range(part.pictures(rows)) if has_deep(part.pictures(rows[:_OPENED])) else None
+
+
+def lacks_grey_range(decoded: Iterable["Decoded"]) -> bool:
+    """Whether pictures were left out since their range of levels was not known."""
+    return any(reason == NO_RANGE for part in decoded for _, reason in part.skipped)
+
+
+def grey_notes(found: GreyRange | None, given: GreyRange | None = None) -> list[str]:
+    """Say what became black and white, unless whoever asked for the images said so."""
+    if found is None or given is not None:
+        return []
+    return [
+        f"in images with more than 8 bits a channel, levels {found} became 0 to 255, in all parts alike; @bits=NUMBER "
+        "in the task changes that"
+    ]
+
+
+def _decode(
+    plan: _Plan, options: TaskOptions, size: int, memory_limit: int | None, known: GreyRange | None
+) -> tuple[dict[str, Decoded], GreyRange | None]:
+    """Decode every part by one range of levels, which comes back too; None where no picture needed one."""
+    part, rows = plan.parts["train"], plan.rows["train"]
+    grey = known or choose_grey_range(part, rows, options)
+    decoded = _decode_parts(plan, options, size, memory_limit, grey)
+    if grey is None and lacks_grey_range(decoded.values()):  # not the first pictures, but others have more than 8 bits
+        grey = find_grey_range(part.pictures(rows))
+        if grey is not None:
+            decoded = _decode_parts(plan, options, size, memory_limit, grey)
+    return decoded, grey
+
+
+def _decode_parts(
+    plan: _Plan, options: TaskOptions, size: int, memory_limit: int | None, grey: GreyRange | None
+) -> dict[str, Decoded]:
     """Decode every part.
 
     A cut keeps copies of a file together. Pictures that are stored differently and turn out to be equal only when
@@ -379,7 +486,7 @@ def _decode(plan: _Plan, options: TaskOptions, size: int, memory_limit: int | No
     for name in ("test", "val", "train"):
         avoid = held_out if name in plan.cut or name == "train" else NO_DIGESTS
         choose = draw if name == "train" else lambda pool: pool
-        decoded[name] = decode_part(plan.parts[name], plan.rows[name], choose, avoid, size, memory_limit)
+        decoded[name] = decode_part(plan.parts[name], plan.rows[name], choose, avoid, size, memory_limit, grey)
         if name in plan.cut:
             held_out = np.concatenate([held_out, decoded[name].digests])
     return decoded
@@ -417,18 +524,18 @@ def _open_unlabelled(text: str, root: Path) -> tuple[Part, Rows]:
 
 
 def _decode_unlabelled(
-    part: Part, rows: Rows, others: dict[str, Decoded], size: int, memory_limit: int | None
+    part: Part, rows: Rows, others: dict[str, Decoded], size: int, memory_limit: int | None, grey: GreyRange | None
 ) -> Decoded:
     """Decode unlabelled images, without those that equal an image of val or test."""
     held_out = np.concatenate([others["val"].digests, others["test"].digests])
-    found = decode_part(part, rows, lambda pool: pool, held_out, size, memory_limit)
+    found = decode_part(part, rows, lambda pool: pool, held_out, size, memory_limit, grey)
     if not len(found.rows):
         raise TaskError("no unlabelled image is left: all are unreadable or equal an image of val or test")
     return found
 
 
 def _without_labels(part: Decoded) -> Split:
-    return Split(part.pixels, torch.full((len(part.rows),), -1), Names(part.part, part.rows))
+    return Split(part.pixels, torch.full((len(part.rows),), -1), Names(part.part, part.rows), part.digests)
 
 
 def _unlabelled_notes(part: Decoded) -> list[str]:
@@ -438,7 +545,13 @@ def _unlabelled_notes(part: Decoded) -> list[str]:
 
 
 def decode_part(
-    part: Part, pool: Rows, choose: Callable[[Rows], Rows], avoid: Digests, size: int, memory_limit: int | None
+    part: Part,
+    pool: Rows,
+    choose: Callable[[Rows], Rows],
+    avoid: Digests,
+    size: int,
+    memory_limit: int | None,
+    grey: GreyRange | None,
 ) -> Decoded:
     """Decode what is chosen from a pool of rows; for what turns out unusable, choose again from the others.
 
@@ -449,13 +562,14 @@ def decode_part(
         avoid: Digests of pixels that must not occur.
         size: Side length of the images.
         memory_limit: Bytes above which the images lie on disk; a quarter of the memory that is free if None.
+        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
     """
     limit = free_memory() // 4 if memory_limit is None else memory_limit
     skipped: dict[int, str] = {}
     copies = 0
     while True:
         rows = choose(pool)
-        pixels, reasons, digests = _read(part, rows, size, limit)
+        pixels, reasons, digests = _read(part, rows, size, limit, grey)
         fresh = ~np.isin(digests, avoid)
         usable = np.delete(rows, list(reasons))[fresh]
         skipped.update({int(rows[position]): reason for position, reason in reasons.items()})
@@ -473,11 +587,13 @@ def decode_part(
     )
 
 
-def _read(part: Part, rows: Rows, size: int, limit: int) -> tuple[Pixels, dict[int, str], Digests]:
+def _read(
+    part: Part, rows: Rows, size: int, limit: int, grey: GreyRange | None
+) -> tuple[Pixels, dict[int, str], Digests]:
     """Read some rows into memory, or map them from disk where they would take more than ``limit`` bytes."""
     if 3 * size**2 * len(rows) > limit:
-        return stored_images(part, rows, size)
-    pixels, reasons = read_pixels(part.pictures(rows), len(rows), size)
+        return stored_images(part, rows, size, grey)
+    pixels, reasons = read_pixels(part.pictures(rows), len(rows), size, grey)
     return pixels, reasons, pixel_digests(pixels)
 
 
@@ -490,7 +606,7 @@ def refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
     more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     raise TaskError(
         f"{len(skipped)} of {total} images cannot be read, more than {MAX_BAD_FRACTION:.0%}: {first}{more}. Mend or "
-        "remove them, or allow bad images to go on without them"
+        "remove them, or leave them out with --allow-bad"
     )
 
 
@@ -507,7 +623,7 @@ def _check_train(train: Decoded, plan: _Plan, source: Source, shots: int | None)
 
 def _split(part: Decoded, plan: _Plan) -> Split:
     labels = np.searchsorted(plan.classes, part.part.labels[part.rows])
-    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows))
+    return Split(part.pixels, torch.from_numpy(labels.astype(np.int64)), Names(part.part, part.rows), part.digests)
 
 
 def _copies_notes(decoded: dict[str, Decoded]) -> list[str]:

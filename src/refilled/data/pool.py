@@ -7,11 +7,15 @@ import numpy as np
 import torch
 
 from refilled.data.class_split import SIDES, Side
+from refilled.data.decode import find_grey_range
 from refilled.data.loading import (
     NO_DIGESTS,
     automatic_size,
+    choose_grey_range,
     data_folder,
     decode_part,
+    grey_notes,
+    lacks_grey_range,
     open_source,
     refuse_bad,
     split_of,
@@ -28,6 +32,7 @@ def load_pool(
     *,
     data_root: Path | None = None,
     image_size: int | None = None,
+    allow_bad: bool = False,
     memory_limit: int | None = None,
 ) -> Task:
     """Load all images of the classes on one side of a class split, from whatever part of the source they are in.
@@ -38,6 +43,7 @@ def load_pool(
         side: ``"seen"``, ``"val"`` or ``"unseen"``.
         data_root: Where data sets lie; ``REFILLED_DATA`` or ``~/.cache/refilled/data`` if None.
         image_size: Side length S; what the split or the source says, else found from the images, if None.
+        allow_bad: Leave out images that cannot be read even if they are more than 1 %.
         memory_limit: Bytes above which the images lie on disk; a quarter of the memory that is free if None.
 
     Returns:
@@ -60,10 +66,14 @@ def load_pool(
         raise TaskError(f"the split of {wanted.source} has no {side} classes")
     part = pool(source).train
     size = wanted.options.size or split.image_size or source.image_size or automatic_size(source.train)
-    found = decode_part(
-        part, np.flatnonzero(np.isin(part.labels, classes)), lambda rows: rows, NO_DIGESTS, size, memory_limit
-    )
-    refuse_bad(found.skipped, len(found.rows))
+    # One range of levels for all sides, that of the classes that are trained on.
+    seen, chosen = (np.flatnonzero(np.isin(part.labels, some)) for some in (split.seen, classes))
+    grey = choose_grey_range(part, seen, wanted.options)
+    found = decode_part(part, chosen, lambda rows: rows, NO_DIGESTS, size, memory_limit, grey)
+    if grey is None and lacks_grey_range([found]) and (grey := find_grey_range(part.pictures(seen))) is not None:
+        found = decode_part(part, chosen, lambda rows: rows, NO_DIGESTS, size, memory_limit, grey)
+    if not allow_bad:
+        refuse_bad(found.skipped, len(found.rows))
     labels = np.searchsorted(classes, part.labels[found.rows])
     images = Split(found.pixels, torch.from_numpy(labels), Names(part, found.rows))
     nothing = Split(found.pixels[:0], images.labels[:0], ())
@@ -78,6 +88,8 @@ def load_pool(
         augmentation=wanted.options.augment or split.augmentation or source.augmentation,
         fingerprint=fingerprint(names, (images,)),
         skipped=found.skipped,
+        notes=(*source.notes, *grey_notes(grey)),
+        grey_range=grey,
         licence=source.licence,
         citation=source.citation,
     )

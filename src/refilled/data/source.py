@@ -1,6 +1,7 @@
 """What a source of images offers before anything is decoded: classes, labels, and a way to the pictures."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -12,17 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refilled.data.transforms import Augmentation
+from refilled.errors import TaskError
 
 PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
+    word: part
+    for part, words in {
+        "train": "train training trainset trainingset traindata trainingdata trainimages",
+        "val": "val valid validation valset validset validationset valdata validationdata dev devset eval evaluation",
+        "test": "test testing testset testingset testdata testingdata testimages holdout",
+    }.items()
+    for word in words.split()
 }
-"""What folders and files of the parts are called."""
+"""What folders and files of the parts are called, without what separates words."""
+
+
+def part_called(name: str) -> str | None:
+    """Return the part that a folder of this name holds: ``train``, ``val`` or ``test``; None for any other name."""
+    return PART_NAMES.get(re.sub(r"[^a-z0-9]+", "", name.lower()))
+
 
 Rows = NDArray[np.int64]
 
@@ -55,6 +63,48 @@ class Part(Protocol):
 
     def stamp(self) -> str:
         """Say in a digest which pictures these are; when a file is changed or another one added, so is this."""
+
+
+def part_in_name(name: str) -> tuple[str | None, str]:
+    """Find the part that a name of a file or folder says, and the word that says it; (None, "") where none does.
+
+    The first word counts, ``train-00000-of-00002.parquet``, else the only one that names a part, ``birds_test.csv``.
+    """
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    named = [word for word in words if word in PART_NAMES]
+    if named and (named[0] == words[0] or len({PART_NAMES[word] for word in named}) == 1):
+        return PART_NAMES[named[0]], named[0]
+    return None, ""
+
+
+def by_part(named: Iterable[tuple[Path, str]], where: Path) -> dict[str, list[Path]]:
+    """Group files by the part that a name says; empty where no name says one.
+
+    Args:
+        named: Each file, and the name that should say its part.
+        where: The folder, for errors.
+
+    Raises:
+        TaskError: Some files are of no part, or two words are used for one part, so that it is unclear what counts.
+    """
+    found = [(file, *part_in_name(name)) for file, name in named]
+    if all(part is None for _, part, _ in found):
+        return {}
+    parts: dict[str, list[Path]] = {}
+    words: dict[str, str] = {}
+    for file, part, word in found:
+        if part is None:
+            raise TaskError(
+                f"{file} belongs to no part of {where}: its name should begin with train, validation or test; rename "
+                "it, or move it elsewhere"
+            )
+        if words.setdefault(part, word) != word:
+            raise TaskError(
+                f"{where} has two kinds of files for the {part} part, '{words[part]}' and '{word}' ({parts[part][0]} "
+                f"and {file}); keep one, or rename the other"
+            )
+        parts.setdefault(part, []).append(file)
+    return {part: parts[part] for part in ("train", "val", "test") if part in parts}
 
 
 @dataclass(frozen=True)
@@ -106,8 +156,11 @@ class Source:
     test: Part | None = None
     augmentation: Augmentation = "crop-flip"
     image_size: int | None = None  # the side length, where the source knows it
+    fixed: bool = False  # whether its publisher has fixed the rows, so that cuts may go by them
     licence: str | None = None
     citation: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know of how the source was read."""
 
 
 def pool(source: Source) -> Source:
@@ -146,6 +199,32 @@ class PooledPart:
 
     def _starts(self) -> list[int]:
         return [0, *self._ends()[:-1]]
+
+
+@dataclass(frozen=True)
+class SelectedPart:
+    """Some of the rows of another part."""
+
+    whole: Part
+    rows: Rows
+    """Which ones, ascending."""
+
+    @property
+    def labels(self) -> Rows:
+        """Positions ``(N,)`` in the source's classes."""
+        return self.whole.labels[self.rows]
+
+    def name(self, row: int) -> str:
+        """Say where an image came from, as the whole part does."""
+        return self.whole.name(int(self.rows[row]))
+
+    def pictures(self, rows: Rows) -> Iterator[Picture]:
+        """Give the pictures of these rows, which ascend, one after the other."""
+        return self.whole.pictures(self.rows[rows])
+
+    def stamp(self) -> str:
+        """Digest the stamp of the whole part, and which rows these are."""
+        return stamp_of((), self.whole.stamp(), sha256(self.rows.tobytes()).hexdigest())
 
 
 @dataclass(frozen=True)

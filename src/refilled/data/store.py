@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refilled.data.decode import describe, read_pixels
+from refilled.data.grey import GreyRange
 from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.source import Part, Rows
 from refilled.errors import TaskError
@@ -154,7 +155,7 @@ class Stored(NamedTuple):
     """Of the images."""
 
 
-def stored_images(part: Part, rows: Rows, size: int) -> Stored:
+def stored_images(part: Part, rows: Rows, size: int, grey: GreyRange | None = None) -> Stored:
     """Map the images of some rows of a part from disk, decoding those that are not there yet.
 
     They lie below :func:`~refilled.files.cache_folder`, in a folder that stands for the part's files as they are now
@@ -164,11 +165,12 @@ def stored_images(part: Part, rows: Rows, size: int) -> Stored:
         part: Where the images come from.
         rows: Which ones ``(N,)``, ascending.
         size: Side length S in pixels.
+        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
 
     Raises:
         TaskError: There is no room on the disk, or it does not keep what is written to it.
     """
-    store = _Store(cache_folder() / "images" / _key(part, size), part, size)
+    store = _Store(cache_folder() / "images" / _key(part, size, grey), part, size, grey)
     records = store.records(np.unique(rows // store.shard_rows).tolist())
     unreadable = {row: reason for record in records.values() for row, reason in record.reasons.items()}
     positions = np.flatnonzero(np.isin(rows, list(unreadable)))
@@ -191,8 +193,9 @@ def free_memory() -> int:
     return 2**34
 
 
-def _key(part: Part, size: int) -> str:
-    return sha256(json.dumps([part.stamp(), len(part.labels), size, 1]).encode()).hexdigest()[:16]
+def _key(part: Part, size: int, grey: GreyRange | None) -> str:
+    known_by = [part.stamp(), len(part.labels), size, 1, *([] if grey is None else [grey])]
+    return sha256(json.dumps(known_by).encode()).hexdigest()[:16]
 
 
 class _Record(NamedTuple):
@@ -217,6 +220,7 @@ class _Store:
     folder: Path
     part: Part
     size: int
+    grey: GreyRange | None
 
     @property
     def shard_rows(self) -> int:
@@ -286,7 +290,7 @@ class _Store:
 
     def _decode(self, shard: int) -> None:
         rows = self.rows_of(shard)
-        pixels, reasons = read_pixels(self.part.pictures(rows), len(rows), self.size)
+        pixels, reasons = read_pixels(self.part.pictures(rows), len(rows), self.size, self.grey)
         readable = np.delete(np.arange(len(rows)), list(reasons))
         digests = np.zeros(len(rows), dtype=DIGEST)
         digests[readable] = pixel_digests(pixels)

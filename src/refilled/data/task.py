@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from refilled.data.grey import GreyRange
+from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.store import JoinedImages, Pixels, SeenPixels
 from refilled.data.transforms import Augmentation
 
@@ -28,6 +31,17 @@ class Split:
 
     sources: Sequence[str]
     """Where each image came from: a path within the folder, or ``train.parquet#17``."""
+
+    known_digests: Digests | None = None
+    """What :attr:`digests` gives, where it is known already."""
+
+    @property
+    def digests(self) -> Digests:
+        """Digests of the pixels ``(N,)``; equal digests mean equal pixels."""
+        if self.known_digests is not None:
+            return self.known_digests
+        blocks = [pixel_digests(block.cpu()) for block in self.pixels.split(_BLOCK)]
+        return np.concatenate([np.empty(0, dtype=DIGEST), *blocks])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,6 +85,9 @@ class Task:
     notes: tuple[str, ...] = ()
     """What a reader of results should know: parts that were cut, copies, classes without images."""
 
+    grey_range: GreyRange | None = None
+    """The levels that became black and white in pictures with more than 8 bits a channel; None if there are none."""
+
     licence: str | None = None
     citation: str | None = None
 
@@ -88,6 +105,12 @@ class Task:
         pixels = JoinedImages(self.train.pixels, self.unlabelled.pixels)
         labels = torch.cat([self.train.labels, self.unlabelled.labels])
         return Seen(pixels, labels)
+
+    def source_of(self, row: int) -> str:
+        """Say where one of the images that training sees came from."""
+        if self.unlabelled is None or row < len(self.train):
+            return self.train.sources[row]
+        return self.unlabelled.sources[row - len(self.train)]
 
     @property
     def seen_fingerprint(self) -> str:

@@ -32,6 +32,7 @@ class TaskOptions:
     image: str | None = None  # columns of a table
     label: str | None = None
     split: str | None = None  # of the classes: one of the package's, or a file beside the images
+    bits: int | None = None  # of the levels in pictures with more than 8 bits a channel
 
     def __post_init__(self) -> None:
         if self.shots is not None and self.shots < 1:
@@ -46,6 +47,8 @@ class TaskOptions:
             raise TaskError(f"test={self.test} is no fraction to test on; give more than 0 and less than 1")
         if self.size is not None and not 1 <= self.size <= 4096:
             raise TaskError(f"an image size of {self.size} pixels is out of bounds; give 1 to 4096")
+        if self.bits is not None and not 8 <= self.bits <= 16:
+            raise TaskError(f"bits={self.bits} is no number of bits a channel; give 8 to 16")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,28 @@ def parse_task_text(text: str, data_root: Path, options: TaskOptions) -> TaskTex
     Raises:
         TaskError: The form, the source or an option is unknown, or the shots asked for are not those of the text.
     """
+    kind, source, selection, said = _take_apart(text, data_root)
+    chosen = _parse_options(said)
+    if options.shots not in (None, chosen.get("shots", options.shots)):
+        raise TaskError(
+            f"'{text}' says shots={chosen['shots']}, but shots={options.shots} was asked for; leave out one"
+        )
+    return TaskText(kind, source, selection, replace(options, **chosen))
+
+
+def absolute_task_text(text: str, data_root: Path) -> str:
+    """Write a task's text so that it means the same in any working directory; its options stay as they are written.
+
+    Raises:
+        TaskError: The form or the source is unknown.
+    """
+    kind, source, selection, said = _take_apart(text, data_root)
+    body = TaskText(kind, source, selection, TaskOptions()).resolved(data_root)
+    return f"{body}@{said}" if said else body
+
+
+def _take_apart(text: str, data_root: Path) -> tuple[str, str, str | None, str]:
+    """Return kind, source and selection, as in :class:`TaskText`, and the text of the options."""
     text = text.strip()
     if not text:
         raise TaskError("a task needs a text such as 'digits', 'cifar100:0-49' or the path of a folder of images")
@@ -97,12 +122,7 @@ def parse_task_text(text: str, data_root: Path, options: TaskOptions) -> TaskTex
     kind, source, selection = _split_source(body, data_root)
     if selection is not None and not selection.strip():
         raise TaskError(f"'{text}' names no classes after the colon; write for example :0-49 or :random-half")
-    chosen = _parse_options(said)
-    if options.shots not in (None, chosen.get("shots", options.shots)):
-        raise TaskError(
-            f"'{text}' says shots={chosen['shots']}, but shots={options.shots} was asked for; leave out one"
-        )
-    return TaskText(kind, source, selection.strip() if selection else None, replace(options, **chosen))
+    return kind, source, selection.strip() if selection else None, said
 
 
 def _split_source(body: str, data_root: Path) -> tuple[str, str, str | None]:
@@ -204,6 +224,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "image": _name,
     "label": _name,
     "split": _name,
+    "bits": _whole,
 }
 
 _DEFAULTS = asdict(TaskOptions())

@@ -1,6 +1,6 @@
 """The images of a pool with what a frozen model says about them: each image goes through the model once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refilled.data import Augmentation, Episodes, Pixels, augment
 from refilled.errors import MethodError
-from refilled.models import Backbone
+from refilled.models import Backbone, refuse_non_finite
 from refilled.training.evaluation import embed
 from refilled.training.teacher_cache import VIEW_SEED
 
@@ -25,6 +25,8 @@ class Bank:
 
     Args:
         pixels: uint8 ``(M, 3, S, S)``.
+        sources: The names of the images, for messages; None for their row numbers.
+        notes: What a user should know about the model.
         model: The frozen model; None where a method needs none.
         augmentation: What the views of an image differ by.
         device: Where the model runs; embeddings stay on the CPU.
@@ -41,7 +43,11 @@ class Bank:
         device: torch.device | str = "cpu",
         head: Mapping[str, Tensor] | None = None,
         known: Known | None = None,
+        sources: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
+        self.notes = tuple(notes)
+        self._sources = sources
         self.pixels, self.augmentation, self.device = pixels, augmentation, torch.device(device)
         self.head = head or {}
         self._model = None if model is None else model.to(self.device)
@@ -81,10 +87,14 @@ class Bank:
         if not known[rows].all():
             wanted = rows.unique()
             for missing in wanted[~known[wanted]].split(256):
-                embeddings[missing] = embed(self.model, self.images(missing, view), self.device)
+                found = embed(self.model, self.images(missing, view), self.device)
+                refuse_non_finite(found, [self._name(row) for row in missing.tolist()])
+                embeddings[missing] = found
                 known[missing] = True
-        found: Tensor = embeddings[rows]
-        return found
+        return embeddings[rows]
+
+    def _name(self, row: int) -> str:
+        return f"image {row}" if self._sources is None else self._sources[row]
 
 
 def on_embeddings(bank: Bank, classify: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Learner:

@@ -27,7 +27,8 @@ from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import write_atomic
 from refilled.models import load_teacher
 from refilled.runs.determinism import use_machine
-from refilled.runs.experiment import device_name, find_device, versions
+from refilled.runs.environment import device_name, find_device, versions
+from refilled.runs.prepared import examine
 from refilled.training.checkpoints import hold
 from refilled.training.teacher_cache import fingerprint
 
@@ -156,7 +157,7 @@ def refuse_other(folder: Path, configuration: str) -> None:
 def load_side(run: FewShotRun, side: Side | None = None) -> Task:
     """Load the images of the classes that a run's tasks are of, or of another side of the split."""
     root = Path(run.data_root) if run.data_root else None
-    return load_pool(run.data, side or run.side, data_root=root, image_size=run.image_size)
+    return load_pool(run.data, side or run.side, data_root=root, image_size=run.image_size, allow_bad=run.allow_bad)
 
 
 def make_bank(run: FewShotRun, pool: Task) -> Bank:
@@ -164,7 +165,15 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
     if run.teacher is None:
         return Bank(pool.train.pixels, augmentation=pool.augmentation, device=run.device)
     name = os.path.expandvars(run.teacher)
-    model = load_teacher(name, mean=run.teacher_mean, std=run.teacher_std, input_size=run.teacher_size)
+    model = load_teacher(
+        name,
+        mean=run.teacher_mean,
+        std=run.teacher_std,
+        input_size=run.teacher_size,
+        image_size=pool.image_size,
+        pooling=run.teacher_embedding,
+    )
+    notes = examine(model, pool.train)
     beside = Path(name) / HEAD
     return Bank(
         pool.train.pixels,
@@ -173,6 +182,8 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
         device=run.device,
         head=load_file(beside) if beside.is_file() else {},
         known=_known(name, fingerprint(model), pool.fingerprint, pool.augmentation, run.device),
+        sources=pool.train.sources,
+        notes=notes,
     )
 
 
@@ -252,7 +263,7 @@ def _batches(numbers: range, size: int, jobs: int) -> Iterator[range]:
 
 def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int) -> FewShotResult:
     accuracy, interval = mean_and_interval(done.accuracies)
-    notes = [] if n_query == run.n_query else [f"{n_query} query images a class: the smallest class has no more"]
+    fewer = [] if n_query == run.n_query else [f"{n_query} query images a class: the smallest class has no more"]
     return FewShotResult(
         accuracy=accuracy,
         interval=interval,
@@ -268,7 +279,7 @@ def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int
             "classes": len(pool.classes),
             "image_size": pool.image_size,
             "skipped": [list(pair) for pair in pool.skipped],
-            "notes": notes,
+            "notes": [*bank.notes, *fewer],
         },
         teacher={"name": run.teacher, "fingerprint": fingerprint(bank.model)} if bank.has_model else None,
         versions=versions(),

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from refilled.config import MetaRun
-from refilled.data import Task, augment, load_pool, sample_episodes
+from refilled.data import Task, augment, channel_statistics, load_pool, sample_episodes
 from refilled.data.keyed import keyed_integers
 from refilled.errors import NonFiniteError, RunError
 from refilled.fewshot.evaluation import HEAD, mean_and_interval, refuse_other
@@ -26,7 +26,7 @@ from refilled.fewshot.students import with_classifier
 from refilled.files import write_atomic
 from refilled.models import Backbone, create_model, load_model, save_model
 from refilled.runs.determinism import use_machine
-from refilled.runs.experiment import channel_statistics, device_name, find_device, versions
+from refilled.runs.environment import device_name, find_device, versions
 from refilled.stages import Stage
 from refilled.training.checkpoints import State, discard_states, hold
 from refilled.training.journal import RunJournal
@@ -107,8 +107,9 @@ class _MetaTraining:
     def __init__(self, run: MetaRun) -> None:
         self.run, self.device = run, torch.device(run.device)
         root = Path(run.data_root) if run.data_root else None
-        self.seen = load_pool(run.data, "seen", data_root=root, image_size=run.image_size)
-        self.val = load_pool(run.data, "val", data_root=root, image_size=self.seen.image_size)
+        bad = run.allow_bad
+        self.seen = load_pool(run.data, "seen", data_root=root, image_size=run.image_size, allow_bad=bad)
+        self.val = load_pool(run.data, "val", data_root=root, image_size=self.seen.image_size, allow_bad=bad)
         torch.manual_seed(run.seed)
         make = load_meta_learner(run.method).recipe
         learner = make(_backbone(run, self.seen), **run.settings)

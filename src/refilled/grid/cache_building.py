@@ -4,7 +4,7 @@ from pathlib import Path
 
 from refilled.config import Run
 from refilled.grid.executors import Executor
-from refilled.runs.experiment import build_cache
+from refilled.runs.teacher_caches import build_cache
 from refilled.training.teacher_cache import TeacherCache
 
 
@@ -14,7 +14,7 @@ def build_cache_together(run: Run, jobs: int, executor: Executor) -> TeacherCach
     A shard is whole or absent, so whoever takes the place of a lost process goes on where that one stood.
 
     Raises:
-        RefilledError: as :func:`~refilled.runs.experiment.build_cache`, or a process was lost too often.
+        RefilledError: as :func:`~refilled.runs.teacher_caches.build_cache`, or a process was lost too often.
     """
     with executor(jobs) as pool:
         futures = [pool.submit(_build, run) for _ in range(jobs)]

@@ -16,7 +16,8 @@ from refilled.fewshot.evaluation import FewShotResult, evaluate_few_shot
 from refilled.fewshot.meta_training import MetaResult, meta_train
 from refilled.fewshot.methods import load_few_shot_method, load_meta_learner
 from refilled.methods import load_method
-from refilled.runs.experiment import Result, complete
+from refilled.runs.experiment import complete
+from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 from refilled.tuning.few_shot import tune
 

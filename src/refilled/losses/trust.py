@@ -17,6 +17,8 @@ from refilled.losses.distances import at_least_float32, class_centers, squared_d
 from refilled.losses.mining import check_batch
 from refilled.stages import Prepares
 
+_SHUFFLES = 19  # of which none is better, at chance, once in 20 times
+
 _TEMPERATURES = tuple(0.02 * 2 ** (step / 2) for step in range(14))  # 0.02 to 1.8, of squared distances up to 4
 
 
@@ -53,6 +55,16 @@ def label_information(embedding: Tensor, labels: Tensor) -> float:
     targets = own.int().argmax(1)
     losses = [F.cross_entropy(-squared / temperature, targets).item() for temperature in _TEMPERATURES]
     return max(0.0, 1 - min(losses) / math.log(len(classes)))
+
+
+def is_at_chance(embedding: Tensor, labels: Tensor) -> bool:
+    """Whether an embedding ``(N, d)`` says no more about the labels ``(N,)`` than it does about shuffled ones.
+
+    It is a permutation test of :func:`label_information` at the level of 5 %, always with the same 19 shuffles.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(_SHUFFLES))
+    return label_information(embedding, labels) <= max(label_information(embedding, order) for order in shuffled)
 
 
 class Trusted(nn.Module):

@@ -3,9 +3,12 @@
 from refilled.models.architectures import create_model, describe, from_description, list_models
 from refilled.models.backbone import Backbone, freeze, trainable_copy
 from refilled.models.folder import load_model, save_model
+from refilled.models.probe import PROBE_IMAGES, probe, refuse_non_finite
 from refilled.models.teacher import load_teacher
+from refilled.models.weights import open_weights, read_weights
 
 __all__ = [
+    "PROBE_IMAGES",
     "Backbone",
     "create_model",
     "describe",
@@ -14,6 +17,10 @@ __all__ = [
     "list_models",
     "load_model",
     "load_teacher",
+    "open_weights",
+    "probe",
+    "read_weights",
+    "refuse_non_finite",
     "save_model",
     "trainable_copy",
 ]

@@ -1,13 +1,14 @@
 """Architectures by name, and the plain description from which a saved model is rebuilt."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from refilled.errors import ModelError, unknown
-from refilled.models.backbone import Backbone
+from refilled.models.backbone import Backbone, Pooling
 from refilled.models.cifar_resnet import DEPTHS, CifarResNet
 from refilled.models.convnet import ConvNet4
 from refilled.models.mobilenet import MobileNet
@@ -134,9 +135,11 @@ def describe(model: Backbone) -> dict[str, Any]:
         "num_classes": model.num_classes,
         "image_size": model.image_size,
         "input_size": model.input_size,
+        "grey_range": None if model.grey_range is None else list(model.grey_range),
         "mean": _numbers(model.mean),
         "std": _numbers(model.std),
         "classes": None if model.class_names is None else list(model.class_names),
+        **({} if model.pooling == "pooled" else {"pooling": model.pooling}),
     }
 
 
@@ -156,19 +159,44 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
             raise ModelError(f"the description of the model has an unusable '{key}': {value!r:.80}")
     if not all(isinstance(number, int | float) for number in (*description["mean"], *description["std"])):
         raise ModelError("the description of the model has a mean or std that is not made of numbers")
+    num_classes = description["num_classes"]
     model = create_model(
         description["architecture"],
-        description["num_classes"],
+        num_classes,
         mean=description["mean"],
         std=description["std"],
         input_size=description["input_size"],
         image_size=description["image_size"],
     )
+    pooling = description.get("pooling", "pooled")
+    if pooling != "pooled":
+        if pooling not in get_args(Pooling):
+            raise ModelError(f"the description of the model has an unusable 'pooling': {pooling!r:.80}")
+        model.set_pooling(pooling)
+        model.classifier, model.num_classes = nn.Linear(model.embedding_dim, num_classes), num_classes
     classes = description["classes"]
     if classes is not None and len(classes) != model.num_classes:
         raise ModelError(f"the description of the model names {len(classes)} classes but counts {model.num_classes}")
+    model.grey_range = _grey_range(description.get("grey_range", _GREY_RANGE_BEFORE))
     model.class_names = None if classes is None else tuple(map(str, classes))
     return model
+
+
+_GREY_RANGE_BEFORE = [0, 65535]
+"""What every picture of 16 bits was scaled by before models said their range."""
+
+
+def _grey_range(said: Any) -> tuple[float, float] | None:
+    if said is None:
+        return None
+    numbers = said if isinstance(said, list) else []
+    if len(numbers) != 2 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise ModelError(f"the description of the model has an unusable 'grey_range': {said!r:.80}")
+    if not numbers[0] < numbers[1]:
+        raise ModelError(
+            f"the description of the model has a 'grey_range' whose white is not above black: {said!r:.80}"
+        )
+    return numbers[0], numbers[1]
 
 
 _KEYS: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,13 @@ from refilled.errors import ModelError
 from refilled.outputs import Outputs
 
 M = TypeVar("M", bound=nn.Module)
+
+_LEAST_SIZE = 224  # pixels: what most vision transformers see in training
+
+Pooling = Literal["pooled", "token", "mean", "both"]
+"""Which output of a network is its embedding, where there is a choice; see :class:`Backbone`."""
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Backbone(nn.Module):
@@ -28,15 +35,21 @@ class Backbone(nn.Module):
         mean: Mean of each channel that the model expects, on the scale [0, 1].
         std: Standard deviation likewise.
         input_size: Side length in pixels that images are resized to, or None for as they come.
+        channels: 3, or 1 for a model of grayscale images, which gets the luma of the RGB images (ITU-R BT.601, as
+            Pillow's ``L``). It may be given the mean and std of three channels, and takes their luma.
 
     Raises:
-        ModelError: when mean, std or input size make no sense.
+        ModelError: when mean, std, input size or channels make no sense.
     """
 
     mean: Tensor
     std: Tensor
     required_size: int | None = None
     """The only side length that the model takes, where there is one."""
+    size_step: int | None = None
+    """Of a model that is built for one side length at a time: the step between those that it can be brought to."""
+    pooling: Pooling = "pooled"
+    """What the embedding is: the model's own pooled output, or its class token, the mean of its patches, or both."""
 
     def __init__(
         self,
@@ -46,8 +59,14 @@ class Backbone(nn.Module):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
         input_size: int | None = None,
+        channels: int = 3,
     ) -> None:
         super().__init__()
+        if channels not in (1, 3):
+            raise ModelError(
+                f"the model takes images of {channels} channels; images here have 3 (RGB), or 1 (grayscale)"
+            )
+        self.channels = channels
         self.embedding_dim = embedding_dim
         self.feature_channels = tuple(feature_channels)
         self.num_classes = num_classes
@@ -55,9 +74,11 @@ class Backbone(nn.Module):
         self.class_names: tuple[str, ...] | None = None  # what the classes are called, where that is known
         self.architecture: str | None = None  # the name that create_model rebuilds it by, where there is one
         self.image_size: int | None = None  # the native size of the data that it was built for
+        self.notes: tuple[str, ...] = ()  # what a user should know about how it was loaded
+        self.grey_range: tuple[float, float] | None = None  # its black and white, where they have more than 8 bits
         # Not persistent: they belong to the description of the model (model.json), not to its weights.
-        self.register_buffer("mean", torch.zeros(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.ones(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(1, channels, 1, 1), persistent=False)
         self.set_preprocessing(mean, std, input_size)
         self.classifier: nn.Module = nn.Linear(embedding_dim, num_classes) if num_classes else NoClassifier()
 
@@ -72,6 +93,8 @@ class Backbone(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring images, uint8 or float in [0, 1], to the size, mean and std that the model expects."""
+        if self.channels == 1:
+            images = _luma(images, self.mean.dtype)
         size = self.input_size
         if size is not None and images.shape[-2:] != (size, size):
             if images.dtype == torch.uint8 and images.is_cuda:  # only the CPU resizes uint8
@@ -92,15 +115,44 @@ class Backbone(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             if values is None:
                 continue
-            if len(values) != 3 or not all(0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
+            right_number = len(values) == 3 or len(values) == self.channels
+            if not right_number or not all(0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
                 raise ModelError(f"{name} must be three numbers on the scale 0 to 1, std above 0; got {list(values)}")
-            getattr(self, name).copy_(torch.tensor(values).view(1, 3, 1, 1))
+            numbers = torch.tensor(values).view(1, -1, 1, 1)
+            getattr(self, name).copy_(numbers if len(values) == self.channels else _luma(numbers, numbers.dtype))
         if input_size is not None:
             if input_size < 1:
                 raise ModelError(f"the input size must be a positive number of pixels; got {input_size}")
             if self.required_size not in (None, input_size):
                 raise ModelError(f"this model takes images of {self.required_size} pixels only; got {input_size}")
             self.input_size = input_size
+
+    def adapt_size(self, image_size: int | None) -> None:
+        """Bring a model that can be brought to several sizes to one that suits images of ``image_size`` pixels.
+
+        It is the larger of that and 224 pixels, in whole patches, but no more than the model was trained at; the size
+        is noted. Models that take images of any size, or of one only, stay as they are.
+        """
+        if self.size_step is None or self.input_size is None:
+            return
+        side = max(1, round(max(image_size or 0, _LEAST_SIZE) / self.size_step)) * self.size_step
+        if side < self.input_size:
+            trained_at = f"was trained at {self.input_size}"
+            self.notes += (f"the teacher sees {side} pixels and {trained_at}; --teacher-size sets another size",)
+            self.set_preprocessing(input_size=side)
+
+    def set_pooling(self, pooling: Pooling) -> None:
+        """Choose what the embedding is; most models have no choice.
+
+        Raises:
+            ModelError: the model has no such output.
+        """
+        if pooling != self.pooling:
+            raise ModelError(f"this model has no '{pooling}' embedding: its only one is '{self.pooling}'")
+
+    def default_pooling(self) -> Pooling:
+        """Say which output was trained to stand for the whole image."""
+        return self.pooling
 
     def reset_classifier(self, generator: torch.Generator) -> None:
         """Draw the classifier anew, from the distribution that :class:`torch.nn.Linear` starts with."""
@@ -121,7 +173,10 @@ class NoClassifier(nn.Module):
 
 def freeze(model: M) -> M:
     """Make a teacher of a model: evaluation mode, no gradients. Returns the same model."""
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        module.training = False  # where a module of the user's overrides train() and eval()
+    return model
 
 
 def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: torch.Generator) -> Backbone:
@@ -130,16 +185,25 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
     Raises:
         ModelError: the teacher comes from a Python file, so that its copy could not be rebuilt from a folder.
     """
+    if teacher.channels != 3:
+        raise ModelError("a model of grayscale images cannot be fine-tuned, since students take RGB images")
     if teacher.architecture is None:
         raise ModelError(
-            "a network from a Python file cannot be fine-tuned: there is no name to rebuild its architecture by. Give "
-            "the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
+            "a network from a Python file or of transformers cannot be fine-tuned: there is no name to rebuild it by. "
+            "Give the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
         )
     model = deepcopy(teacher).requires_grad_(True)
     model.num_classes, model.class_names = len(class_names), class_names
     model.classifier = nn.Linear(model.embedding_dim, model.num_classes)
     model.reset_classifier(generator)
     return model
+
+
+def _luma(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn RGB images ``(N, 3, H, W)``, uint8 or float in [0, 1], into grayscale ``(N, 1, H, W)`` in [0, 1]."""
+    scale = 255 if images.dtype == torch.uint8 else 1
+    weights = torch.tensor(_LUMA, dtype=dtype, device=images.device) / scale
+    return torch.einsum("nchw,c->nhw", images.to(dtype), weights)[:, None]
 
 
 def _as_laid_out(images: Tensor, values: Tensor) -> Tensor:

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refilled.errors import ModelError
-from refilled.models.architectures import create_model, is_architecture
-from refilled.models.backbone import Backbone, freeze
+from refilled.models.architectures import is_architecture
+from refilled.models.backbone import Backbone, Pooling, freeze
 from refilled.models.folder import DESCRIPTION, load_model
+from refilled.models.hugging_face import load_hugging_face
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.user_file import load_user_file
-from refilled.models.weights import SUFFIXES, load_weights, read_state_dict
+from refilled.models.weights import SUFFIXES, open_weights, why_no_weights
 
-_FORMS = "a student folder, timm/<name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
+_FORMS = "a student folder, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
 
 
 def load_teacher(
@@ -21,6 +22,8 @@ def load_teacher(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_size: int | None = None,
+    image_size: int | None = None,
+    pooling: Pooling | None = None,
 ) -> Backbone:
     """Load the teacher that ``text`` names, frozen.
 
@@ -28,7 +31,9 @@ def load_teacher(
     ``runs/teacher``                        a folder that a run of ours, or :func:`save_model`, wrote
     ``timm/resnet50``                       a timm model with its published weights
     ``timm/resnet50:weights.safetensors``   a timm model with weights from a file
+    ``hf:folder``, ``hf:name``              an image network of transformers, with its image processor's mean, std, size
     ``wrn_40_2:teacher.pth``                an architecture of ours with weights from a file
+    ``wrn_40_2:teacher.pth#student``        one of several sets of weights in a file; see :func:`read_weights`
     ``mine.py:make``, ``mine.py:make:arg``  what a function of the user's returns; see :func:`load_user_file`
     ======================================  =====================================================================
 
@@ -39,8 +44,12 @@ def load_teacher(
         text: One of the forms above.
         mean: Mean of each channel that the teacher expects, on the scale [0, 1]; needed where nothing says it.
         std: Standard deviation likewise.
-        input_size: Side length in pixels that the teacher sees; None for what it was trained at, where that is
-            known, else the images as they come.
+        input_size: Side length in pixels that the teacher sees. None for what it was trained at, where that is known,
+            else the images as they come; vision transformers that can be brought to other sizes see the larger of
+            ``image_size`` and 224 pixels, but not more than they were trained at.
+        image_size: Side length of the images that the teacher will be asked about; None where that is not known.
+        pooling: Which output is the embedding: ``pooled``, ``token``, ``mean`` or ``both``; see
+            :class:`~refilled.models.timm_backbone.TimmBackbone`. None for what was trained to stand for the image.
 
     Raises:
         ModelError: when there is no such teacher, or nothing says how its images are normalised.
@@ -48,26 +57,45 @@ def load_teacher(
     user_file = re.fullmatch(r"(.+?\.py):(\w+)(?::(.*))?", text, re.DOTALL)
     if user_file:
         path, function, argument = user_file.groups()
-        return freeze(load_user_file(Path(path), function, argument, mean=mean, std=std, input_size=input_size))
-    teacher = _load(text, known_normalization=mean is not None and std is not None)
-    teacher.set_preprocessing(mean, std, input_size)
+        teacher = load_user_file(
+            Path(path), function, argument, mean=mean, std=std, input_size=input_size, image_size=image_size
+        )
+    elif (Path(text) / DESCRIPTION).is_file():
+        teacher = load_model(Path(text))
+        teacher.set_preprocessing(mean, std, input_size)
+        return _with_pooling(teacher, pooling or teacher.pooling)
+    elif text.startswith("hf:"):
+        teacher = load_hugging_face(text.removeprefix("hf:"), mean, std, input_size)
+        if input_size is None:
+            teacher.adapt_size(image_size)
+    else:
+        teacher = _load(text, known_normalization=mean is not None and std is not None)
+        teacher.set_preprocessing(mean, std, input_size)
+        if input_size is None:
+            teacher.adapt_size(image_size)
+    return _with_pooling(teacher, pooling or teacher.default_pooling())
+
+
+def _with_pooling(teacher: Backbone, pooling: Pooling) -> Backbone:
+    teacher.set_pooling(pooling)
     return freeze(teacher)
 
 
 def _load(text: str, known_normalization: bool) -> Backbone:
-    if (Path(text) / DESCRIPTION).is_file():
-        return load_model(Path(text))
     architecture, colon, file = text.partition(":")
-    if architecture.startswith("timm/"):
-        name = architecture.removeprefix("timm/")
-        teacher = _timm_with_weights(name, Path(file)) if colon else TimmBackbone(timm_model(name, pretrained=True))
-        teacher.architecture = architecture
-        return teacher
-    if not colon:
-        raise ModelError(f"'{text}' is no teacher: {_why_not(text)}")
-    if not known_normalization:
+    of_timm = architecture.startswith("timm/")
+    if colon and not (of_timm or known_normalization):
         raise ModelError(f"{text} does not say how its images were normalised: give --teacher-mean and --teacher-std")
-    return _with_weights(architecture, Path(file))
+    if colon:
+        notes: list[str] = []
+        teacher = open_weights(architecture, file, notes.append)
+        teacher.notes = tuple(notes)
+        return teacher
+    if not of_timm:
+        raise ModelError(f"'{text}' is no teacher: {_why_not(text)}")
+    teacher = TimmBackbone(timm_model(architecture.removeprefix("timm/"), pretrained=True))
+    teacher.architecture = architecture
+    return teacher
 
 
 def _why_not(text: str) -> str:
@@ -76,37 +104,10 @@ def _why_not(text: str) -> str:
         return f"the folder holds no {DESCRIPTION}"
     if path.suffix == ".py":
         return f"say which function makes it, as in {text}:FUNCTION"
-    if path.suffix in SUFFIXES:
+    if path.is_file() and (reason := why_no_weights(path)):
+        return reason
+    if path.is_file() or path.suffix in SUFFIXES:
         return f"a weight file does not say what it fits; write <architecture>:{text}, as in wrn_40_2:{text}"
     if is_architecture(text):
         return f"an architecture needs weights; write {text}:WEIGHTS"
     return f"there is no such file or folder; a teacher is {_FORMS}"
-
-
-def _with_weights(architecture: str, path: Path) -> Backbone:
-    if not is_architecture(architecture):
-        create_model(architecture, 1)  # says what is wrong with the name
-    weights = {_our_name(name): value for name, value in read_state_dict(path).items()}
-    if "classifier.weight" not in weights:
-        raise ModelError(f"{path} holds no classifier.weight, so that it is no whole {architecture}")
-    model = create_model(architecture, len(weights["classifier.weight"]))
-    load_weights(model, weights, str(path))
-    return model
-
-
-def _our_name(name: str) -> str:
-    """Translate what the field's published CIFAR models call the same thing."""
-    name = re.sub(r"^(fc|linear)\.", "classifier.", name)
-    return name.replace(".layer.", ".").replace(".convShortcut.", ".shortcut.")
-
-
-def _timm_with_weights(name: str, path: Path) -> Backbone:
-    body = timm_model(name)
-    weights = read_state_dict(path)
-    names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
-    classifier = names if isinstance(names, str) else names[0]
-    num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks but the logits
-    if num_classes != body.num_classes:
-        body.reset_classifier(num_classes)
-    load_weights(body, weights, str(path))
-    return TimmBackbone(body)

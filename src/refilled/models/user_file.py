@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from refilled.errors import ModelError, unknown
-from refilled.models.backbone import Backbone, global_average_pool
+from refilled.models.backbone import Backbone, NoClassifier, Pooling
+from refilled.models.module_outputs import LinearCall, find_last_linear, linear_calls, read_embedding
 from refilled.models.timm_backbone import TimmBackbone
 
 _PROBE_SIZE = 64  # pixels, where the input size is free
@@ -21,50 +22,104 @@ _PROBE_SIZE = 64  # pixels, where the input size is free
 class UserBackbone(Backbone):
     """A module of the user's, asked for its embedding.
 
-    The embedding is what ``forward_features`` returns, else ``embed``, else the module itself; maps
-    ``(N, d, H, W)`` are averaged over their pixels, tokens ``(N, T, d)`` over the tokens. Where the module's
-    own output is a linear layer of just this embedding, that layer is the classifier; otherwise there is none.
+    The embedding is what ``forward_features`` returns, else ``embed``. Where the module has neither, it is what the
+    module returns, or, where that comes out of a linear layer, the input of this layer, which is then the classifier.
+    What may be returned and how it is pooled says :func:`~refilled.models.module_outputs.read_embedding`. The module
+    runs in float32, whatever its weights were.
 
     Args:
         module: The module.
         mean: Mean of each channel that the module expects, on the scale [0, 1].
         std: Standard deviation likewise.
         input_size: Side length in pixels that images are resized to, or None for as they come.
+        image_size: Side length of the images that it will be asked about, for a module that fits one size only.
 
     Raises:
         ModelError: when the module gives no embedding.
     """
 
     def __init__(
-        self, module: nn.Module, mean: Sequence[float], std: Sequence[float], input_size: int | None = None
+        self,
+        module: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        input_size: int | None = None,
+        image_size: int | None = None,
     ) -> None:
+        halved = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
         module.float().cpu().eval()
-        side = input_size or _PROBE_SIZE
-        images = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+        images = _made_up(input_size or image_size or _PROBE_SIZE)
         with torch.no_grad():
-            embedding = _embedding(module, images)
-            classifier = _classifier(module, images, embedding)
-        super().__init__(embedding.shape[1], (), 0, mean, std, input_size)
-        self.module = module
+            images, last = _fitting(module, images, channels=len(mean))
+            embedding = last.input if last is not None else _embedding(module, images)
+            classifier = last.layer if last is not None else _classifier(module, images, embedding)
+        super().__init__(embedding.shape[1], (), 0, mean, std, input_size, channels=images.shape[1])
+        self.module, self._images = module, images
+        self._reads_last = last is not None
         if classifier is not None:
             self.classifier, self.num_classes = classifier, classifier.out_features
+        if last is not None:
+            self.notes += (
+                f"the teacher's module ends in a linear layer of {last.layer.out_features} outputs; the embedding is "
+                f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module gives another",
+            )
+        if last is None and isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+            self.notes += (
+                f"the teacher's compiled program cannot be looked into: its output of {embedding.shape[1]} numbers is "
+                "the embedding. If these are scores of classes, compile a module that returns what they are made of",
+            )
+        self.notes += tuple(
+            f"the teacher's module was {str(d).removeprefix('torch.')}; it runs in float32" for d in halved
+        )
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map normalised images to the module's embedding ``(N, d)``; there are no feature maps."""
-        return _embedding(self.module, images), ()
+        if not self._reads_last:
+            return _embedding(self.module, images, self.pooling), ()
+        with linear_calls(self.module) as calls:
+            self.module(images)
+        return next(call.input for call in reversed(calls) if call.layer is self.classifier), ()
+
+    def set_pooling(self, pooling: Pooling) -> None:
+        """Choose what the embedding is, of a module that returns tokens; the classifier is lost."""
+        if pooling == self.pooling:
+            return
+        with torch.no_grad():
+            embedding = _embedding(self.module, self._images, pooling)
+        self.pooling, self._reads_last, self.embedding_dim = pooling, False, embedding.shape[1]
+        self.classifier, self.num_classes, self.class_names = NoClassifier(), 0, None
 
 
-def _embedding(module: nn.Module, images: Tensor) -> Tensor:
+def _made_up(side: int) -> Tensor:
+    return torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+
+
+def _fitting(module: nn.Module, images: Tensor, channels: int) -> tuple[Tensor, LinearCall | None]:
+    """Return the images, in RGB or else in grayscale, that the module takes, and the linear layer that it ends in."""
+    if channels == 1:
+        return images[:, :1], _last_linear(module, images[:, :1])
+    try:
+        return images, _last_linear(module, images)
+    except RuntimeError as error:
+        try:
+            return images[:, :1], _last_linear(module, images[:, :1])
+        except RuntimeError:
+            raise error from None  # it was not the number of channels
+
+
+def _last_linear(module: nn.Module, images: Tensor) -> LinearCall | None:
     name, embed = _embedder(module)
-    output = embed(images)
-    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
-        what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ModelError(
-            f"the {name} of the teacher must return a tensor: (N, d), tokens (N, T, d) or maps (N, d, H, W); got {what}"
-        )
-    if output.ndim == 4:
-        return global_average_pool(output)
-    return output.mean(1) if output.ndim == 3 else output
+    with linear_calls(module) as calls:
+        output = embed(images)
+    return find_last_linear(output, calls) if name == "forward" else None
+
+
+def _embedding(module: nn.Module, images: Tensor, pooling: Pooling = "pooled") -> Tensor:
+    name, embed = _embedder(module)
+    try:
+        return read_embedding(embed(images), pooling)
+    except ModelError as error:
+        raise ModelError(f"what the {name} of the teacher returns: {error}") from None
 
 
 def _embedder(module: nn.Module) -> tuple[str, Callable[[Tensor], Any]]:
@@ -98,6 +153,7 @@ def load_user_file(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_size: int | None = None,
+    image_size: int | None = None,
 ) -> Backbone:
     """Call ``function``, with ``argument`` as one string if there is one, and make a teacher of what it returns.
 
@@ -113,6 +169,8 @@ def load_user_file(
     with _errors_in(path):
         result = _call(path, function, argument)
     module, about = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if isinstance(module, torch.export.ExportedProgram):
+        module = _runnable(module)
     if not isinstance(module, nn.Module) or not isinstance(about, Mapping):
         raise ModelError(
             f"{path}: {function} must return a torch.nn.Module, or a module and a dict, not {result!r:.80}"
@@ -122,9 +180,20 @@ def load_user_file(
         std = std or _numbers("std", module, about, path)
         sizes = _numbers("input_size", module, about, path)  # some say (3, H, W)
         input_size = input_size or (int(sizes[-1]) if sizes else None)
-        teacher = _backbone(module, mean, std, input_size, path)
+        teacher = _backbone(module, mean, std, input_size, image_size, path)
         teacher.class_names = _class_names(teacher, module, about, path)
     return teacher
+
+
+def _runnable(program: torch.export.ExportedProgram) -> nn.Module:
+    """Make a module of an exported program, which does as it was exported in training and evaluation alike."""
+    module = program.module()
+
+    def stay(mode: bool = True) -> nn.Module:
+        return module
+
+    module.train, module.eval = stay, stay  # type: ignore[method-assign, assignment]  # they would raise
+    return module
 
 
 def _call(path: Path, function: str, argument: str | None) -> Any:
@@ -164,18 +233,25 @@ def _errors_in(path: Path) -> Iterator[None]:
 
 
 def _backbone(
-    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int | None, path: Path
+    module: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_size: int | None,
+    image_size: int | None,
+    path: Path,
 ) -> Backbone:
     if hasattr(module, "pretrained_cfg") and hasattr(module, "forward_head"):
         teacher = TimmBackbone(module)
         teacher.set_preprocessing(mean, std, input_size)
+        if input_size is None:
+            teacher.adapt_size(image_size)
         return teacher
     if mean is None or std is None:
         raise ModelError(
             f"{path} does not say how its teacher's images are normalised: give --teacher-mean and --teacher-std, or "
             "let the function return (module, {'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]})"
         )
-    return UserBackbone(module, mean, std, input_size)
+    return UserBackbone(module, mean, std, input_size, image_size)
 
 
 def _numbers(name: str, module: nn.Module, about: Mapping[str, Any], path: Path) -> list[float] | None:
@@ -190,9 +266,19 @@ def _numbers(name: str, module: nn.Module, about: Mapping[str, Any], path: Path)
 
 
 def _class_names(teacher: Backbone, module: nn.Module, about: Mapping[str, Any], path: Path) -> tuple[str, ...] | None:
-    names = getattr(module, "class_names", None) or about.get("labels")
-    if names is None or teacher.num_classes == 0:
+    given = getattr(module, "class_names", None)
+    given = about.get("labels") if given is None else given
+    if given is None or teacher.num_classes == 0:
         return None
+    names = _in_order(given) if isinstance(given, Mapping) else tuple(map(str, given))
     if len(names) != teacher.num_classes:
         raise ModelError(f"{path}: {len(names)} names of classes for the {teacher.num_classes} that the teacher scores")
-    return tuple(map(str, names.values() if isinstance(names, Mapping) else names))
+    return names
+
+
+def _in_order(names: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Read names by number or numbers by name, in the order of the numbers; else the values as they come."""
+    for pairs in (list(names.items()), [(number, name) for name, number in names.items()]):
+        if all(str(number).isdecimal() for number, _ in pairs):
+            return tuple(str(name) for _, name in sorted(pairs, key=lambda pair: int(pair[0])))
+    return tuple(map(str, names.values()))

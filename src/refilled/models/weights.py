@@ -1,60 +1,132 @@
-"""Weight files: read without running anything that they contain, and loaded whole or not at all."""
+"""Weight files: read without running anything that they contain, and loaded completely or not at all."""
 
+import argparse
+import math
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from refilled.errors import ModelError
+from refilled.models.architectures import create_model, is_architecture
+from refilled.models.backbone import Backbone
+from refilled.models.timm_backbone import TimmBackbone, first_convolution, timm_model
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 """What the names of weight files end in."""
 
-_PREFIXES = ("_orig_mod.", "module.")  # of compiled models, and of models on several devices
-_NESTS = ("state_dict", "model", "model_state_dict", "net")
+Say = Callable[[str], None]
+
+_AVERAGED = (
+    *("state_dict_ema", "ema_state_dict", "model_ema", "model_ema_state_dict", "ema_model", "ema", "params_ema"),
+    *("averaged_model", "swa_model", "teacher", "shadow"),
+)
+_LATEST = (
+    *("state_dict", "model", "model_state_dict", "model_state", "net", "net_state_dict", "network", "params"),
+    *("weights", "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "backbone", "encoder"),
+    *("base_model", "trunk", "student"),
+)
+_WRAPPERS = (*_AVERAGED, *_LATEST)
+"""What training scripts put weights under, as the key of a dict or as the beginning of each name; preferred first."""
+
+_BESIDE = (
+    *("n_averaged", "criterion", "loss", "loss_fn", "head", "heads", "fc", "classifier", "decoder", "neck"),
+    *("projector", "projection_head", "predictor", "prototypes", "dino_head", "ibot_head", "dino_loss", "queue"),
+)
+"""What may lie beside a network in the state dict of a whole training module."""
+
+_INSIDE = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What compiling, sharding or checkpointing a part of a network leaves in the middle of names."""
+
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # the function moved with NumPy 2; files name either place
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+    *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""Plain data that training scripts save beside the weights: options, and numbers of NumPy's."""
+
+_ABOUT = "{'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]}"  # an example
+
 _SHOWN = 4  # names in a message, so that it stays readable
+_KEYS_SHOWN = 8
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, out of the nest and without the prefixes that training scripts leave on it.
+def read_weights(
+    path: Path, branch: str | None = None, say: Say = lambda text: None, network: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Read the tensors of a weight file by name, out of whatever training scripts wrap them in.
+
+    The bytes of the file decide how it is read, not its name. Dicts around the state dict and prefixes that all names
+    share are taken off until neither is left. Where there are several sets of weights, the averaged ones (exponential
+    moving average, DINO's teacher) are taken before the latest ones, as timm and DINO do in evaluation.
 
     Args:
-        path: A safetensors file, or one that :func:`torch.save` wrote; pickled code in it is refused.
+        path: A safetensors file, or a file that :func:`torch.save` wrote. Pickled code is refused.
+        branch: Which set of weights to take, where there are several: a key such as ``"model"`` or ``"student"``, or
+            several with a dot between them. None for the averaged weights, where there are any.
+        say: Called with what a reader should know: which set was taken, what was left out, what was converted.
+        network: The names of the tensors of the network that the weights are for, where that is known. Names that it
+            has are not taken for wrapped ones, though they begin as some wrappers do (``encoder.``).
+
+    Returns:
+        Tensors on the CPU; those with a fraction are float32.
 
     Raises:
-        ModelError: when the file cannot be read, or holds something else.
+        ModelError: the file cannot be read, holds no state dict, holds several without a clear choice, or holds numbers
+            that are not finite.
     """
     content = _read(path)
-    for nest in _NESTS:
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"{path} holds no state dict (tensors by name), but {type(content).__name__}")
-    names = [str(name) for name in content]
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in names):
-            names = [name.removeprefix(prefix) for name in names]
-    return dict(zip(names, content.values(), strict=True))
+    weights = _in_float32(_unwrapped(content, path, branch, say, network), path, say)
+    _refuse_non_finite(weights, path)
+    return weights
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError(f"there is no weight file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> Backbone:
+    """Build the model that ``ARCHITECTURE:FILE`` names, with as many classes as the weights have.
+
+    Args:
+        architecture: ``timm/<name>``, or a name that :func:`create_model` knows.
+        file: A weight file. ``FILE#BRANCH`` takes one of several sets of weights in it; see :func:`read_weights`.
+        say: Called with what a reader should know.
+
+    Raises:
+        ModelError: there is no such architecture or file, or one does not fit the other.
+    """
+    if not is_architecture(architecture):
+        create_model(architecture, 1)  # raises, naming what is wrong
+    path, branch = _path_and_branch(file)
+    if architecture.startswith("timm/"):
+        of_timm = _open_timm(architecture.removeprefix("timm/"), path, branch, say)
+        of_timm.architecture = architecture
+        return of_timm
+    weights = {_our_name(name): value for name, value in read_weights(path, branch, say).items()}
+    if "classifier.weight" not in weights:
         raise ModelError(
-            f"{path} holds more than tensors, or something else altogether; running code out of a weight file is "
-            "refused. Save the state dict alone: torch.save(model.state_dict(), FILE)"
-        ) from error
-    except Exception as error:  # damaged bytes make the readers fail in every which way
-        raise ModelError(f"{path} cannot be read as weights: {type(error).__name__}: {error!s:.200}") from error
+            f"{path} holds no classifier.weight, so that it is no whole {architecture}; it holds {_first(weights)}"
+        )
+    model = create_model(architecture, len(weights["classifier.weight"]))
+    load_weights(model, weights, str(path))
+    return model
+
+
+def why_no_weights(path: Path) -> str | None:
+    """Say why a file holds no weights that can be read; None where it does."""
+    try:
+        read_weights(path)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -79,6 +151,232 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     if problems:
         raise ModelError(f"{source} does not fit the architecture: {'; '.join(problems)}")
     model.load_state_dict(weights, strict=False)  # old files lack num_batches_tracked, which nothing reads
+
+
+def _path_and_branch(file: str) -> tuple[Path, str | None]:
+    name, sharp, branch = file.rpartition("#")
+    if not sharp or Path(file).exists():
+        return Path(file), None
+    return Path(name), branch
+
+
+def _our_name(name: str) -> str:
+    """Translate what the field's published CIFAR models call the same thing."""
+    name = re.sub(r"^(fc|linear)\.", "classifier.", name)
+    return name.replace(".layer.", ".").replace(".convShortcut.", ".shortcut.")
+
+
+def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackbone:
+    body = timm_model(name)
+    weights = read_weights(path, branch, say, body.state_dict().keys())
+    if options := _options_of(weights, body):
+        body = timm_model(name, **options)
+    weights = _in_timm_names(weights, body)
+    names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
+    classifier = names if isinstance(names, str) else names[0]
+    num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks only the logits
+    if num_classes != body.num_classes:
+        body.reset_classifier(num_classes)
+    load_weights(body, weights, str(path))
+    return TimmBackbone(body)
+
+
+def _in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
+    """Translate the names of the authors' own files (DINOv2, CLIP, MAE, ...) as timm does on downloading them."""
+    translate = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
+    if translate is None or weights.keys() == body.state_dict().keys():
+        return weights
+    try:
+        return dict(translate(dict(weights), body))
+    except Exception:  # they are others; what does not fit is named on loading
+        return weights
+
+
+def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:
+    """Return how the network that the weights belong to was built, where it was not built as timm builds it."""
+    options: dict[str, Any] = {}
+    first = first_convolution(body)
+    kernel = None if first is None else weights.get(f"{first}.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] != body.get_submodule(first).weight.shape[1]:
+        options["in_chans"] = kernel.shape[1]
+    positions, own = weights.get("pos_embed"), getattr(body, "pos_embed", None)
+    if positions is not None and isinstance(own, Tensor) and own.ndim == 3 and positions.shape[1] != own.shape[1]:
+        prefix = own.shape[1] - math.prod(body.patch_embed.grid_size)
+        options["img_size"] = math.isqrt(max(positions.shape[1] - prefix, 1)) * body.patch_embed.patch_size[0]
+    return options
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"there is no weight file {path}")
+    with path.open("rb") as file:
+        start = file.read(512)
+    _refuse_other_formats(path, start)
+    try:
+        if _is_safetensors(start, path.stat().st_size):
+            return load_file(path)
+        with (
+            torch.serialization.safe_globals(_HARMLESS),
+            path.open("rb") as file,
+        ):  # a path would be judged by its suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path} {_why_refused(str(error))}") from error
+    except Exception as error:  # damaged bytes make the readers fail in every which way
+        raise ModelError(f"{path} cannot be read as weights: {type(error).__name__}: {error!s:.200}") from error
+
+
+def _is_safetensors(start: bytes, size: int) -> bool:
+    """Whether the bytes begin as safetensors do: the length of a JSON header, 8 bytes, then that header."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    text = start.lstrip().lower()
+    signs = {
+        "is empty": not start,
+        "is a pointer of Git LFS and not the file itself; fetch it with 'git lfs pull'": text.startswith(
+            b"version https://git-lfs"
+        ),
+        "is a web page; download the file itself": text.startswith((b"<!doctype", b"<html")),
+        "is an HDF5 file (Keras, MATLAB), which PyTorch cannot read": start.startswith(b"\x89HDF"),
+        "is compressed with gzip; unpack it first": start.startswith(b"\x1f\x8b"),
+        "is a tar archive, of an old torch.save or of a folder; unpack it, or save it with a newer PyTorch": start[
+            257:262
+        ]
+        == b"ustar",
+    }
+    for sign, holds in signs.items():
+        if holds:
+            raise ModelError(f"{path} {sign}")
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if what := _other_archive(names):
+            raise ModelError(f"{path} {what}")
+
+
+def _other_archive(names: list[str]) -> str | None:
+    """Say what a zip archive is, if it is not one of :func:`torch.save`."""
+    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+        return (
+            "is a TorchScript program and not a file of weights. Opening it would run its code, which is refused. "
+            "Where you trust it, let a Python file open it, as in mine.py:load with "
+            f"'def load(): return torch.jit.load(FILE), {_ABOUT}', or save its weights: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+        )
+    if any("exported_program" in name or name.endswith("archive_format") for name in names):
+        return (
+            "is a program of torch.export and not a file of weights. Where you trust it, let a Python file open it, as "
+            f"in mine.py:load with 'def load(): return torch.export.load(FILE), {_ABOUT}', or save its weights: "
+            "torch.save(torch.export.load(FILE).state_dict, NEW)"
+        )
+    if all(name.endswith(".npy") for name in names):
+        return (
+            "is an archive of NumPy arrays; save them as tensors with torch.save({name: torch.from_numpy(array)}, NEW)"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"is an archive of other files ({_first(names)}); unpack it first"
+    return None
+
+
+def _why_refused(error: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    if found is None:
+        return "holds no weights that PyTorch can read: its bytes are another format, or are damaged"
+    return (
+        f"holds more than tensors: a Python object of {found[1]}. Opening it would run code, which is refused. Where "
+        "you trust the file, save the state dict alone: torch.save(model.state_dict(), FILE)"
+    )
+
+
+def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: Collection[str]) -> dict[str, Tensor]:
+    """Take dicts and prefixes off until neither is left."""
+    wanted = branch.split(".") if branch else []
+    taken: list[str] = []
+    whole = content
+    while options := _options(content, wanted[0] if wanted else None, network):
+        key = _choice(options, path, wanted, taken)
+        others = [name for name in options if name != key]
+        if others and not wanted:
+            say(f"{path}: '{key}' was taken and {', '.join(others)} left; {path}#NAME takes another")
+        if wanted and key == wanted[0]:
+            wanted.pop(0)
+        taken.append(key)
+        content = options[key]
+    if not _is_state_dict(content):
+        raise ModelError(f"{path} holds no state dict (tensors by name), but {_described(content)}")
+    if wanted:
+        raise ModelError(f"{path} has no weights under '{branch}'; it holds {_described(whole)}")
+    return {_INSIDE.sub("", str(name)): value for name, value in content.items()}
+
+
+def _options(content: Any, wanted: str | None, network: Collection[str]) -> dict[str, Any]:
+    """Return the sets of weights that lie in ``content`` under a key or a prefix; none where it is one itself."""
+    if not isinstance(content, Mapping):
+        return {}
+    if not _is_state_dict(content):
+        return {str(key): value for key, value in content.items() if _leads_to_weights(value)}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in content.items():
+        first, _, rest = str(name).partition(".")
+        groups.setdefault(first, {})[rest] = value
+    sets = {first: group for first, group in groups.items() if "" not in group}
+    fits = sum(name in network for name in content) > len(content) / 2
+    wrapped = not fits and any(first in _WRAPPERS for first in sets) and groups.keys() <= {*_WRAPPERS, *_BESIDE}
+    return sets if wrapped or wanted in sets else {}
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _leads_to_weights(content: Any) -> bool:
+    if not isinstance(content, Mapping) or "param_groups" in content:  # those belong to an optimizer
+        return False
+    return _is_state_dict(content) or any(_leads_to_weights(value) for value in content.values())
+
+
+def _choice(options: Mapping[str, Any], path: Path, wanted: list[str], taken: list[str]) -> str:
+    if wanted and wanted[0] in options:
+        return wanted[0]
+    known = [name for name in _WRAPPERS if name in options]
+    if known or len(options) == 1:
+        return (known or list(options))[0]
+    example = ".".join([*taken, next(iter(options))])
+    raise ModelError(
+        f"{path} holds several sets of weights: {', '.join(options)}. Name one behind a #, as in {path}#{example}"
+    )
+
+
+def _described(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    if not content:
+        return "an empty dict"
+    listed = [str(key) for key in content]
+    return f"a dict of {', '.join(listed[:_KEYS_SHOWN])}" + (", ..." if len(listed) > _KEYS_SHOWN else "")
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    counts = {
+        name: int((~value.isfinite()).sum())
+        for name, value in weights.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    }
+    if counts:
+        shown = _first(f"{name} ({count} of {weights[name].numel()} numbers)" for name, count in counts.items())
+        raise ModelError(
+            f"{path} holds weights that are NaN or infinite, in {len(counts)} of {len(weights)} tensors: {shown}. The "
+            "training that wrote it had failed; take an earlier state of it"
+        )
+
+
+def _in_float32(weights: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:
+    others = Counter(v.dtype for v in weights.values() if v.is_floating_point() and v.dtype != torch.float32)
+    for dtype, count in others.items():
+        say(f"{path}: {count} tensors were converted from {str(dtype).removeprefix('torch.')} to float32")
+    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def _first(names: Iterable[str]) -> str:

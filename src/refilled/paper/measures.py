@@ -15,7 +15,7 @@ from refilled.models import Backbone, create_model
 from refilled.paper.cells import Cell
 from refilled.paper.protocols import PROTOCOLS
 from refilled.paper.tables import Measure
-from refilled.runs.experiment import network_of, task_of
+from refilled.runs.inference import network_of, task_of
 from refilled.training.evaluation import embed, nmi
 
 _BATCH = 128  # supplement 2.1

@@ -25,7 +25,8 @@ from refilled.paper.cells import Cell, Choice
 from refilled.paper.measures import embed_test_images
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.paper.tables import Column, Row, Table
-from refilled.runs.experiment import Result, task_of
+from refilled.runs.inference import task_of
+from refilled.runs.result import Result
 
 _FEWEST_ROWS = 3  # whose order says anything
 _FIGURE = {

@@ -86,7 +86,14 @@ def _read(path: Path) -> State:
 
 def discard_states(folder: Path) -> None:
     """Remove the saved states of a finished run, and what interrupted writes left behind."""
-    for path in [folder / LAST, folder / PREVIOUS, *folder.glob(".*.tmp")]:
+    for name in (LAST, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+    discard_leftovers(folder)
+
+
+def discard_leftovers(folder: Path) -> None:
+    """Remove what interrupted writes left behind in a run's folder, which this process holds."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("stages/.*.tmp")]:
         path.unlink(missing_ok=True)
     sync_folder(folder)
 

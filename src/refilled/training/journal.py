@@ -72,7 +72,10 @@ class RunJournal:
         return state
 
     def _load(self) -> State | None:
-        state, self.warnings = load_state(self.folder)
+        state, problems = load_state(self.folder)
+        self.warnings = [f"{problem}; training resumed from the state before it" for problem in problems]
+        for warning in self.warnings:
+            self.display.message(f"warning: {warning}")
         self._log_path.touch()
         os.truncate(self._log_path, state.data["log_bytes"] if state else 0)
         return state

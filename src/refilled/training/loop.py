@@ -18,7 +18,7 @@ from refilled.config import Precision, Recipe
 from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
 from refilled.errors import NonFiniteError, RunError
-from refilled.models import Backbone
+from refilled.models import Backbone, refuse_non_finite
 from refilled.outputs import Outputs
 from refilled.stages import Prepares, Reports, Stage, Term
 from refilled.training.checkpoints import State
@@ -271,7 +271,7 @@ class _Training:
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
             self.world.sum_gradients(self.student.parameters(), self.losses.parameters())
-            self._check_finite(losses, epoch, step)
+            self._check_finite(losses, taught, batch, epoch, step)
             self._set_learning_rate(epoch + step / len(batches))
             self.optimizer.step()
             self._record(losses, len(batch), Position(self.position.stage, epoch, step + 1))
@@ -327,18 +327,32 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.rate * learning_rate(self.recipe, self.epochs, time)
 
-    def _check_finite(self, losses: Mapping[str, Tensor], epoch: int, step: int) -> None:
+    def _check_finite(
+        self, losses: Mapping[str, Tensor], taught: Outputs | None, batch: Tensor, epoch: int, step: int
+    ) -> None:
         """Raise before a step that would spoil the weights."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm + sum(loss.detach() for loss in losses.values())):
             return
+        self._refuse_sick_teacher(taught, batch)
         values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
         raise NonFiniteError(
             f"stage '{self.stage.name}', epoch {epoch + 1}, step {step + 1}: the loss or its gradient is not finite "
             f"({values}; gradient norm {norm.item():g}). The step was not taken. "
             "A lower --lr usually mends it; so can --precision 32-true or a smaller weight of the loss that grew"
         )
+
+    def _refuse_sick_teacher(self, taught: Outputs | None, batch: Tensor) -> None:
+        """Blame the teacher, and name the images, where it is its outputs that are not finite."""
+        if taught is None:
+            return
+        sources = [self.task.train.sources[row] for row in batch.tolist()]
+        hint = "" if self.recipe.precision == "32-true" else ". Its numbers may be too large for --precision bf16-mixed"
+        refuse_non_finite(taught.embedding, sources, "embedding", hint)
+        for what, rows in (("logits", taught.logits), *(("feature map", maps) for maps in taught.features)):
+            if len(rows) == len(sources):
+                refuse_non_finite(rows, sources, what, hint)
 
     def _record(self, losses: Mapping[str, Tensor], images: int, position: Position) -> None:
         values = {name: loss.detach() for name, loss in losses.items()}
@@ -374,10 +388,10 @@ class _Training:
         if curious and self.teacher is not None:
             with self.fabric.autocast():
                 parts = [self.task.train, *([self.task.unlabelled] if self.task.unlabelled is not None else [])]
-                embedding = torch.cat(
-                    [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
-                )
-            embedding, labels = embedding.to(self.fabric.device), self.images.labels.to(self.fabric.device)
+                found = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
+            for part, embedding in zip(parts, found, strict=True):
+                refuse_non_finite(embedding, part.sources)
+            embedding, labels = torch.cat(found).to(self.fabric.device), self.images.labels.to(self.fabric.device)
             for loss in curious:
                 shown = len(labels) if _sees_unlabelled(loss) else self.labelled
                 loss.prepare(embedding[:shown], labels[:shown])

@@ -25,7 +25,7 @@ from torch import Tensor
 from refilled.data import Augmentation, Task, Views
 from refilled.errors import RunError
 from refilled.files import write_atomic
-from refilled.models import Backbone
+from refilled.models import Backbone, refuse_non_finite
 from refilled.training.evaluation import nearest_center_accuracy
 
 VIEW_SEED = 0  # of the augmentation of cached views: not the run's, so that runs can share them
@@ -94,8 +94,10 @@ class Gap:
 
 
 def fingerprint(model: Backbone) -> str:
-    """Identify a model by its weights and its normalisation, as 16 hexadecimal digits."""
+    """Identify a model by its weights, its normalisation and what its embedding is, as 16 hexadecimal digits."""
     digest = sha256(repr((model.input_size, model.mean.flatten().tolist(), model.std.flatten().tolist())).encode())
+    if model.pooling != "pooled":
+        digest.update(model.pooling.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -245,7 +247,9 @@ class TeacherCache:
         contents = self.contents
         views = Views(contents.augmentation, contents.mixup, contents.cutmix)
         pixels = views.load(task.seen.pixels, indices, seed=VIEW_SEED, view=view)
-        return embed(pixels).float().cpu()
+        embedding = embed(pixels).float().cpu()
+        refuse_non_finite(embedding, [task.source_of(row) for row in indices.tolist()])
+        return embedding
 
     def _write_manifest(self) -> None:
         teacher, task = self.of

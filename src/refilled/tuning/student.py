@@ -23,7 +23,9 @@ from refilled.config import Recipe, Run
 from refilled.errors import NonFiniteError, RunError, unknown
 from refilled.files import alone, write_atomic
 from refilled.methods import load_method
-from refilled.runs.experiment import Result, check, distill, resolve, resume
+from refilled.runs.experiment import check, complete
+from refilled.runs.prepared import resolve
+from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 
 if TYPE_CHECKING:
@@ -213,7 +215,7 @@ def _try(study: "Study", trial: "FrozenTrial", run: Run, folder: Path) -> float 
         if other.params == trial.params and other.value is not None:
             return other.value  # the same run again would give the same
     try:
-        return _carry_out(_with(run, trial.params), folder).accuracy
+        return complete(_with(run, trial.params), folder).accuracy
     except NonFiniteError:
         return None
 
@@ -223,10 +225,6 @@ def _tell(study: "Study", trial: "FrozenTrial", accuracy: float | None) -> None:
         study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
     else:
         study.tell(trial.number, accuracy)
-
-
-def _carry_out(run: Run, folder: Path) -> Result:
-    return resume(folder) if (folder / "run.toml").exists() else distill(run, folder)
 
 
 def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
@@ -240,7 +238,7 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         final = replace(_with(run, best.params), val=0.0, score="test")
         assert best.value is not None  # it is complete
         final_folder = folder / "best" / str(best.number)
-        return Tuned(best.params, best.value, _carry_out(final, final_folder), final_folder)
+        return Tuned(best.params, best.value, complete(final, final_folder), final_folder)
 
 
 def _optuna() -> Any:

@@ -50,7 +50,7 @@ def open_cifar100(data_root: Path, image: str | None = None, label: str | None =
     home = data_root / "cifar100"
     if is_parquet(home):
         found = open_parquet(home, image, label)
-        return Source(found.classes, found.train, found.val, found.test, image_size=32, citation=CITATION)
+        return Source(found.classes, found.train, found.val, found.test, image_size=32, fixed=True, citation=CITATION)
     if image or label:
         raise TaskError("only CIFAR-100 in Parquet files has columns to choose from; leave out @image= and @label=")
     for folder in (home / _FOLDER, data_root / _FOLDER):
@@ -73,7 +73,7 @@ def _open_pickles(folder: Path) -> Source:
             raise TaskError(f"{folder / part} has labels that fit neither images nor names; download it from {URL}")
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts[part] = ArrayPart(np.array(labels, dtype=np.int64), images, part)
-    return Source(classes, parts["train"], None, parts["test"], image_size=32, citation=CITATION)
+    return Source(classes, parts["train"], None, parts["test"], image_size=32, fixed=True, citation=CITATION)
 
 
 class _AllowList(pickle.Unpickler):

@@ -58,7 +58,7 @@ def _open_folder(home: Path) -> Source:
         positions[side].append(numbers[label])
     test, train = (CropPart(np.array(positions[s], dtype=np.int64), tuple(crops[s]), home / "images") for s in "01")
     classes = tuple(name.partition(".")[2].replace("_", " ") or name for (name,) in names.values())
-    return Source(classes, train, None, test, citation=CITATION)
+    return Source(classes, train, None, test, fixed=True, citation=CITATION)
 
 
 @dataclass(frozen=True)

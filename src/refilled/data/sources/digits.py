@@ -24,6 +24,7 @@ def open_digits() -> Source:
         classes=tuple(str(digit) for digit in range(10)),
         train=ArrayPart(labels[train], pixels[train], "digits-train"),
         test=ArrayPart(labels[test], pixels[test], "digits-test"),
+        fixed=True,
         augmentation="crop",  # a mirrored digit is no digit
         image_size=16,  # a model that halves the size three times still has 2x2 left
         licence="CC BY 4.0",

@@ -1,13 +1,14 @@
 """Data sets of the Hugging Face hub, through its library `datasets`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
-from refilled.data.sources.parquet import as_picture, choose_column, number_labels
-from refilled.errors import TaskError, unknown
+from refilled.data.source import Picture, Rows, Source, part_in_name, stamp_of
+from refilled.data.sources.columns import Cells, Column, choose_image, choose_label, read_labels, require
+from refilled.data.sources.parquet import as_picture
+from refilled.errors import TaskError
 
 _BATCH = 256  # rows read at a time
 
@@ -32,25 +33,27 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
             f"hub:{name} could not be loaded ({error}); check the name and the network, or download its Parquet files "
             "and give their folder as the task"
         ) from error
-    keys = {PART_NAMES[key.lower()]: key for key in loaded if key.lower() in PART_NAMES}
-    tables = {part: loaded[key] for part, key in keys.items()}
-    if "train" not in tables:
-        raise TaskError(f"hub:{name} has no training part; it has {', '.join(loaded)}")
-    features = tables["train"].features
     where = f"hub:{name}"
+    keys = _part_keys(loaded, where)
+    tables = {part: loaded[key] for part, key in keys.items()}
+    features = tables["train"].features
     if image is None:
         images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-        image = choose_column("image", images, list(features), where)
-    if label is None:
-        kinds = ("int", "uint", "string", "large_string")
-        labels = [key for key, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(kinds)]
-        label = choose_column("label", labels, list(features), where)
-    for column in (image, label):
-        if column not in features:
-            raise TaskError(f"{where}: {unknown('column', column, features)}")
-    names = getattr(features[label], "names", None)
-    raw = {part: list(table[label]) for part, table in tables.items()}
-    classes, numbered = number_labels(raw, dict(enumerate(names)) if names else None, f"column '{label}' of {where}")
+        image = choose_image(images, list(features), where)
+    require(image, features, where)
+
+    def cells_of(column: str) -> dict[str, list[Cells]]:
+        found = {}
+        for part, table in tables.items():
+            require(column, table.features, f"{where}, part '{keys[part]}'")
+            names = getattr(table.features[column], "names", None)
+            numbered = None if names is None else dict(enumerate(names))
+            found[part] = [Cells(f"{where}/{keys[part]}", list(table[column]), numbered)]
+        return found
+
+    label = label or choose_label(_label_columns(features), list(features), where, cells_of)
+    cells = cells_of(label)
+    classes, numbered = read_labels(cells, label)
     parts = {
         part: HubPart(
             numbered[part], table.cast_column(image, datasets.Image(decode=False)), image, f"{name}/{keys[part]}"
@@ -66,6 +69,34 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
         licence=info.license or None,
         citation=info.citation or None,
     )
+
+
+def _part_keys(loaded: Iterable[str], where: str) -> dict[str, str]:
+    """Find what the parts are called; a name is taken where it is one word, since others may be subsets of a part."""
+    keys: dict[str, str] = {}
+    for key in loaded:
+        part, word = part_in_name(key)
+        if part is None or word != key.lower():
+            continue
+        if part in keys:
+            raise TaskError(
+                f"{where} has two parts for {part}, '{keys[part]}' and '{key}'; download its Parquet files, keep those "
+                "that you want, and give their folder as the task"
+            )
+        keys[part] = key
+    if "train" not in keys:
+        raise TaskError(f"{where} has no training part; it has {', '.join(loaded)}")
+    return keys
+
+
+def _label_columns(features: Mapping[str, Any]) -> list[Column]:
+    kinds = ("int", "uint", "string", "large_string", "bool", "float", "double", "decimal")
+    return [
+        Column(key, type_of, None if names is None else tuple(names))
+        for key, feature in features.items()
+        if (type_of := str(getattr(feature, "dtype", ""))).startswith(kinds)
+        for names in [getattr(feature, "names", None)]
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,62 @@
-"""Folders of images, one folder a class."""
+"""Folders of images, one folder per class."""
 
-import os
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from refilled.data.decode import SUFFIXES
-from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
+from refilled.data.source import Part, Picture, Rows, Source, part_called, stamp_of
+from refilled.data.walking import Listing, as_text, has_images, list_folders, list_images, unread_notes
 from refilled.errors import TaskError
+
+_SHOWN = 5  # names in a message
 
 
 def open_image_folder(root: Path) -> Source:
     """Open ``root/CLASS/.../IMAGE`` or ``root/{train,val,test}/CLASS/.../IMAGE``.
 
-    The folder has parts if it holds a folder ``train`` that itself holds folders. Classes and images come in the order
-    of their names. Hidden files and files without the suffix of an image are passed over. A folder named like an image
-    counts as one, which will turn out unreadable.
+    The folder has parts if it holds a folder for training that itself holds folders; parts have the names that people
+    give them (``training_set``, ``valid``, ``dev``, ...). Every other folder directly below the root or below a part is
+    a class, whatever its name. Classes and images come in the order of their names. A layout that could mean two things
+    is refused.
 
     Raises:
-        TaskError: There are no class folders, a folder cannot be listed, or two names differ in case only.
+        TaskError: There are no class folders, the layout is unclear or one level too high or too deep, a folder cannot
+            be listed, or two names differ in case only.
     """
-    roots = _part_roots(root)
-    found = {part: _list_classes(folder) for part, folder in roots.items()}
-    classes = sorted({name for listed in found.values() for name in listed})
+    layout, notes = _layout_of(root)
+    classes = sorted({name for folders in layout.values() for name in folders})
     if not classes:
         raise TaskError(f"{root} has no class folders; put the images of each class into a folder named after it")
     _refuse_collisions(classes, root)
+    unread: Counter[str] = Counter()
     parts = {}
-    for part, listed in found.items():
-        files: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes):
-            images = list(_list_images(listed[name])) if name in listed else []
-            files += images
-            labels += [label] * len(images)
-        parts[part] = FolderPart(np.array(labels, dtype=np.int64), tuple(files), root)
-    return Source(tuple(classes), parts["train"], parts.get("val"), parts.get("test"))
+    for part, folders in layout.items():
+        listings = {name: list_images(folder) for name, folder in folders.items()}
+        unread.update(sum((listing.unread for listing in listings.values()), Counter()))
+        parts[part] = _part_of(listings, classes, root)
+    if not len(parts["train"].labels):
+        raise TaskError("; ".join([f"no images were found in the class folders of {root}", *unread_notes(unread)]))
+    return Source(
+        tuple(classes),
+        parts["train"],
+        parts.get("val"),
+        parts.get("test"),
+        notes=(*notes, *unread_notes(unread)),
+    )
+
+
+def _part_of(listings: Mapping[str, Listing], classes: list[str], root: Path) -> Part:
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = listings[name].images if name in listings else []
+        files += images
+        labels += [label] * len(images)
+    return FolderPart(np.array(labels, dtype=np.int64), tuple(files), root)
 
 
 def open_loose_images(root: Path) -> "FolderPart":
@@ -47,7 +65,7 @@ def open_loose_images(root: Path) -> "FolderPart":
     Raises:
         TaskError: A folder cannot be listed.
     """
-    files = tuple(_list_images(root))
+    files = tuple(list_images(root).images)
     return FolderPart(np.zeros(len(files), dtype=np.int64), files, root)
 
 
@@ -60,54 +78,101 @@ class FolderPart:
     root: Path
 
     def name(self, row: int) -> str:
-        """Say where an image came from: its path within the folder."""
-        return _printable(self.files[row].relative_to(self.root))
+        """Return where an image came from: its path within the folder."""
+        return as_text(self.files[row].relative_to(self.root))
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Give the files of these rows."""
+        """Return the files of these rows."""
         return (self.files[row] for row in rows)
 
     def stamp(self) -> str:
-        """Digest the states of the files."""
+        """Return a digest of the states of the files."""
         return stamp_of(self.files)
 
 
-def _part_roots(root: Path) -> dict[str, Path]:
-    folders = _list_folders(root)
-    named = {PART_NAMES[folder.name.lower()]: folder for folder in folders if folder.name.lower() in PART_NAMES}
-    if "train" in named and _list_folders(named["train"]):
-        return named
-    return {"train": root}
-
-
-def _list_folders(root: Path) -> list[Path]:
-    try:
-        return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not _is_hidden(entry.name)]
-    except OSError as error:
-        raise _unlistable(error) from None
-
-
-def _list_classes(root: Path) -> dict[str, Path]:
-    folders = [folder for folder in _list_folders(root) if not _is_image(folder.name)]
+def _layout_of(root: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Return the class folders of each part by name, and notes on what is not used."""
+    folders = list_folders(root)
+    named: dict[str, list[Path]] = {}
     for folder in folders:
-        if _printable(folder) != str(folder):
-            raise TaskError(f"the path of the class folder {_printable(folder)} is not valid UTF-8; rename it")
+        part = part_called(folder.name)
+        if part is not None:
+            named.setdefault(part, []).append(folder)
+    if any(list_folders(folder) for folder in named.get("train", ())):
+        return _with_parts(root, folders, named)
+    _refuse_parts_as_classes(root, folders, named)
+    _refuse_wrong_level(root, folders)
+    return {"train": _classes_in(root)}, []
+
+
+def _with_parts(
+    root: Path, folders: list[Path], named: dict[str, list[Path]]
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    layout, notes = {}, []
+    for part, candidates in named.items():
+        if len(candidates) > 1:
+            raise TaskError(
+                f"{root} has {len(candidates)} folders for the {part} part: {_listed(candidates)}; keep one of them"
+            )
+        (folder,) = candidates
+        classes = _classes_in(folder)
+        if classes and any(list_images(c).images for c in classes.values()):
+            layout[part] = classes
+            _refuse_wrong_level(folder, list(classes.values()))
+            continue
+        count = len(list_images(folder).images)
+        why = f"its {count} images have no labels" if count else "it is empty"
+        notes.append(f"{folder.name} is not used: it holds no class folders with images, so {why}")
+    if "train" not in layout:
+        raise TaskError(f"no images were found in the class folders of {named['train'][0]}")
+    unused = [folder for folder in folders if part_called(folder.name) is None]
+    if unused:
+        notes.append(f"not used, since they lie beside {named['train'][0].name}: {_listed(unused)}")
+    return layout, notes
+
+
+def _refuse_parts_as_classes(root: Path, folders: list[Path], named: dict[str, list[Path]]) -> None:
+    words = [folder for candidates in named.values() for folder in candidates]
+    if len(words) < 2 or len(words) < len(folders):
+        return
+    if any(list_folders(folder) for folder in words):
+        raise TaskError(
+            f"{root} has the parts {_listed(words)}, but no class folders in a part to train on; name that part train"
+        )
+    raise TaskError(
+        f"{_listed(words)} in {root} are names of parts, but they hold no class folders; put the images of each class "
+        "into a folder named after it, inside each part"
+    )
+
+
+def _refuse_wrong_level(root: Path, folders: list[Path]) -> None:
+    """Refuse a folder whose data set lies one level deeper, or whose classes do."""
+    if any(has_images(folder) for folder in folders):
+        return
+    below = [[inner.name for inner in list_folders(folder)] for folder in folders]
+    if len(folders) == 1 and len(below[0]) > 1:
+        raise TaskError(
+            f"{root} holds one folder only, '{folders[0].name}', with others in it; give {folders[0]} instead"
+        )
+    if len(folders) > 1 and len(below[0]) > 1 and all(names == below[0] for names in below):
+        shown = ", ".join(f"'{name}'" for name in below[0][:_SHOWN])
+        raise TaskError(
+            f"the folders of {root} ({_listed(folders)}) all hold the same folders ({shown}), so it is unclear which "
+            "are the classes; put class folders directly below the folder, or below train, val and test"
+        )
+
+
+def _classes_in(root: Path) -> dict[str, Path]:
+    folders = list_folders(root)
+    for folder in folders:
+        if as_text(folder) != str(folder):
+            raise TaskError(f"the path of the class folder {as_text(folder)} is not valid UTF-8; rename it")
     return {folder.name: folder for folder in folders}
 
 
-def _list_images(folder: Path) -> Iterator[Path]:
-    """Walk down a class folder in the order of names; links to folders are not followed, so there are no loops."""
-
-    def refuse(error: OSError) -> None:
-        raise _unlistable(error)
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        yield from (Path(place) / name for name in sorted(files + folders) if _is_image(name))
-        folders[:] = sorted(name for name in folders if not _is_image(name) and not _is_hidden(name))
-
-
-def _unlistable(error: OSError) -> TaskError:
-    return TaskError(f"the folder {_printable(Path(error.filename))} cannot be listed: {error.strerror}")
+def _listed(folders: list[Path]) -> str:
+    more = f" and {len(folders) - _SHOWN} more" if len(folders) > _SHOWN else ""
+    return ", ".join(folder.name for folder in folders[:_SHOWN]) + more
 
 
 def _refuse_collisions(classes: list[str], root: Path) -> None:
@@ -119,16 +184,3 @@ def _refuse_collisions(classes: list[str], root: Path) -> None:
                 f"the class folders '{other}' and '{name}' of {root} differ in case or the encoding of accents only, "
                 "which some file systems cannot tell apart; merge or rename them"
             )
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and not _is_hidden(name)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _printable(path: Path) -> str:
-    """Write a path as text that any file can hold, also one whose name is not valid UTF-8."""
-    return str(path).encode(errors="backslashreplace").decode()

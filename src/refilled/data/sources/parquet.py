@@ -1,9 +1,8 @@
 """Tables of encoded images: Parquet files as Hugging Face `datasets` writes them, or anything near."""
 
 import json
-import re
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,29 +11,41 @@ from typing import Any
 
 import numpy as np
 
-from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
-from refilled.errors import TaskError, unknown
+from refilled.data.source import Part, Picture, Rows, SelectedPart, Source, by_part, part_in_name, stamp_of
+from refilled.data.sources.columns import (
+    Cells,
+    Column,
+    choose_image,
+    choose_label,
+    choose_part,
+    read_labels,
+    require,
+    rows_of_parts,
+)
+from refilled.errors import TaskError
 
-_COLUMN_NAMES = {
-    "image": ("img", "image", "picture", "pixels"),
-    "label": ("label", "labels", "fine_label", "class", "class_name", "target", "category"),
-}
 _BATCH = 128  # rows read at a time
+_SUFFIX = ".parquet"
+_NAME_COLUMNS = ("class_name", "label_name", "category_name")  # text beside integer labels
 
 
 def is_parquet(path: Path) -> bool:
     """Whether a path is a Parquet file or a folder of them."""
-    return path.suffix == ".parquet" or bool(_part_files(path))
+    return path.suffix.lower() == _SUFFIX or bool(_tables_in(path))
 
 
 def open_parquet(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
     """Open one Parquet file, which is all training part, or a folder with a file or shards for each part.
 
-    The part is the first word of a file's name: ``train.parquet``, ``validation-00000-of-00002.parquet``.
+    The part is a word of a file's name, ``train.parquet``, ``validation-00000-of-00002.parquet``, or the name of its
+    folder, ``train/0000.parquet``. The files lie in the folder itself, in its subfolder ``data``, or in a subfolder
+    named after a configuration of the data set, as on the Hugging Face hub.
 
     The image column holds encoded bytes or Hugging Face's ``{bytes, path}``. Names of classes come from the label
-    column itself if it holds text, else from the Hugging Face features in the schema, from a column ``class_name``,
-    from ``classes.json`` beside the file, or are the label numbers.
+    column itself if it holds text, else from the Hugging Face features in the schema, from a column such as
+    ``class_name``, from ``classes.json`` beside the file, or are the label numbers. Every file must have both columns.
+
+    A single table may say the part of each row in a column such as ``split``.
 
     Args:
         path: The file or the folder.
@@ -43,82 +54,138 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None,
         labelled: Whether a label column is needed; if not, none is read and all images are of one class.
 
     Raises:
-        TaskError: A file is damaged, or its columns cannot be used.
+        TaskError: A file is damaged, its columns cannot be used, or the files contradict each other.
     """
     files = _part_files(path) if path.is_dir() else {"train": [path]}
     if "train" not in files:
         raise TaskError(
             f"{path} has no training part; name one of its files train.parquet, or name a single file of it as the task"
         )
-    tables = {part: _Table(tuple(paths)) for part, paths in files.items()}
-    image = image or tables["train"].image_column()
+    tables = {part: tuple(map(_File, paths)) for part, paths in files.items()}
+    every = [file for part in tables.values() for file in part]
+    where, columns = str(every[0].path), list(dict.fromkeys(name for file in every for name in file.columns))
+    image = image or choose_image(_first(file.image_columns() for file in every), columns, where)
+
+    def cells_of(column: str) -> dict[str, list[Cells]]:
+        return _label_cells(tables, column)
+
+    for file in every:
+        require(image, file.columns, str(file.path))
+        file.check_image(image)
     if not labelled:
-        zeros = {part: np.zeros(table.length(), dtype=np.int64) for part, table in tables.items()}
-        return _source(("",), zeros, image, tables)
-    label = label or tables["train"].label_column(image)
-    raw = {part: table.column(label) for part, table in tables.items()}
-    classes, labels = number_labels(raw, _class_names(raw, tables, label), f"column '{label}' of {path}")
-    return _source(classes, labels, image, tables)
+        parts = {
+            part: _part(np.zeros(sum(file.rows for file in found), dtype=np.int64), image, found)
+            for part, found in tables.items()
+        }
+        return Source(("",), parts["train"], parts.get("val"), parts.get("test"))
+    label = label or choose_label(_label_columns(every, image), columns, where, cells_of)
+    beside = _listed_classes(every[0].path.with_name("classes.json"))
+    cells = cells_of(label)
+    if beside is not None and not any(c.names for found in cells.values() for c in found):
+        cells = {part: [Cells(c.where, c.values, beside) for c in found] for part, found in cells.items()}
+    classes, labels = read_labels(cells, label)
+    parts = {part: _part(labels[part], image, found) for part, found in tables.items()}
+    if len(parts) > 1:
+        return Source(classes, parts["train"], parts.get("val"), parts.get("test"))
+    divided, notes = _divide(parts["train"], tables["train"])
+    return Source(classes, divided["train"], divided.get("val"), divided.get("test"), notes=notes)
 
 
-def _source(classes: tuple[str, ...], labels: dict[str, Rows], image: str, tables: "dict[str, _Table]") -> Source:
-    parts = {part: ParquetPart(labels[part], image, table.files, table.starts()) for part, table in tables.items()}
-    return Source(classes, parts["train"], parts.get("val"), parts.get("test"))
+def _part(labels: Rows, image: str, files: Sequence["_File"]) -> "ParquetPart":
+    starts = tuple(accumulate((file.rows for file in files[:-1]), initial=0))
+    return ParquetPart(labels, image, tuple(file.path for file in files), starts)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Rows that lie in one file or in several shards."""
+def _divide(whole: "ParquetPart", files: Sequence["_File"]) -> tuple[Mapping[str, Part], tuple[str, ...]]:
+    """Divide a table by a column that says the part of each row, if it has one."""
+    column = choose_part(files[0].text_columns())
+    if column is None or not all(column in file.text_columns() for file in files):
+        return {"train": whole}, ()
+    rows, notes = rows_of_parts([value for file in files for value in file.read(column)], column, str(files[0].path))
+    return {part: SelectedPart(whole, chosen) for part, chosen in rows.items()}, notes
 
-    files: tuple[Path, ...]
 
-    def schema(self) -> Any:
+def _label_cells(tables: Mapping[str, Sequence["_File"]], column: str) -> dict[str, list[Cells]]:
+    """Read a label column of every file, with the names of its numbers as far as the files say them."""
+    cells = {part: [file.labels(column) for file in files] for part, files in tables.items()}
+    if any(found.names for part in cells.values() for found in part):
+        return cells
+    for name_column in _NAME_COLUMNS:
+        pairs = {
+            part: [file.pairs(found.values, name_column) for file, found in zip(files, cells[part], strict=True)]
+            for part, files in tables.items()
+        }
+        flat = [found for part in pairs.values() for found in part]
+        # Another label column, say a coarser one, has no single class name for a number.
+        if name_column == column or not any(flat) or any(len(found) > len(dict(found)) for found in flat):
+            continue
+        return {
+            part: [Cells(c.where, c.values, dict(p)) for c, p in zip(cells[part], pairs[part], strict=True)]
+            for part in cells
+        }
+    return cells
+
+
+class _File:
+    """One Parquet file, of which the schema has been read."""
+
+    def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
 
-        with _readable(self.files[0]):
-            return pq.read_schema(self.files[0])
+        self.path = path
+        with _readable(path):
+            found = pq.read_metadata(path)
+            self.rows: int = found.num_rows
+            self.schema = found.schema.to_arrow_schema()
+        self.columns: list[str] = self.schema.names
 
-    def column(self, name: str) -> list[Any]:
-        import pyarrow.parquet as pq
+    def image_columns(self) -> list[str]:
+        """Return the columns that could hold images: structs of bytes if there are any, else bytes."""
+        structs = [field.name for field in self.schema if _is_image_struct(field.type)]
+        return structs or [field.name for field in self.schema if _is_bytes(field.type)]
 
-        values: list[Any] = []
-        for file in self.files:
-            with _readable(file):
-                found = pq.ParquetFile(file)
-                _require(name, found.schema_arrow.names, file)
-                values += found.read(columns=[name]).column(0).to_pylist()
-        return values
-
-    def starts(self) -> tuple[int, ...]:
-        import pyarrow.parquet as pq
-
-        return tuple(accumulate((pq.read_metadata(file).num_rows for file in self.files[:-1]), initial=0))
-
-    def length(self) -> int:
-        import pyarrow.parquet as pq
-
-        return sum(pq.read_metadata(file).num_rows for file in self.files)
-
-    def image_column(self) -> str:
-        import pyarrow.types as types
-
-        schema = self.schema()
-        fields = [field for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0]
-        fields = fields or [
-            field for field in schema if types.is_binary(field.type) or types.is_large_binary(field.type)
+    def label_columns(self) -> list[Column]:
+        return [
+            Column(field.name, str(field.type), self._class_label(field.name))
+            for field in self.schema
+            if _can_be_label(field.type)
         ]
-        return choose_column("image", [field.name for field in fields], schema.names, str(self.files[0]))
 
-    def label_column(self, image: str) -> str:
-        import pyarrow.types as types
+    def check_image(self, column: str) -> None:
+        kind = self.schema.field(column).type
+        if not (_is_image_struct(kind) or _is_bytes(kind)):
+            raise TaskError(
+                f"column '{column}' of {self.path} holds no images but {kind}; an image is encoded bytes, or a struct "
+                "of bytes and path. Name another column with @image=COLUMN"
+            )
 
-        schema = self.schema()
-        fields = [
-            field.name
-            for field in schema
-            if field.name != image and (types.is_integer(field.type) or _is_text(field.type))
-        ]
-        return choose_column("label", fields, schema.names, str(self.files[0]))
+    def text_columns(self) -> list[str]:
+        return [field.name for field in self.schema if _is_text(field.type)]
+
+    def labels(self, column: str) -> Cells:
+        require(column, self.columns, str(self.path))
+        names = self._class_label(column)
+        return Cells(str(self.path), self.read(column), None if names is None else dict(enumerate(names)))
+
+    def pairs(self, labels: Sequence[Any], name_column: str) -> set[tuple[Any, str]]:
+        """Return each label with each name that a column of names has beside it."""
+        if name_column not in self.columns:
+            return set()
+        return set(zip(labels, map(str, self.read(name_column)), strict=True))
+
+    def read(self, column: str) -> list[Any]:
+        import pyarrow.parquet as pq
+
+        with _readable(self.path):
+            values: list[Any] = pq.ParquetFile(self.path).read(columns=[column]).column(column).to_pylist()
+            return values
+
+    def _class_label(self, column: str) -> tuple[str, ...] | None:
+        """Return the names of the classes that Hugging Face's features give a column, or None."""
+        with suppress(KeyError, TypeError, ValueError):
+            features = json.loads((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
+            return tuple(map(str, features[column]["names"]))
+        return None
 
 
 @dataclass(frozen=True)
@@ -146,7 +213,6 @@ class ParquetPart:
                 continue
             with _readable(file):
                 found = pq.ParquetFile(file)
-                _require(self.image, found.schema_arrow.names, file)
                 for group in range(found.num_row_groups):
                     length = found.metadata.row_group(group).num_rows
                     if np.any((rows >= start) & (rows < start + length)):
@@ -176,102 +242,105 @@ def as_picture(value: Any, folder: Path) -> Picture:
 
 
 def _part_files(folder: Path) -> dict[str, list[Path]]:
-    """Find the files of each part, in a folder or in its subfolder ``data``; a lone file is the training part."""
-    for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet"))
-        parts: dict[str, list[Path]] = {}
-        for file in files:
-            part = PART_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
-            if part:
-                parts.setdefault(part, []).append(file)
-        if parts:
-            return parts
-        if len(files) == 1:
-            return {"train": files}
-        if files:
-            return {"": files}  # there is something, but nothing to train on
-    return {}
+    """Find the files of each part; a lone file of no part is the training part."""
+    found = _tables_in(folder)
+    parts = by_part(found, folder)
+    return {"train": [found[0][0]]} if len(found) == 1 and not parts else parts
 
 
-def choose_column(what: str, candidates: Sequence[str], columns: Sequence[str], where: str) -> str:
-    """Choose the ``"image"`` or ``"label"`` column among those of a fitting type, by their usual names."""
-    if len(candidates) == 1:
-        return candidates[0]
-    for name in _COLUMN_NAMES[what]:
-        if name in candidates:
-            return name
-    raise TaskError(
-        f"cannot tell which column of {where} is the {what}: it has {', '.join(columns)}; add @{what}=COLUMN to the "
-        "task"
-    )
+def _tables_in(folder: Path) -> list[tuple[Path, str]]:
+    """List the Parquet files of a folder, or of the place below it where a published data set keeps them.
 
-
-def number_labels(
-    raw: dict[str, list[Any]], names: dict[Any, str] | None, where: str
-) -> tuple[tuple[str, ...], dict[str, Rows]]:
-    """Turn the labels of all parts into positions in one tuple of class names.
-
-    Labels that are text are their own names and come in alphabetical order; integers come in their order.
-
-    Args:
-        raw: The labels of each part.
-        names: The name of each integer label, where known.
-        where: What to call the column in errors.
-
-    Raises:
-        TaskError: Labels are missing, mixed, of another type, or without a name.
+    Each comes with the name that says its part: its own, or that of its folder.
     """
-    kinds = {type(value) for part in raw.values() for value in part}
-    if kinds not in ({int}, {str}):
-        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
-        raise TaskError(f"labels must be all integers or all text, but {where} holds {found}")
-    values = {value for part in raw.values() for value in part}
-    if kinds == {str}:
-        names = {value: value for value in values}
-    names = names or {value: str(value) for value in values}
-    for value in values - names.keys():
-        raise TaskError(f"{where} holds label {value!r}, but there are names for {min(names)} to {max(names)} only")
-    position = {value: place for place, value in enumerate(sorted(names))}
-    labels = {part: np.array([position[value] for value in found], dtype=np.int64) for part, found in raw.items()}
-    return tuple(names[value] for value in position), labels
+    if not folder.is_dir():
+        return []
+    for place in (folder, folder / "data"):
+        if found := _of_place(place):
+            return found
+    configurations = {place: _of_place(place) for place in _folders(folder)}
+    if not all(configurations.values()):  # a folder of something else, with a table somewhere in it
+        return []
+    if len(configurations) > 1:
+        names = ", ".join(place.name for place in configurations)
+        raise TaskError(
+            f"{folder} holds several configurations of a data set ({names}); name one as the task, such as "
+            f"{next(iter(configurations))}"
+        )
+    return next(iter(configurations.values()), [])
 
 
-def _class_names(raw: dict[str, list[Any]], tables: dict[str, _Table], label: str) -> dict[Any, str] | None:
-    """Find the names of the classes by their numbers, or None."""
-    schema, beside = tables["train"].schema(), tables["train"].files[0].with_name("classes.json")
-    with suppress(KeyError, TypeError, ValueError):
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return dict(enumerate(map(str, features[label]["names"])))
-    if "class_name" in schema.names:
-        pairs = {
-            pair
-            for part, table in tables.items()
-            for pair in zip(raw[part], map(str, table.column("class_name")), strict=True)
-        }
-        # Another label column, say a coarser one, has no single class name for a number.
-        if len(pairs) == len(dict(pairs)):
-            return dict(pairs)
+def _of_place(place: Path) -> list[tuple[Path, str]]:
+    """List the Parquet files of a folder, or of its subfolders that are named after parts and hold nothing else."""
+    if found := _parquet_files(place):
+        return [(file, file.name) for file in found]
+    folders = [folder for folder in _folders(place) if part_in_name(folder.name)[0] and not _folders(folder)]
+    return [(file, folder.name) for folder in folders for file in _parquet_files(folder)]
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        files = (file for file in folder.iterdir() if file.suffix.lower() == _SUFFIX and not file.name.startswith("."))
+        # The hub calls the table beside a folder of images metadata.parquet; it holds no images.
+        return sorted(file for file in files if file.name != "metadata.parquet")
+    return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return []
+
+
+def _label_columns(files: Sequence[_File], image: str) -> list[Column]:
+    """Join the columns that could hold labels; one that is a ``ClassLabel`` in any file is one."""
+    joined: dict[str, Column] = {}
+    for column in (column for file in files for column in file.label_columns() if column.name != image):
+        if column.name not in joined or joined[column.name].names is None:
+            joined[column.name] = column
+    return list(joined.values())
+
+
+def _first(found: Iterator[list[str]]) -> list[str]:
+    return next((names for names in found if names), [])
+
+
+def _listed_classes(file: Path) -> Mapping[int, str] | None:
     with suppress(OSError, KeyError, TypeError, ValueError):
-        listed = json.loads(beside.read_text(encoding="utf-8"))
+        listed = json.loads(file.read_text(encoding="utf-8"))
         listed = listed["classes"] if isinstance(listed, dict) else listed
         if isinstance(listed, list):
             return dict(enumerate(map(str, listed)))
     return None
 
 
+def _is_image_struct(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
 def _is_text(kind: Any) -> bool:
     import pyarrow.types as types
 
-    return bool(
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or (types.is_dictionary(kind) and _is_text(kind.value_type))
-    )
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
-def _require(name: str, names: Sequence[str], file: Path) -> None:
-    if name not in names:
-        raise TaskError(f"{file}: {unknown('column', name, names)}")
+def _can_be_label(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        return _can_be_label(kind.value_type)
+    number = types.is_integer(kind) or types.is_boolean(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    return bool(number or _is_text(kind))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ then read from there. A member's name decides what it is and to which sample it 
 import re
 import tarfile
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -16,8 +16,8 @@ from sys import intern
 import numpy as np
 
 from refilled.data.decode import SUFFIXES, regular_file_size
-from refilled.data.source import PART_NAMES, Picture, Rows, Source, stamp_of
-from refilled.data.sources.parquet import number_labels
+from refilled.data.source import Picture, Rows, Source, by_part, stamp_of
+from refilled.data.sources.columns import Cells, read_labels
 from refilled.errors import TaskError
 
 _LABEL = "cls"  # what the label's name ends in, by WebDataset's custom
@@ -29,7 +29,7 @@ _BLOCK = 512  # bytes; the unit of a tar file
 def open_webdataset(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
     """Open one tar file, or a folder of them; not compressed, since compressed ones can be read from the start only.
 
-    A shard belongs to the part that its name begins with, as in ``train-0001.tar``; if no name does so, all of them are
+    A shard belongs to the part that its name says, as in ``train-0001.tar``; if no name does so, all of them are
     training part. A label is text, or an integer, in a member of its own. Links, devices and sparse members are passed
     over.
 
@@ -47,12 +47,19 @@ def open_webdataset(path: Path, image: str | None = None, label: str | None = No
     if "train" not in files:
         raise TaskError(f"{path} has no training part; name its shards train-0000.tar and so on")
     image = image or _find_image(files["train"][0])
-    found = {
-        part: [_list_shard(file, image, label or _LABEL if labelled else None) for file in shards]
-        for part, shards in files.items()
+    ending = (label or _LABEL) if labelled else None
+    found = {part: [_list_shard(file, image, ending) for file in shards] for part, shards in files.items()}
+    whole = all(
+        re.fullmatch("[0-9]{1,9}", text) for shards in found.values() for shard in shards for text in shard.labels
+    )
+    cells = {
+        part: [
+            Cells(str(file), list(map(int, shard.labels)) if whole else shard.labels)
+            for file, shard in zip(files[part], shards, strict=True)
+        ]
+        for part, shards in found.items()
     }
-    raw = {part: [text for shard in shards for text in shard.labels] for part, shards in found.items()}
-    classes, labels = number_labels(_integers(raw), None, f"{path}")
+    classes, labels = read_labels(cells, label or _LABEL) if labelled else _one_class(found)
     parts = {
         part: TarPart(
             labels[part],
@@ -110,11 +117,7 @@ def _part_files(path: Path) -> dict[str, list[Path]]:
     files = [file for file in found if regular_file_size(file) is not None]  # opening a pipe would wait for ever
     if not files:
         raise TaskError(f"{path} has no tar files; WebDataset shards end in .tar, not compressed")
-    parts: dict[str, list[Path]] = {}
-    for file in files:
-        part = PART_NAMES.get(re.split(r"[-_.]", file.name.lower())[0])
-        if part:
-            parts.setdefault(part, []).append(file)
+    parts = by_part(((file, file.name) for file in files), path) if path.is_dir() else {}
     return parts or {"train": files}
 
 
@@ -160,6 +163,13 @@ def _find_image(file: Path) -> str:
     return images[0]
 
 
+def _one_class(found: Mapping[str, Sequence[_Shard]]) -> tuple[tuple[str, ...], dict[str, Rows]]:
+    """Return one class, and its label for every sample of every part."""
+    return ("",), {
+        part: np.zeros(sum(len(shard.labels) for shard in shards), dtype=np.int64) for part, shards in found.items()
+    }
+
+
 def _list_shard(file: Path, image: str, label: str | None) -> _Shard:
     """List a shard's samples; without the ending of a label, all labels are empty."""
     labels, places = [], []
@@ -180,13 +190,6 @@ def _list_shard(file: Path, image: str, label: str | None) -> _Shard:
             text = opened.read(members[label].size).decode("utf-8", "replace").strip()
             labels.append(intern(text))  # one text for each class, and not for each of millions of images
     return _Shard(labels, np.array(places, dtype=np.int64).reshape(-1, 2))
-
-
-def _integers(raw: dict[str, list[str]]) -> dict[str, list[str]] | dict[str, list[int]]:
-    """Read labels as integers where all of them are."""
-    if all(re.fullmatch("[0-9]{1,9}", text) for part in raw.values() for text in part):
-        return {part: [int(text) for text in found] for part, found in raw.items()}
-    return raw
 
 
 def _listed(members: Iterable[str]) -> str:

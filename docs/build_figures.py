@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/method.md from the raw results: python benchmarks/figures.py."""
+"""Draw the pictures of docs/method.md from the raw results: python docs/build_figures.py."""
 
 import csv
 from pathlib import Path
@@ -7,22 +7,22 @@ from statistics import mean
 import matplotlib
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent
 BASELINE, OURS, OTHER = "#6b7280", "#0f766e", "#b45309"
 ALONE, GOOD = ("vanilla", "student alone"), ("good", "the same", "patient")
 
 
 def read(name: str) -> dict[str, list[float]]:
     """Return each row's accuracies, seed by seed, in the order of the file."""
-    found: dict[str, list[float]] = {}
+    rows: dict[str, list[float]] = {}
     with (DOCS / "results" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            found.setdefault(line["row"], []).append(float(line["accuracy"]))
-    return found
+            rows.setdefault(line["row"], []).append(float(line["accuracy"]))
+    return rows
 
 
 def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> None:
-    """Draw a dot a seed and a bar at each row's mean, one panel below another."""
+    """Draw one dot per seed and a bar at each row's mean, one panel below another."""
     heights = [len(rows) for rows in panels.values()]
     figure = Figure(figsize=(7.2, 0.9 + sum(0.28 * n + 0.45 for n in heights)), layout="constrained")
     for axes, (title, rows) in zip(
@@ -36,37 +36,30 @@ def draw(name: str, panels: dict[str, dict[str, list[float]]], label: str) -> No
             axes.plot(values, [place] * len(values), "o", color=color, markersize=4)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.invert_yaxis()
+        axes.set_xlim(0, 90)
         axes.set_title(title, fontsize=9, loc="left")
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(label)
     (DOCS / "figures").mkdir(exist_ok=True)
-    matplotlib.rcParams["svg.hashsalt"] = "refilled"  # or every drawing would name its parts anew
+    matplotlib.rcParams["svg.hashsalt"] = "refilled"  # the parts of a drawing get the same names every time
     figure.savefig(DOCS / "figures" / f"{name}.svg", metadata={"Date": None})
 
 
 def main() -> None:
     """Draw all pictures."""
     settings = {
-        "birds-long": "Birds, all images: iNaturalist teacher, MobileNetV1 x0.25, 400 epochs",
-        "birds": "The same, 200 epochs",
-        "birds-half-width": "The same for a MobileNetV1 x0.5",
-        "birds-mobilenetv3": "The same for a MobileNetV3-Small x0.5",
-        "birds-paper": "Birds, all images, x0.25, the paper's recipe, 400 epochs",
-        "birds-20": "Birds, 20 images a class, x0.25, 400 epochs",
-        "birds-10-long": "Birds, 10 images a class, x0.25, 1200 epochs",
-        "birds-10-half-width-long": "The same, x0.5",
-        "birds-10": "Birds, 10 images a class, x0.25, 400 epochs",
-        "birds-5": "Birds, 5 images a class",
-        "cifar100-halves-long": "CIFAR-100 halves: a teacher of the other 50 classes, 400 epochs",
-        "cifar100-halves": "The same, 60 epochs",
-        "cifar100-random-halves": "Random halves, otherwise the same",
-        "cifar100-halves-500": "Halves with 500 images a class, 30 epochs",
-        "cifar100-halves-200": "Halves with 200 images a class, 30 epochs",
-        "cifar100-halves-10": "The same teacher and classes with 10 images a class, 150 epochs",
-        "cifar10-resnet56": "Halves, 50 images a class, 60 epochs: a weak teacher (CIFAR-10 ResNet-56)",
+        "birds-long": "Birds, all images",
+        "birds-20": "Birds, 20 images per class",
+        "birds-10-long": "Birds, 10 images per class",
+        "birds-5": "Birds, 5 images per class",
+        "cifar100-halves": "CIFAR-100 halves, 50 images per class, 60 epochs",
+        "cifar100-halves-long": "The same, 400 epochs",
+        "cifar100-halves-200": "Halves, 200 images per class",
+        "cifar100-halves-500": "Halves, 500 images per class",
+        "cifar10-resnet56": "Halves, 50 images per class, a weak teacher",
     }
-    label = "test accuracy in percent after the last epoch; a dot a seed"
+    label = "test accuracy in percent after the last epoch; one dot per seed"
     draw("settings", {title: read(name) for name, title in settings.items()}, label)
     choices = {"CIFAR-100 halves, 60 epochs: one change at a time": read("cifar100-halves-choices")}
     draw("choices", choices, label)

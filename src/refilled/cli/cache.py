@@ -1,0 +1,93 @@
+"""The commands of ``cache``: the teacher's embeddings on disk."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from refilled.cli.options import Cpus, Executor, Gpus, Quiet, configure, descriptions, run_flags
+from refilled.cli.show import console, printable, say, silent
+from refilled.config import Recipe
+from refilled.errors import RunError
+
+if TYPE_CHECKING:
+    from refilled.training.teacher_cache import TeacherCache
+
+
+cache = typer.Typer(help="Teachers' embeddings on disk, for runs with --views.", no_args_is_help=True)
+_NOT_CACHED = {f.name for f in fields(Recipe)} - {
+    "augmentation",
+    "mixup",
+    "cutmix",
+    "precision",
+    "seed",
+}  # no part of an embedding
+
+
+@cache.command()
+@run_flags("student", "method", "settings", "score", "pretrained", *_NOT_CACHED)
+def build(
+    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)],
+    views: Annotated[int, typer.Option(help="Augmented views of each image.", min=1, show_default=False)],
+    jobs: Annotated[int, typer.Option(help="Processes that share the work.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
+    quiet: Quiet = False,
+    **flags: Any,
+) -> None:
+    """Embed views of a task's images by a teacher, for all runs that take the same; several commands share the work."""
+    from refilled.grid.cache_building import build_cache_together
+    from refilled.grid.executors import find_executor
+    from refilled.runs.teacher_caches import build_cache
+
+    run = configure(None, {"task": task, "teacher": teacher, "views": views, **flags})
+    if jobs == 1 and executor == "local":
+        _print_cache(build_cache(run, say=silent if quiet else say))
+    else:
+        _print_cache(build_cache_together(run, jobs, find_executor(executor, cpus, gpus)))
+
+
+@cache.command()
+def info() -> None:
+    """List the caches of this machine, and what is in them."""
+    for found in _open_caches():
+        _print_cache(found)
+
+
+@cache.command()
+def verify() -> None:
+    """Read all caches of this machine and say what is damaged or missing; a run or 'cache build' mends it."""
+    damaged = 0
+    for found in _open_caches():
+        problems = found.problems()
+        damaged += len(problems)
+        for shard, problem in problems.items():
+            say(f"{found.path(shard)}: {problem}")
+        whole = found.contents.shards - len(problems)
+        console.print(f"{found.folder.name}: {whole} of {found.contents.shards} whole", highlight=False)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _open_caches() -> list["TeacherCache"]:
+    from refilled.runs.teacher_caches import list_caches
+    from refilled.training.teacher_cache import TeacherCache
+
+    opened = []
+    for folder in list_caches():
+        try:
+            opened.append(TeacherCache.open(folder))
+        except RunError as error:  # of an earlier version, perhaps; the others can still be shown
+            say(str(error))
+    return opened
+
+
+def _print_cache(cache: "TeacherCache") -> None:
+    contents, (teacher, task) = cache.contents, cache.of
+    shape = f"{contents.images:,} images x {contents.views} views x {contents.embedding_dim} numbers"
+    made = f"{cache.shards_on_disk()} of {contents.shards} shards, {cache.size / 2**20:,.1f} MB"
+    lines = cache.folder.name, f"  {shape}, {made}", f"  of {teacher}, in {contents.precision}", f"  on {task}"
+    console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,93 @@
+"""Commands that compare methods: ``compare`` and ``demo``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refilled.cli.options import Cpus, Executor, Gpus, Preset, configure, run_flags, run_name
+from refilled.cli.show import console
+from refilled.errors import RunError
+from refilled.presets import with_preset
+
+if TYPE_CHECKING:
+    from refilled.compare.comparison import Comparison
+    from refilled.grid import executors
+
+
+@run_flags("task", "method", "settings", "seed")
+def compare(
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A task or a folder of images; or a comparison written down, FILE.toml.", show_default=False
+        ),
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas, the first the baseline; METHOD:PRESET takes the preset's settings of the method. "
+            "[default: vanilla,rkd,refilled,refilled:good, or with --preset that one]",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
+    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
+    preset: Preset = None,
+    **flags: Any,
+) -> None:
+    """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
+    from refilled.compare.comparison import Comparison
+    from refilled.grid.executors import find_executor
+
+    if task.endswith(".toml"):
+        comparison = Comparison.from_toml(_read(Path(task)))
+        out = out or Path("runs") / Path(task).stem
+    else:
+        # Of a preset, all rows share how they are trained; the settings are for the row that names it.
+        run = replace(configure(preset, {"task": task, "student": student, **flags}), settings={})
+        names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
+        rows = {name: _row(name) for name in names.split(",")}
+        comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
+        out = out or Path("runs") / run_name(run)
+    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+) -> None:
+    """Show the whole on digits: a teacher of 0-4 for students of 5-9. Takes about a minute."""
+    from importlib.resources import files
+
+    from refilled.compare.comparison import Comparison
+    from refilled.grid.executors import processes
+
+    console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
+    comparison = Comparison.from_toml((files("refilled.compare") / "demo.toml").read_text(encoding="utf-8"))
+    _compare(comparison, out, jobs, processes)
+
+
+def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor") -> None:
+    from refilled.compare.comparison import compare as carry_out
+
+    page = carry_out(comparison, folder, jobs, console, executor)
+    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _row(name: str) -> dict[str, Any]:
+    method, _, preset = name.partition(":")
+    return {"method": method, "settings": with_preset(preset or None, {"method": method}).get("settings", {})}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error

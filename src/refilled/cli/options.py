@@ -1,0 +1,92 @@
+"""Options that commands share, and the flags of a configuration."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from refilled.config import Recipe, Run
+from refilled.errors import RunError
+from refilled.presets import PRESETS, with_preset
+
+_LEAST_STEPS = 1000
+"""Of a run that says nothing of epochs: no number of them suits a handful of images and thousands alike."""
+Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Executor = Annotated[
+    str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
+]
+Cpus = Annotated[float, typer.Option(help="Processor cores a run or process, for Ray.", min=0.0)]
+Gpus = Annotated[float, typer.Option(help="Accelerators likewise; 0.5 lets two share one.", min=0.0)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what the run is and what it will cost, in time and memory, and stop.")
+]
+Ranks = Annotated[int, typer.Option(help="With --dry-run: so many processes under torchrun.", min=1)]
+Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
+]
+
+
+def run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for each field of a configuration, with the help that its docstring holds."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        flags = [_flag(f, of) for f in fields(of) if f.name not in without and f.name not in {p.name for p in own}]
+        signature = inspect.Signature([*own, *flags])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return command
+
+    return decorate
+
+
+def _flag(setting: Field[Any], of: type) -> inspect.Parameter:
+    """Make the flag of a field; a flag that is not given is None, so that presets can stand below it."""
+    hint = get_type_hints(of)[setting.name]
+    default = setting.default if setting.default is not MISSING else None
+    description = descriptions(of)[setting.name] + (f" [default: {default}]" if default is not None else "")
+    panel = "Training" if of is Run and setting.name in {f.name for f in fields(Recipe)} else "Data, models, machine"
+    option = typer.Option(help=escape(description), show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint | None, option]
+    )
+
+
+def descriptions(of: type = Run) -> dict[str, str]:
+    """Return the help of each field of a configuration, from its docstring."""
+    text = "\n".join(base.__doc__ or "" for base in reversed(of.__mro__[:-1]))
+    found = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in found}
+
+
+def configure(preset: str | None, values: dict[str, Any]) -> Run:
+    """Make a run of the flags that were given and of a preset."""
+    given = with_preset(preset, {name: value for name, value in values.items() if value is not None})
+    return Run(**given if "epochs" in given else {"least_steps": _LEAST_STEPS, **given})
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """Split KEY=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RunError(f"'{text}' must be KEY=VALUE")
+    return name.strip().replace("-", "_"), value.strip()
+
+
+def run_name(run: Run) -> str:
+    """Return a name for the folder of a run."""
+    task = Path(run.task).name if "/" in run.task else run.task
+    parts = [task, run.student or "teacher", Path(run.method).stem, f"s{run.seed}"]
+    return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)

@@ -1,0 +1,57 @@
+"""The command ``reproduce``: the tables and figures of the paper."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from refilled.cli.options import Cpus, DataRoot, Executor, Gpus
+from refilled.cli.show import console
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="'list', or a table or figure of the paper: table1, s1, figure3 ...")],
+    scale: Annotated[str, typer.Option(help="smoke (minutes), mini (hours) or paper.")] = "smoke",
+    recipe: Annotated[str, typer.Option(help="How networks are optimised: paper2020 or crd240.")] = "paper2020",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW/COLUMN", help="A cell, ROW alone or /COLUMN alone; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each cell.", min=1)] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 1,
+    executor: Executor = "local",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
+    out: Annotated[Path, typer.Option(help="Folder that all tables share.")] = Path("runs/reproduce"),
+    data_root: DataRoot = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and stop.")] = False,
+) -> None:
+    """Reproduce a table or figure of the paper beside the published numbers. Rerun to fill in missing cells."""
+    from refilled.grid.executors import find_executor
+    from refilled.paper.cells import Choice
+    from refilled.paper.fill import estimate_table, fill, find_table
+
+    if table == "list":
+        console.print(_tables())
+        return
+    choice = Choice(scale, recipe, tuple(range(seeds)), tuple(only or ()), data_root, device)
+    if dry_run:
+        for line in estimate_table(find_table(table), choice, out, jobs):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    outcome = fill(find_table(table), choice, out, jobs, console, find_executor(executor, cpus, gpus))
+    console.print(f"page: {outcome.page}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+def _tables() -> Table:
+    from refilled.paper.tables import TABLES
+
+    table = Table("name", "what it is", "rows x columns")
+    for found in TABLES.values():
+        table.add_row(found.name, escape(found.title), f"{len(found.rows)} x {len(found.columns)}")
+    return table

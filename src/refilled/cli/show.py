@@ -1,0 +1,102 @@
+"""What commands print, and how a run is shown while it is carried out."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from refilled.runs.result import Result
+    from refilled.training.progress import Display
+
+
+console = Console()
+err = Console(stderr=True)
+
+
+def rank() -> int:
+    """Return the number of this process among those of torchrun."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def processes() -> int:
+    """Return how many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:
+    """Carry out a run, show its progress and its result, and say how to resume it after an interruption."""
+    from refilled.training.journal import Interrupted
+
+    try:
+        result = call(display(quiet))
+    except Interrupted as interruption:
+        command = shlex.join(["refilled", "distill", "--resume", str(folder)])
+        if rank() == 0:
+            err.print(f"interrupted; the state is saved. Resume with: {command}", markup=False, soft_wrap=True)
+        sys.exit(128 + interruption.number)
+    if as_json:
+        print((folder / "result.json").read_text(encoding="utf-8"), end="")
+        return
+    _print_result(result, folder)
+
+
+def display(quiet: bool) -> "Display":
+    """Return where progress is shown: bars on a terminal, lines elsewhere."""
+    from refilled.training.progress import Bars, Display, Lines
+
+    return Display() if quiet or rank() > 0 else Bars(err) if err.is_terminal else Lines(err)
+
+
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def silent(text: str) -> None:
+    """Print nothing."""
+
+
+def _print_result(result: "Result", folder: Path) -> None:
+    images = result.data["images"]
+    table = Table(show_header=False)
+    part = result.data.get("scored", "test")
+    when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods train nothing
+    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images{when}")
+    table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
+    for name, measures in result.stages.items():
+        table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
+    table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
+    cached = (result.teacher or {}).get("cache")
+    if cached:
+        accuracies = f"{cached['cached_accuracy']:.2f} % cached, {cached['live_accuracy']:.2f} % live"
+        difference = f"largest difference {cached['largest_difference']:.1g} of the root mean square"
+        table.add_row(
+            "teacher cache", f"{accuracies}, of {cached['images']} training images by class mean; {difference}"
+        )
+    table.add_row("network", f"{result.parameters:,} parameters")
+    table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
+    if result.data["skipped"]:
+        table.add_row("left out", f"{len(result.data['skipped'])} unreadable images; see result.json")
+    for note in result.data["notes"]:
+        table.add_row("note", escape(printable(note)))
+    console.print(table)
+    console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Write values by name on one line."""
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+def printable(text: str) -> str:
+    """Show control characters, escape sequences of a terminal among them, instead of sending them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

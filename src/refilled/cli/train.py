@@ -1,0 +1,148 @@
+"""Commands that train one student: ``train`` and ``distill``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from refilled.cli.options import (
+    AsJson,
+    DryRun,
+    Preset,
+    Quiet,
+    Ranks,
+    configure,
+    descriptions,
+    key_value,
+    run_flags,
+    run_name,
+)
+from refilled.cli.show import carry_out, console, rank
+from refilled.config import WHERE, Run
+from refilled.errors import RunError
+
+
+@run_flags(
+    "teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding", "student"
+)
+def train(
+    task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "--student", help="Architecture; 'refilled list models' names them.")
+    ] = "wrn_16_1",
+    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    preset: Preset = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Train a model from labels alone: a teacher, or a student without one."""
+    run = configure(preset, {"task": task, "student": model, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
+    _distill(run, out, overwrite, quiet, as_json)
+
+
+@run_flags("task", "settings")
+def distill(
+    context: typer.Context,
+    task: Annotated[
+        str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
+    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    method: Annotated[
+        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+    ] = "refilled",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    preset: Preset = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder; nothing else is needed. --device and the like move it.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: DryRun = False,
+    ranks: Ranks = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Train a student with the help of a teacher whose classes may be others."""
+    if resume is not None:
+        _resume(context, resume, quiet, as_json)
+        return
+    if task is None:
+        raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
+    settings = dict(key_value(text) for text in set_ or ())
+    named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
+    run = configure(preset, {**named, **flags})
+    if dry_run:
+        _forecast(run, ranks, as_json)
+        return
+    _distill(run, out, overwrite, quiet, as_json)
+
+
+def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    from refilled.runs import experiment
+    from refilled.runs.folder import RunFolder
+
+    folder = folder or Path("runs") / run_name(run)
+    if overwrite and rank() == 0:
+        RunFolder(folder).overwrite()
+    carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+
+
+def _forecast(run: Run, ranks: int, as_json: bool) -> None:
+    from refilled.cost.run import forecast
+
+    found = forecast(run, ranks)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    console.print(found.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    for heading, text in found.rows():
+        table.add_row(heading, escape(text))
+    console.print(table)
+
+
+def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) -> None:
+    from refilled.runs import experiment
+
+    given = _given(context)
+    allowed = (*WHERE, *experiment.NAMED, "resume", "quiet", "as_json")
+    if others := [flag for name, flag in given.items() if name not in allowed]:
+        movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
+        raise RunError(
+            f"--resume continues a run as it was begun; leave out {', '.join(others)}. What may change is: {movable}; "
+            f"{', '.join(experiment.NAMED)} may be named again where they lie elsewhere now"
+        )
+    where = {name: context.params[name] for name in WHERE if name in given}
+    named = {name: context.params[name] for name in experiment.NAMED if name in given}
+    carry_out(
+        lambda display: experiment.resume(folder, where=where, named=named, display=display),
+        folder,
+        quiet or as_json,
+        as_json,
+    )
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """Return how each parameter that stands on the command line is written there."""
+    sources = {p: context.get_parameter_source(p.name) for p in context.command.params if p.name}
+    given = [p for p, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return {str(p.name): p.opts[-1] if p.param_type_name == "option" else f"the {p.name}" for p in given}

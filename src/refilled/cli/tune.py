@@ -1,0 +1,93 @@
+"""The command ``tune``."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from refilled.cli.options import (
+    AsJson,
+    Preset,
+    configure,
+    descriptions,
+    key_value,
+    run_flags,
+    run_name,
+)
+from refilled.cli.show import console, err, listed, printable
+
+if TYPE_CHECKING:
+    from refilled.tuning.student import Tuned
+
+
+@run_flags("task", "settings", "score")
+def tune(
+    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    search: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=LOW..HIGH[:log]|A,B,C",
+            help="What to try for a parameter of the method, or for a flag of training as lr; may be repeated.",
+            show_default=False,
+        ),
+    ],
+    teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
+    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    method: Annotated[
+        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+    ] = "refilled",
+    trials: Annotated[int, typer.Option(help="Trials in all; more of them go on from a folder.", min=1)] = 20,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter that stays as it is; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the trials.", show_default=False)] = None,
+    preset: Preset = None,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Choose parameters on held-out training images, then train on all of them and look at the test images once.
+
+    The same command goes on where it was interrupted; several of them, with the same --out, share the work.
+    """
+    from refilled.training.journal import Interrupted
+    from refilled.tuning.student import tune as search_and_train
+
+    settings = dict(key_value(text) for text in set_ or ())
+    named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
+    run = configure(preset, {**named, **flags})
+    folder = out or Path("runs") / f"tune-{run_name(run)}"
+    try:
+        tuned = search_and_train(run, dict(key_value(text) for text in search), trials, folder, _tell_trial)
+    except Interrupted as interruption:
+        err.print("interrupted; the state is saved, and the same command goes on", markup=False)
+        sys.exit(128 + interruption.number)
+    if tuned is None:
+        err.print("other processes are still at some trials; the last of them trains on all images", markup=False)
+    elif as_json:
+        found = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
+        print(json.dumps({**found, "run": str(tuned.folder)}))
+    else:
+        _print_tuned(tuned)
+
+
+def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) -> None:
+    reached = "the loss exploded" if accuracy is None else f"{accuracy:.2f} % of held-out images"
+    line = f"trial {number}: {listed(values)}: {reached}"
+    err.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_tuned(tuned: "Tuned") -> None:
+    images = tuned.result.data["images"]
+    table = Table(show_header=False)
+    table.add_row("best values", escape(printable(listed(tuned.values))))
+    table.add_row("held-out accuracy", f"{tuned.val_accuracy:.2f} %, the best of the trials")
+    table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {images['test']} images")
+    table.add_row("trained on", f"{images['train']} images, the held-out ones among them")
+    console.print(table)
+    console.print(f"run: {tuned.folder}", markup=False, highlight=False, soft_wrap=True)

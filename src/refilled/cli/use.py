@@ -1,0 +1,138 @@
+"""Commands that use what there is: ``evaluate``, ``predict`` and ``list``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from refilled.cli.options import (
+    AsJson,
+    DataRoot,
+    Folder,
+)
+from refilled.cli.show import console, err, printable, say
+from refilled.errors import RunError, unknown
+
+
+def evaluate(
+    folder: Folder,
+    task: Annotated[str | None, typer.Argument(help="Another task with the same classes.", show_default=False)] = None,
+    data_root: DataRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a student on the test part of its task, or of another one."""
+    from refilled.runs.inference import evaluate as score
+
+    result = score(folder, task, data_root)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("class", "accuracy")
+    for name, accuracy in result["class_accuracies"].items():
+        table.add_row(escape(printable(name)), "no images" if accuracy is None else f"{accuracy:.1f} %")
+    table.add_section()
+    share = "no images" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
+    table.add_row(f"all {result['images']} images", share)
+    console.print(table)
+    for note in result["notes"]:
+        say(f"note: {printable(note)}")
+
+
+def predict(
+    folder: Folder,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    top: Annotated[int, typer.Option(help="How many classes to name for each image.", min=1)] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row an image, with all probabilities.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
+) -> None:
+    """Name the class of images, with probabilities."""
+    from refilled.runs.inference import classify
+
+    predictions, unreadable = classify(folder, images)
+    if as_csv:
+        _print_csv(predictions)
+    elif as_json:
+        for image, probabilities in predictions:
+            best = max(probabilities, key=probabilities.__getitem__)
+            print(json.dumps({"image": str(image), "class": best, "probabilities": probabilities}))
+    else:
+        table = Table("image", "class", "probability")
+        for image, probabilities in predictions:
+            ranked = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
+            for row, (name, probability) in enumerate(ranked):
+                shown = "" if row else escape(printable(str(image)))
+                table.add_row(shown, escape(printable(name)), f"{100 * probability:.1f} %")
+        console.print(table)
+    for image, reason in unreadable:
+        line = f"left out {printable(str(image))}: {printable(reason)}"
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, fewshot, models or datasets", show_default=False)],
+) -> None:
+    """List the methods or few-shot methods with their parameters, the models, or the data sets."""
+    kinds = {"methods": _methods, "fewshot": _few_shot_methods, "models": _models, "datasets": _datasets}
+    if what not in kinds:
+        raise RunError(unknown("list", what, kinds))
+    console.print(kinds[what]())
+
+
+def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
+    import csv
+
+    writer = csv.writer(sys.stdout)
+    names = list(predictions[0][1]) if predictions else []
+    writer.writerow(["image", "class", *map(_cell, names)])
+    for image, probabilities in predictions:
+        best = max(probabilities, key=probabilities.__getitem__)
+        writer.writerow([_cell(str(image)), _cell(best), *(f"{p:.6f}" for p in probabilities.values())])
+
+
+def _cell(text: str) -> str:
+    """Keep a spreadsheet from running a text that begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _methods() -> Table:
+    from refilled.methods import list_methods, load_method
+
+    table = Table("method", "what it does", "parameters")
+    for name in list_methods():
+        method = load_method(name)
+        table.add_row(name, method.summary, "\n".join(f"{k}={v}" for k, v in method.parameters.items()))
+    return table
+
+
+def _few_shot_methods() -> Table:
+    from refilled.fewshot.methods import list_few_shot_methods, load_few_shot_method
+
+    table = Table("few-shot method", "what it does", "parameters")
+    for name in list_few_shot_methods():
+        method = load_few_shot_method(name)
+        table.add_row(name, method.summary, "\n".join(f"{k}={v}" for k, v in method.parameters.items()))
+    return table
+
+
+def _models() -> Table:
+    from refilled.models import list_models
+
+    table = Table("model", "what it is")
+    for name, description in list_models():
+        table.add_row(escape(name), escape(description))
+    return table
+
+
+def _datasets() -> Table:
+    from refilled.data import list_datasets
+
+    table = Table("task", "what it is")
+    for name, description in list_datasets():
+        table.add_row(escape(name), escape(description))
+    return table

@@ -1,0 +1,168 @@
+"""Pictures with more than 8 bits a channel: which of their levels are black and white.
+
+A file of 16 or 32 bits seldom uses them all: cameras and scanners give 10, 12 or 14 bits, or 8 in a wide file, and
+floats may be on any scale. What black and white are is a property of the data set, decided once over the training
+images and then the same for every image, so that a dark image stays dark.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FORMATS_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # which say their range, so that Pillow brings it to 16 bits
+
+NO_RANGE = (
+    "more than 8 bits a channel, which no training image has, so that its black and white are unknown; save it with 8 "
+    "bits a channel"
+)
+"""Why a picture is left out that has more than 8 bits where the range of levels is not known."""
+
+_BITS = (8, 10, 12, 14, 16)  # of sensors
+Arguments = tuple[Any, ...] | str | None
+"""How Pillow tells a decoder what lies in a file: the name of a raw mode, or a tuple that begins with it."""
+
+_DEEP_COLOUR = re.compile(r"(RGB|RGBA|RGBX|LA);16[BLN]")
+
+
+class GreyRange(NamedTuple):
+    """The levels that are shown as black and white."""
+
+    black: float
+    white: float
+
+    @classmethod
+    def of_bits(cls, bits: int) -> "GreyRange":
+        """Return the range of unsigned integers of so many bits."""
+        return cls(0, 2**bits - 1)
+
+    @property
+    def bits(self) -> int | None:
+        """The number of bits whose range this is, or None."""
+        found = round(self.white).bit_length()
+        return found if 8 <= found <= 16 and self == self.of_bits(found) else None
+
+    def __str__(self) -> str:
+        bits = "" if self.bits is None else f" ({self.bits} bits)"
+        return f"{self.black:g} to {self.white:g}{bits}"
+
+
+FULL = GreyRange.of_bits(16)
+
+
+class Extremes(NamedTuple):
+    """What is known of the levels of a picture, or of several."""
+
+    lowest: float
+    highest: float
+    whole: bool
+    """Whether all levels are whole numbers in an integer type, or whole and above 1 in a float type."""
+
+
+def extremes(levels: NDArray[np.generic]) -> Extremes:
+    """Find the extremes of the levels of one picture.
+
+    Raises:
+        ValueError: Some are not finite.
+    """
+    lowest, highest = float(levels.min()), float(levels.max())
+    if not np.isfinite((lowest, highest)).all():
+        raise ValueError("some of its pixels are not finite numbers")
+    if np.issubdtype(levels.dtype, np.integer):
+        return Extremes(lowest, highest, whole=True)
+    return Extremes(lowest, highest, whole=highest > 1 and bool((levels == np.floor(levels)).all()))
+
+
+def range_of(found: Iterable[Extremes]) -> GreyRange | None:
+    """Decide black and white from the extremes of all training images; None if there are no images.
+
+    Whole numbers from 0 to 65535 take the narrowest of 8, 10, 12, 14 and 16 bits that holds them all. Fractions are
+    meant on the scale [0, 1] or [0, 255] where they fit. All else goes from the lowest to the highest level.
+    """
+    found = list(found)
+    if not found:
+        return None
+    lowest, highest = min(each.lowest for each in found), max(each.highest for each in found)
+    whole = any(each.whole for each in found) and all(each.whole or each.highest <= 1 for each in found)
+    if lowest >= 0 and whole and highest <= FULL.white:
+        return next(of_bits for of_bits in map(GreyRange.of_bits, _BITS) if highest <= of_bits.white)
+    if lowest >= 0 and not whole and highest <= 1:
+        return GreyRange(0, 1)
+    if lowest >= 0 and not whole and highest <= 255:
+        return GreyRange(0, 255)
+    return GreyRange(lowest, max(highest, lowest + 1e-6))
+
+
+def to_bytes(levels: NDArray[np.generic], scale: GreyRange) -> NDArray[np.uint8]:
+    """Scale levels so that black becomes 0 and white 255.
+
+    Levels beyond a range of bits belong to another kind of data. Beyond a measured range they are clipped, as far as
+    its width.
+
+    Raises:
+        ValueError: Levels lie beyond the range.
+    """
+    lowest, highest, _ = extremes(levels)
+    width = scale.white - scale.black
+    slack = 0 if scale.bits is not None else width
+    if lowest < scale.black - slack or highest > scale.white + slack:
+        raise ValueError(f"its levels go from {lowest:g} to {highest:g}, but those of the training images from {scale}")
+    if np.issubdtype(levels.dtype, np.integer) and scale.bits is not None:
+        return (levels.astype(np.int64) * 255 // int(scale.white)).astype(np.uint8)
+    shares = (levels.astype(np.float64) - scale.black) / width
+    scaled: NDArray[np.uint8] = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+    return scaled
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture, of which the header has been read and no more, has more than 8 bits a channel."""
+    return image.mode.startswith(("I", "F")) or _raw_mode(image) is not None
+
+
+def levels_of(image: Image.Image, file: IO[bytes]) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None]:
+    """Read the levels of a deep picture.
+
+    Of colours with 16 bits Pillow keeps the upper 8. The lower ones come from reading the file again with its bytes
+    exchanged, except for grey with transparency, where Pillow cannot.
+
+    Args:
+        image: The picture, not loaded yet.
+        file: The file that it comes from.
+
+    Returns:
+        Levels ``(H, W)`` or ``(H, W, 3)``, and opacity ``(H, W)``, if the picture has some.
+    """
+    raw = _raw_mode(image)
+    if raw is None:
+        return np.asarray(image), None
+    upper = np.asarray(image)
+    opacity = upper[..., 3] if raw.startswith(("RGBA", "LA")) else None
+    colours = upper[..., :3].astype(np.uint16)
+    if raw.startswith("LA"):
+        return colours * 257, opacity
+    file.seek(0)
+    with Image.open(file, formats=[image.format or ""]) as again:
+        tiles = [tile._replace(args=_exchanged(tile.args)) for tile in again.tile]
+        again.tile = tiles
+        lower = np.asarray(again)[..., :3]
+    return colours * 256 + lower, opacity
+
+
+def _raw_mode(image: Image.Image) -> str | None:
+    """Return how a picture of colours with 16 bits lies in its file; None for every other picture."""
+    tiles = getattr(image, "tile", [])
+    raw = _first(tiles[0].args) if tiles else None
+    return raw if isinstance(raw, str) and _DEEP_COLOUR.fullmatch(raw) else None
+
+
+def _first(arguments: Arguments) -> Any:
+    return arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+
+
+def _exchanged(arguments: Arguments) -> Arguments:
+    raw = str(_first(arguments))
+    raw = raw[:-1] + {"B": "L", "L": "B", "N": "B"}[raw[-1]]  # native order is that of small computers
+    return (raw, *arguments[1:]) if isinstance(arguments, tuple) else raw

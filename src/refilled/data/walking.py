@@ -1,0 +1,116 @@
+"""The one walk over folders of images: which files are pictures, which are passed over, and what is said about them.
+
+Hidden files, thumbnails that file servers and systems leave (``@eaDir``, ``.thumbnails``, ``Thumbs.db``) and waste bins
+are passed over without a word. A file without a suffix is a picture if it begins like one. Files that look like
+pictures by their suffix and cannot be read here are counted, so that none disappears unnoticed.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from refilled.data.decode import SUFFIXES, is_encoded_picture
+from refilled.errors import TaskError
+
+_PASSED_OVER = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "#recycle",
+        "@recycle",
+        "$recycle.bin",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+_UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".svg", ".psd", ".tga", ".ico", ".exr"}
+    | {".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm", ".eps", ".pcx", ".sgi"}
+)
+"""Suffixes of pictures that are not read, unless the installed Pillow reads them."""
+
+_REMEDIES = {".heic": "refilled[heic]", ".heif": "refilled[heic]", ".hif": "refilled[heic]"}
+
+
+@dataclass
+class Listing:
+    """The pictures below a folder, and what was passed over."""
+
+    images: list[Path] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    """How many files look like pictures and cannot be read, by suffix."""
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is passed over without a word."""
+    return name.startswith(".") or name.casefold() in _PASSED_OVER
+
+
+def list_folders(root: Path) -> list[Path]:
+    """Return the folders directly below a folder, in the order of their names, without the hidden ones.
+
+    Raises:
+        TaskError: The folder cannot be listed.
+    """
+    try:
+        return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not is_hidden(entry.name)]
+    except OSError as error:
+        raise _unlistable(error) from None
+
+
+def list_images(folder: Path) -> Listing:
+    """Walk down a folder in the order of names; links to folders are not followed, so there are no loops.
+
+    A folder named like a picture counts as one, which will turn out unreadable.
+
+    Raises:
+        TaskError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unlistable(error)
+
+    listing = Listing()
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        here = [*(name for name in folders if Path(name).suffix.lower() in SUFFIXES), *files]
+        for name in sorted(name for name in here if not is_hidden(name)):
+            _sort_in(listing, Path(place) / name)
+        folders[:] = sorted(f for f in folders if Path(f).suffix.lower() not in SUFFIXES and not is_hidden(f))
+    return listing
+
+
+def unread_notes(unread: Counter[str]) -> list[str]:
+    """Return a note on files that look like pictures and were not read, if there are any."""
+    if not unread:
+        return []
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+    extras = sorted({_REMEDIES[suffix] for suffix in unread if suffix in _REMEDIES})
+    remedy = f"; pip install '{extras[0]}' reads some of them" if extras else "; convert them to JPEG or PNG"
+    return [f"{unread.total()} files look like pictures and were not read: {listed}{remedy}"]
+
+
+def as_text(path: Path) -> str:
+    """Write a path as text that any file can hold, also one whose name is not valid UTF-8."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether pictures lie directly in a folder."""
+    try:
+        return any(path.suffix.lower() in SUFFIXES and not is_hidden(path.name) for path in folder.iterdir())
+    except OSError as error:
+        raise _unlistable(error) from None
+
+
+def _sort_in(listing: Listing, path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or (not suffix and is_encoded_picture(path)):
+        listing.images.append(path)
+    elif suffix in _UNREAD_SUFFIXES:
+        listing.unread[suffix] += 1
+
+
+def _unlistable(error: OSError) -> TaskError:
+    return TaskError(f"the folder {as_text(Path(error.filename))} cannot be listed: {error.strerror}")

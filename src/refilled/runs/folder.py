@@ -1,0 +1,155 @@
+"""The folder of a run: what lies in it, who may write to it, and what the run was begun as.
+
+A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``data.json`` and
+``images.safetensors`` (which images it uses), ``log.jsonl``, ``result.json``, the student (``model.safetensors`` and
+``model.json``), ``stages/`` (the student after each stage but the last), ``last.ckpt`` while unfinished, and ``DONE``
+when whole. A method that trains nothing leaves no student.
+"""
+
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from refilled.config import Run
+from refilled.errors import RunError
+from refilled.files import write_atomic
+from refilled.training.checkpoints import discard_leftovers, discard_states, hold
+
+_FILES = (
+    "run.toml",
+    "data.json",
+    "images.safetensors",
+    "log.jsonl",
+    "result.json",
+    "model.safetensors",
+    "model.json",
+    "DONE",
+)
+
+
+class RunFolder:
+    """A folder that holds a run, or will hold one.
+
+    Args:
+        path: The folder. It need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run was begun in the folder."""
+        return (self.path / "run.toml").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds a finished run."""
+        return (self.path / "DONE").exists()
+
+    @property
+    def has_student(self) -> bool:
+        """Whether a model lies in the folder."""
+        return (self.path / "model.json").exists()
+
+    @property
+    def trained_nothing(self) -> bool:
+        """Whether the finished run is one of a method that trains no network."""
+        return self.finished and not self.has_student and self.run().student is None
+
+    def stage(self, name: str) -> Path:
+        """Return the file of the student's weights after a stage."""
+        return self.path / "stages" / f"{name}.safetensors"
+
+    def run(self) -> Run:
+        """Read the configuration of the run.
+
+        Raises:
+            RunError: The folder holds no run, or its configuration is damaged.
+        """
+        return Run.from_toml(self._read())
+
+    def recorded(self) -> dict[str, Any]:
+        """Read the configuration as it is written, without defaults for what is missing."""
+        return tomllib.loads(self._read())
+
+    def _read(self) -> str:
+        path = self.path / "run.toml"
+        if not path.exists():
+            raise RunError(f"{self.path} holds no run: there is no {path.name}")
+        return path.read_text(encoding="utf-8")
+
+    def write(self, run: Run) -> None:
+        """Record the configuration of the run."""
+        write_atomic(self.path / "run.toml", run.to_toml().encode())
+
+    def finish(self) -> None:
+        """Mark the run as finished, and remove what only an unfinished run needs."""
+        write_atomic(self.path / "DONE", b"")
+        discard_states(self.path)
+
+    def refuse_used(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            RunError: It holds a run, or something else.
+        """
+        if self.finished:
+            raise RunError(f"{self.path} holds a finished run; choose another --out, or replace it with --overwrite")
+        if self.begun:
+            raise RunError(
+                f"{self.path} holds an unfinished run; resume it with 'refilled distill --resume {self.path}', "
+                "or replace it with --overwrite"
+            )
+        if self.path.exists() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
+            raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
+
+    @contextmanager
+    def new(self) -> Iterator[None]:
+        """Hold the folder for a new run, while this process works in it.
+
+        Raises:
+            RunError: The folder holds something, or another process uses it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with hold(self.path):
+            self.refuse_used()  # again, since another process may have been quicker
+            discard_states(self.path)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder of a run that was begun, while this process works in it; a finished one needs no hold.
+
+        Raises:
+            RunError: The folder holds no run, or another process uses it.
+        """
+        if not self.begun:
+            raise RunError(f"{self.path} holds no run to resume")
+        with nullcontext() if self.finished else hold(self.path):
+            if not self.finished:
+                discard_leftovers(self.path)
+            yield
+
+    def overwrite(self) -> None:
+        """Remove a run from its folder, and nothing that is not the run's.
+
+        Raises:
+            RunError: Another process uses the folder.
+        """
+        if not self.path.is_dir():
+            return
+        with hold(self.path):
+            if self.begun:
+                shutil.rmtree(self.path / "stages", ignore_errors=True)
+                for name in reversed(_FILES):  # run.toml last: what is left of an interrupted removal is still a run
+                    (self.path / name).unlink(missing_ok=True)
+            discard_states(self.path)
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Tell whether a file is a lock, or what an interrupted write of ours has left behind."""
+    return entry.name == ".lock" or (entry.name.startswith(".") and entry.name.endswith(".tmp"))

@@ -1,0 +1,197 @@
+"""What a finished run's network says about images."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refilled.config import Run
+from refilled.data import GreyRange, Task
+from refilled.data.decode import read_pixels
+from refilled.data.walking import list_images
+from refilled.errors import RunError, TaskError
+from refilled.models import Backbone, load_model
+from refilled.runs.environment import find_device
+from refilled.runs.folder import RunFolder
+from refilled.runs.images import ImageRecord
+from refilled.runs.prepared import load_task_of, load_teacher_of
+from refilled.runs.result import Result
+from refilled.runs.scoring import accuracy_by_class, finite_embedding
+from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
+
+_BATCH = 256
+_SHOWN = 5  # names in a message
+
+
+def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:
+    """Score a student on the test part of its own task, or of another one whose classes it knows.
+
+    What belongs to the student comes from the student: its image size, its normalisation, and its classes in their
+    order, to which the labels are matched by name.
+
+    Args:
+        folder: The run's folder.
+        task: Another task; None for the run's own.
+        data_root: Where data sets lie; None for where the run found them.
+
+    Returns:
+        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``class_accuracies``
+        by name, and ``notes``: what a reader of these numbers should know, such as images that were trained on.
+
+    Raises:
+        RunError: The folder holds no student, or the task has classes that the student does not know.
+        TaskError: The images cannot be loaded.
+    """
+    model = _load_student(folder)
+    data = load_task_of(_scored_run(RunFolder(folder).run(), model, task, data_root), _grey_range_of(model))
+    names = model.class_names
+    assert names is not None  # every student has them
+    unknown = [name for name in data.classes if name not in names]
+    if unknown:
+        raise RunError(
+            f"{data.name} has classes that the student in {folder} does not know: {_listed(unknown)}. Select the "
+            "others, as in TASK:NAME,NAME"
+        )
+    labels = torch.tensor([names.index(name) for name in data.classes])[data.test.labels]
+    found = predict_classes(model, data.test.pixels)
+    return {
+        "task": data.name,
+        "images": len(data.test),
+        "accuracy": accuracy(found, labels) if len(labels) else None,
+        "class_accuracies": accuracy_by_class(names, found, labels),
+        "notes": [*_notes(ImageRecord.load(folder), data, own=task is None), *_unscored(names, labels)],
+    }
+
+
+def _scored_run(run: Run, model: Backbone, task: str | None, data_root: str | None) -> Run:
+    """Describe the images to be scored; nothing of another task but its test part matters."""
+    run = replace(run, data_root=data_root or run.data_root, image_size=model.image_size)
+    return run if task is None else replace(run, task=task, shots=None, val=0.0)
+
+
+def _notes(record: ImageRecord | None, data: Task, own: bool) -> list[str]:
+    if record is None:
+        return []
+    changes = record.changes(data) if own else None
+    trained_on = record.trained_on(data.test)
+    notes = [f"the images are not those of the run: {changes}"] if changes else []
+    if trained_on:
+        notes.append(f"{trained_on} of {len(data.test)} scored images were trained on: the accuracy is too high")
+    return notes
+
+
+def _unscored(names: tuple[str, ...], labels: Tensor) -> list[str]:
+    missing = [name for place, name in enumerate(names) if place not in set(labels.tolist())]
+    return [f"no images of {len(missing)} classes: {_listed(missing)}"] if missing else []
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def teacher_accuracy(folder: Path) -> float | None:
+    """Score the teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
+
+    It says how much the teacher has to teach: its embedding knows the student's classes from the training images alone.
+    None for a run without a teacher.
+    """
+    run = RunFolder(folder).run()
+    if run.teacher is None:
+        return None
+    task = load_task_of(run)
+    teacher = _placed(load_teacher_of(run, task.image_size))
+    train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
+    mean = train.mean(0)  # what all images share says nothing about them
+    return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
+
+
+def task_of(folder: Path) -> Task:
+    """Load the images of a run's task."""
+    return load_task_of(RunFolder(folder).run())
+
+
+def network_of(folder: Path, stage: str | None = None) -> Backbone:
+    """Load the network that a finished run's result is about, as it was at the end or after an earlier stage.
+
+    It is the run's student, or the teacher where the method trained none.
+
+    Raises:
+        RunError: The run has no such stage.
+        ModelError: The folder holds no student.
+    """
+    run_folder = RunFolder(folder)
+    if run_folder.trained_nothing:
+        return _placed(load_teacher_of(run_folder.run(), Result.load(folder).data["image_size"]))
+    student = load_model(folder)
+    if stage is not None:
+        path = run_folder.stage(stage)
+        if not path.exists():
+            raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
+        student.load_state_dict(load_file(path))
+    return _placed(student)
+
+
+def classify(
+    folder: Path, images: Iterable[Path]
+) -> tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]:
+    """Return each image's probability of each class, and for images that cannot be read the reason.
+
+    Args:
+        folder: A student's folder.
+        images: Image files, or folders whose images, at any depth, are taken.
+
+    Raises:
+        RefilledError: The folder holds no student, or there is no image.
+    """
+    model = _load_student(folder)
+    paths = [path for image in images for path in _images_in(image)]
+    if not paths:
+        raise TaskError("no images were found; name image files, or folders that hold some")
+    assert model.image_size is not None  # every model that can be saved has one
+    assert model.class_names is not None  # every student has them
+    readable: list[tuple[Path, dict[str, float]]] = []
+    unreadable: list[tuple[Path, str]] = []
+    for start in range(0, len(paths), _BATCH):
+        batch = paths[start : start + _BATCH]
+        pixels, reasons = read_pixels(batch, len(batch), model.image_size, _grey_range_of(model))
+        probabilities = predict(model, pixels).logits.softmax(1).tolist()
+        kept = [path for position, path in enumerate(batch) if position not in reasons]
+        readable += [
+            (p, dict(zip(model.class_names, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)
+        ]
+        unreadable += [(batch[position], reason) for position, reason in reasons.items()]
+    return readable, unreadable
+
+
+def _images_in(path: Path) -> list[Path]:
+    if path.is_dir():
+        return list_images(path).images
+    if re.match(r"[a-z]+:/|-$", str(path)):
+        raise TaskError(f"{path} is not a file; download what it names, and give the file or its folder")
+    return [path]
+
+
+def _load_student(folder: Path) -> Backbone:
+    run_folder = RunFolder(folder)
+    if run_folder.trained_nothing:
+        raise RunError(
+            f"{folder} holds no student: '{run_folder.run().method}' reads the embedding of its teacher and trains "
+            "nothing; what it reached is in result.json"
+        )
+    return _placed(load_model(folder))
+
+
+def _grey_range_of(model: Backbone) -> GreyRange | None:
+    """Return the black and white of a student's training images with more than 8 bits a channel, if they had any."""
+    return None if model.grey_range is None else GreyRange(*model.grey_range)
+
+
+def _placed(model: Backbone) -> Backbone:
+    """Bring a model to the accelerator, if there is one."""
+    return model.to(find_device("auto"))

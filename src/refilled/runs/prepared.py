@@ -1,0 +1,174 @@
+"""A run with everything that it names looked up and checked, before anything is trained."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from refilled.config import Run
+from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
+from refilled.errors import RunError
+from refilled.methods import load_method
+from refilled.models import PROBE_IMAGES, Backbone, create_model, load_teacher, probe, trainable_copy
+from refilled.runs.determinism import use_machine
+from refilled.runs.environment import find_device
+from refilled.stages import FineTuning, Readout, Stage
+from refilled.training.loop import resolve_precision
+
+
+def resolve(run: Run) -> Run:
+    """Settle what the run leaves to the machine and to the method's defaults, so that its folder says what was done.
+
+    Raises:
+        RefilledError: the device cannot be used here, or the method or a parameter of it does not exist.
+    """
+    device = find_device(run.device)
+    precision = resolve_precision(run.precision, device)
+    method = load_method(run.method)
+    student = run.student if method.takes_student else None
+    settings = method.settle(run.settings)
+    threads = run.threads or torch.get_num_threads()
+    return replace(run, student=student, device=device.type, precision=precision, settings=settings, threads=threads)
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """Write the paths that a run names so that they mean the same in any working directory.
+
+    Paths with variables of the environment stay as they are.
+
+    Raises:
+        TaskError: There is no such data set.
+    """
+    root = None if run.data_root is None else Path(run.data_root).expanduser().absolute()
+    return replace(
+        run,
+        task=absolute_task_text(run.task, data_folder(root)),
+        data_root=None if root is None else str(root),
+        teacher=None if run.teacher is None else _absolute(run.teacher),
+        method=_absolute(run.method) if runs_code(run.method) else run.method,
+    )
+
+
+def runs_code(name: str | None) -> bool:
+    """Return whether a teacher, a student or a method is named by a Python file, which is run when it is loaded."""
+    return name is not None and re.search(r"\.py(:|$)", name) is not None
+
+
+def _absolute(name: str) -> str:
+    """Make the path in ``FOLDER``, ``ARCHITECTURE:FILE`` or ``FILE.py:FUNCTION`` absolute."""
+    if "$" in name:
+        return name
+    file = re.fullmatch(r"(.+?\.py)((?::.*)?)", name, re.DOTALL)
+    if file:
+        return f"{Path(file[1]).expanduser().absolute()}{file[2]}"
+    architecture, colon, weights = name.partition(":")
+    if colon:
+        path = Path(weights).expanduser()
+        return f"{architecture}:{path.absolute()}" if path.is_file() else name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() else name
+
+
+def load_teacher_of(run: Run, image_size: int) -> Backbone:
+    """Load the teacher that a run names, for images of this size."""
+    assert run.teacher is not None  # whoever asks has checked it
+    return load_teacher(
+        os.path.expandvars(run.teacher),
+        mean=run.teacher_mean,
+        std=run.teacher_std,
+        input_size=run.teacher_size,
+        image_size=image_size,
+        pooling=run.teacher_embedding,
+    )
+
+
+def examine(teacher: Backbone, images: Split) -> tuple[str, ...]:
+    """Look at what a teacher gives for a few of the images, before anything is done with all of them.
+
+    Returns:
+        What a user should know about the teacher: how it was loaded, and warnings.
+
+    Raises:
+        ModelError: it gives nothing that can be used.
+    """
+    rows = torch.linspace(0, len(images) - 1, min(PROBE_IMAGES, len(images))).round().long()
+    return (*teacher.notes, *probe(teacher, images.pixels[rows], [images.sources[row] for row in rows.tolist()]))
+
+
+def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
+    """Load the images that a run names; levels of grey are scaled as a student was trained with, if it is given."""
+    return load_task(
+        run.task,
+        data_root=Path(run.data_root) if run.data_root else None,
+        shots=run.shots,
+        shots_seed=run.seed,
+        val=run.val,
+        image_size=run.image_size,
+        allow_bad=run.allow_bad,
+        memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
+        grey_range=grey_range,
+        unlabelled=run.unlabelled,
+    )
+
+
+class Prepared:
+    """A run with everything that it names looked up and checked."""
+
+    student: Backbone
+    """The network that is scored: what the stages train, or the frozen teacher itself for a readout."""
+
+    def __init__(self, run: Run, task: Task | None = None) -> None:
+        use_machine(run.threads, run.device)
+        method = load_method(run.method)
+        if task is None:
+            run = with_absolute_paths(run)
+            task = load_task_of(run)
+        self.task, self.run = task, run
+        if run.score == "val" and len(self.task.val) == 0:
+            raise RunError("score = 'val' needs images that are held out; give --val above 0")
+        self.teacher = None if run.teacher is None else load_teacher_of(run, self.task.image_size)
+        self.notes: tuple[str, ...] = ()
+        torch.manual_seed(run.seed)
+        student = None if run.student is None else self._fresh(run.student)
+        plan = method.build(student, self.teacher, run.settings)
+        self.stages: list[Stage] = []
+        self.readout: Readout | None = None
+        if isinstance(plan, Readout):
+            assert self.teacher is not None  # the method has checked it, as what the assertions below say
+            self.readout, self.student = plan, self.teacher
+        elif isinstance(plan, FineTuning):
+            assert self.teacher is not None
+            self.stages, self.student = list(plan.stages), self._copy(self.teacher)
+        else:
+            assert student is not None
+            self.stages, self.student = list(plan), student
+            if not any(stage.needs_teacher for stage in plan):
+                self.teacher = None
+        if self.teacher is not None:
+            self.notes = examine(self.teacher, self.task.train)
+
+    @property
+    def scored(self) -> Split:
+        """The images that the result is about."""
+        return self.task.test if self.run.score == "test" else self.task.val
+
+    def _fresh(self, architecture: str) -> Backbone:
+        # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
+        mean, std = (None, None) if self.run.pretrained else channel_statistics(self.task.train.pixels)
+        student = create_model(
+            architecture,
+            len(self.task.classes),
+            image_size=self.task.image_size,
+            mean=mean,
+            std=std,
+            pretrained=self.run.pretrained,
+        )
+        student.class_names, student.grey_range = self.task.classes, self.task.grey_range
+        return student
+
+    def _copy(self, teacher: Backbone) -> Backbone:
+        student = trainable_copy(teacher, self.task.classes, torch.Generator().manual_seed(self.run.seed))
+        student.image_size, student.grey_range = self.task.image_size, self.task.grey_range
+        return student

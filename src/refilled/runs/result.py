@@ -1,0 +1,45 @@
+"""What a finished run found: the content of ``result.json``."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from refilled.errors import RunError
+from refilled.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run found: the content of ``result.json``."""
+
+    accuracy: float
+    """Percent of the test images, or of the held-out ones where the run scores those, after the last epoch."""
+    ncm_accuracy: float
+    """Percent by the nearest class mean of the training images, in the embedding of the network that is scored."""
+    class_accuracies: dict[str, float | None]
+    stages: dict[str, dict[str, float]]
+    """Nearest-class-mean accuracy after each stage but the last."""
+    seconds: float
+    """Of training and of loading, over all starts of the run."""
+    parameters: int
+    """Of the network that is scored: the student, or the teacher where its embedding is all there is."""
+    data: dict[str, Any]
+    teacher: dict[str, Any] | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a finished run's result.
+
+        Raises:
+            RunError: The run is not finished.
+        """
+        if not (folder / "DONE").exists():
+            raise RunError(f"{folder} holds no finished run")
+        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+
+    def save(self, folder: Path) -> None:
+        """Write the result to a run's folder."""
+        write_atomic(folder / "result.json", (json.dumps(asdict(self), indent=2) + "\n").encode())

@@ -1,0 +1,149 @@
+"""Scoring what a run has trained, once, when everything is decided."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refilled.config import Run
+from refilled.data import Split, Task
+from refilled.models import Backbone, refuse_non_finite
+from refilled.runs.environment import device_name, versions
+from refilled.runs.folder import RunFolder
+from refilled.runs.prepared import Prepared
+from refilled.runs.result import Result
+from refilled.training.distributed import ALONE, World
+from refilled.training.evaluation import (
+    accuracy,
+    class_accuracies,
+    embed,
+    nearest_center_accuracy,
+    predict_classes_twice,
+)
+from refilled.training.teacher_cache import fingerprint
+
+_FEW_STEPS = 300
+
+
+def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World, notes: Sequence[str] = ()) -> Result:
+    """Score the images that the result is about; nothing else reads them.
+
+    Args:
+        prepared: The run.
+        folder: Its folder, with the student as earlier stages left it.
+        seconds: How long training took.
+        world: The processes of the run.
+        notes: What happened in training that a reader of the result should know.
+    """
+    run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
+    device, labels = torch.device(run.device), prepared.scored.labels
+    if prepared.readout is None:
+        found, nearest = predict_classes_twice(student, task.train, prepared.scored.pixels, device, world)
+        ncm_accuracy = accuracy(nearest, labels)
+    else:
+        train, scored = (finite_embedding(student, split, device, world) for split in (task.train, prepared.scored))
+        found = prepared.readout.classify(train, task.train.labels, scored)
+        ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
+    return Result(
+        accuracy=accuracy(found, labels),
+        ncm_accuracy=ncm_accuracy,
+        class_accuracies=accuracy_by_class(task.classes, found, labels),
+        stages=_measure_stages(prepared, folder, world),
+        seconds=seconds,
+        parameters=sum(p.numel() for p in student.parameters()),
+        data={
+            "task": task.name,
+            "fingerprint": task.fingerprint,
+            "images": {"train": len(task.train), "val": len(task.val), "test": len(task.test)},
+            "scored": run.score,
+            "image_size": task.image_size,
+            "grey_range": task.grey_range,
+            "skipped": [list(pair) for pair in task.skipped],
+            "notes": [
+                *task.notes,
+                *prepared.notes,
+                *notes,
+                *_unseen(prepared),
+                *(_few_steps(run, task) if prepared.stages else []),
+            ],
+            **_unlabelled(run, task),
+        },
+        teacher=None if teacher is None else _about_teacher(run, teacher, task.image_size),
+        versions=versions(),
+        hardware={
+            "device": device_name(device),
+            "processes": world.size,
+            "threads": run.threads,
+            "precision": run.precision,
+        },
+    )
+
+
+def _about_teacher(run: Run, teacher: Backbone, image_size: int) -> dict[str, Any]:
+    return {
+        "name": run.teacher,
+        "fingerprint": fingerprint(teacher),
+        "image_size": teacher.input_size or image_size,
+        "embedding": teacher.pooling,
+        "embedding_dim": teacher.embedding_dim,
+    }
+
+
+def _measure_stages(prepared: Prepared, folder: RunFolder, world: World) -> dict[str, dict[str, float]]:
+    """Score the student as each stage but the last left it."""
+    student, task, scored, found = prepared.student, prepared.task, prepared.scored, {}
+    final = {name: value.clone() for name, value in student.state_dict().items()}
+    for stage in prepared.stages[:-1]:
+        weights = world.lead(partial(_weights_in, folder.stage(stage.name)))
+        if weights is not None:
+            student.load_state_dict(weights)
+            _, nearest = predict_classes_twice(student, task.train, scored.pixels, prepared.run.device, world)
+            found[stage.name] = {"ncm_accuracy": accuracy(nearest, scored.labels)}
+    student.load_state_dict(final)
+    return found
+
+
+def _weights_in(path: Path) -> dict[str, Tensor] | None:
+    return load_file(path) if path.exists() else None
+
+
+def _unlabelled(run: Run, task: Task) -> dict[str, Any]:
+    """Return what the record says of unlabelled images: where they are from, how many, and their fingerprint."""
+    if task.unlabelled is None:
+        return {}
+    digest = task.unlabelled_fingerprint
+    return {"unlabelled": {"source": run.unlabelled, "images": len(task.unlabelled), "fingerprint": digest}}
+
+
+def _unseen(prepared: Prepared) -> list[str]:
+    """Return a note where there are unlabelled images that no loss has a use for."""
+    if prepared.task.unlabelled is None or any(stage.sees_unlabelled for stage in prepared.stages):
+        return []
+    return [f"the method '{prepared.run.method}' has no use for unlabelled images: none were seen"]
+
+
+def _few_steps(run: Run, task: Task) -> list[str]:
+    images = len(task.train), 0 if task.unlabelled is None else len(task.unlabelled)
+    steps = run.epochs_over(*images) * run.steps_over(*images)
+    if steps >= _FEW_STEPS:
+        return []
+    return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
+
+
+def accuracy_by_class(names: Sequence[str], found: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """Return the accuracy in percent within each class, by name; None for a class without images."""
+    accuracies = class_accuracies(found, labels, len(names))
+    return {name: None if a != a else a for name, a in zip(names, accuracies, strict=True)}  # JSON has no NaN
+
+
+def finite_embedding(
+    teacher: Backbone, images: Split, device: torch.device | str | None = None, world: World = ALONE
+) -> Tensor:
+    """Embed images by a teacher ``(N, d)``, and refuse numbers that are not finite, naming the image."""
+    embedding = embed(teacher, images.pixels, device, world)
+    refuse_non_finite(embedding, images.sources)
+    return embedding
