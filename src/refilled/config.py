@@ -37,7 +37,8 @@ class Recipe:
     """How a student is optimised. The defaults suit short runs; ``PRESETS["paper"]`` is what the paper did.
 
     Attributes:
-        epochs: Passes over the training images, all stages together: methods compare at equal cost.
+        epochs: Passes over the training images, all stages together: methods compare at equal cost. With unlabelled
+            images, passes over those or over the labelled ones, whichever takes more steps; the others are repeated.
         least_steps: Take more epochs where images are few, so that there are at least so many steps. The command line
             takes 1000 where neither epochs nor a preset that has them is given.
         batch_size: Images a step, at most; an epoch is cut into batches of nearly equal size.
@@ -61,6 +62,10 @@ class Recipe:
             teacher sees the mixture. 0 for not at all (Zhang et al., ICLR 2018).
         cutmix: Put a square patch of another image in its place instead, the share of the area being drawn likewise
             (Yun et al., ICCV 2019). With ``mixup`` too, each is done in half of the views.
+        unlabelled_share: Share of a batch that unlabelled images take, where a run has some. With few labelled images
+            it is more: a batch never holds a labelled image twice.
+        unlabelled_span: Share of each stage during which unlabelled images are seen; the rest of the stage sees only
+            labelled ones.
         precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights, the order, the augmentation and the choice of shots.
     """
@@ -82,6 +87,8 @@ class Recipe:
     views: int | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
+    unlabelled_share: float = 0.5
+    unlabelled_span: float = 1.0
     precision: Precision = "auto"
     seed: int = 0
 
@@ -98,6 +105,8 @@ class Recipe:
             "views": self.views is None or self.views >= 1,
             "mixup": math.isfinite(self.mixup) and self.mixup >= 0,
             "cutmix": math.isfinite(self.cutmix) and self.cutmix >= 0,
+            "unlabelled_share": 0 < self.unlabelled_share < 1,
+            "unlabelled_span": 0 <= self.unlabelled_span <= 1,
             "images_per_class": self.images_per_class >= 1,
             "seed": 0 <= self.seed < 2**31,
         }
@@ -109,13 +118,28 @@ class Recipe:
         if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
             raise RunError(f"lr = {self.lr} is a rate for SGD; AdamW needs about 0.001")
 
-    def epochs_over(self, images: int) -> int:
-        """Return how many passes over so many training images there are."""
-        return max(self.epochs, math.ceil(self.least_steps / self.steps_over(images)))
+    def epochs_over(self, images: int, unlabelled: int = 0) -> int:
+        """Return how many epochs there are with so many labelled and unlabelled training images."""
+        return max(self.epochs, math.ceil(self.least_steps / self.steps_over(images, unlabelled)))
 
-    def steps_over(self, images: int) -> int:
-        """Return how many batches such a pass is cut into."""
-        return math.ceil(images / self.batch_size)
+    def steps_over(self, images: int, unlabelled: int = 0) -> int:
+        """Return the number of steps in an epoch: a pass over the kind of images that takes more of them."""
+        known, others = self.batch_over(images, unlabelled)
+        return max(math.ceil(images / known), math.ceil(unlabelled / others) if others else 0)
+
+    def batch_over(self, images: int, unlabelled: int = 0) -> tuple[int, int]:
+        """Return how many labelled and how many unlabelled images a step takes, at most.
+
+        Raises:
+            RunError: a batch has no room for both kinds.
+        """
+        if not unlabelled:
+            return min(self.batch_size, images), 0
+        if self.batch_size < 2:
+            raise RunError("labelled and unlabelled images share a batch; raise --batch-size to 2 or more")
+        wanted = round(self.batch_size * (1 - self.unlabelled_share))
+        known = min(max(1, wanted), images, self.batch_size - 1)
+        return known, min(self.batch_size - known, unlabelled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +155,9 @@ class Run(Recipe):
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
         shots: Training images a class; None for all.
+        unlabelled: Images whose labels are unknown or not to be used, for the terms of a method that need none:
+            ``rest`` for the training images that ``shots`` left out, a folder with images at any depth, or a task such
+            as ``cifar100:0-49``, ``photos.parquet`` or ``wds:shards``, whose training images are taken.
         val: Part of the training images that is held out by class to watch the progress; never trained on.
         score: Which images the result is about; with ``val`` the test images are not looked at, so that one may choose
             between runs by it.
@@ -157,6 +184,7 @@ class Run(Recipe):
     method: str = "vanilla"
     settings: Mapping[str, Any] = field(default_factory=dict)
     shots: int | None = None
+    unlabelled: str | None = None
     val: float = 0.1
     score: Literal["test", "val"] = "test"
     image_size: int | None = None

@@ -119,6 +119,7 @@ def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
         allow_bad=run.allow_bad,
         memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
         grey_range=grey_range,
+        unlabelled=run.unlabelled,
     )
 
 

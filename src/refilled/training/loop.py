@@ -16,12 +16,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.config import Precision, Recipe
-from refilled.data import Task, Views, epoch_batches
+from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
 from refilled.errors import NonFiniteError, RunError
 from refilled.models import Backbone, refuse_non_finite
 from refilled.outputs import Outputs
-from refilled.stages import Prepares, Reports, Stage
+from refilled.stages import Prepares, Reports, Stage, Term
 from refilled.training.averaging import WeightAverage
 from refilled.training.checkpoints import State
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
@@ -163,6 +163,9 @@ class _Training:
     ) -> None:
         self.student, self.teacher, self.cache, self.world = student, teacher, cache, world
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
+        self.images = task.seen
+        self.labelled = len(task.train)
+        self.unlabelled = len(self.images.labels) - self.labelled
         self.views = views_of(recipe, task)
         student.to(memory_format=torch.channels_last)
         self.learner = fabric.setup_module(student)
@@ -173,7 +176,7 @@ class _Training:
     def run(self, stages: Sequence[Stage]) -> None:
         state = self.journal.restore()
         start = Position(**state.data["position"]) if state else Position()
-        budget = share_epochs(stages, self.recipe.epochs_over(len(self.task.train)))
+        budget = share_epochs(stages, self.recipe.epochs_over(self.labelled, self.unlabelled))
         for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
             if number < start.stage or epochs == 0:
                 continue
@@ -230,14 +233,22 @@ class _Training:
             torch.manual_seed(int(keyed_bits(self.recipe.seed, "rank", self.world.rank, *keys)))
 
     def _batches(self, epoch: int) -> list[Tensor]:
-        return epoch_batches(
+        """Return an epoch's batches: as many whether or not its stage sees unlabelled images, labelled ones first."""
+        recipe = self.recipe
+        unlabelled = self.unlabelled if self._sees_unlabelled(epoch) else 0
+        return joined_batches(
             self.task.train.labels,
-            batch_size=self.recipe.batch_size,
-            seed=self.recipe.seed,
+            unlabelled,
+            batch=recipe.batch_over(self.labelled, unlabelled),
+            steps=recipe.steps_over(self.labelled, self.unlabelled),
+            seed=recipe.seed,
             epoch=self.epochs_before + epoch,
-            sampler=self.recipe.sampler,
-            images_per_class=self.recipe.images_per_class,
+            sampler=recipe.sampler,
+            images_per_class=recipe.images_per_class,
         )
+
+    def _sees_unlabelled(self, epoch: int) -> bool:
+        return self.stage.sees_unlabelled and epoch < self.recipe.unlabelled_span * self.epochs
 
     def _train_epoch(self, epoch: int, batches: Sequence[Tensor]) -> None:
         terms, fabric = self.stage.terms, self.fabric
@@ -249,10 +260,13 @@ class _Training:
             images, labels = self._load(batch, view)  # of this process's part, and of the whole batch
             taught = self._teach(images, batch, view)
             seen = self._learn(images, len(batch))
-            losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
+            labelled = int((batch < self.labelled).sum())
+            losses = {name: term(seen, taught, labels, labelled) for name, term in terms.items()}
             if self.views.mixed:
                 share, others = self._mixed_in(batch, view)
-                of_others = {name: term(seen, taught, others) for name, term in terms.items() if term.reads_labels}
+                of_others = {
+                    name: term(seen, taught, others, labelled) for name, term in terms.items() if term.reads_labels
+                }
                 losses |= {name: torch.lerp(loss, losses[name], share) for name, loss in of_others.items()}
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
@@ -274,11 +288,11 @@ class _Training:
 
     def _load(self, batch: Tensor, view: View) -> tuple[Tensor, Tensor]:
         part = batch[self.world.part(len(batch))]
-        images = self.views.load(self.task.train.pixels, part, seed=view.seed, view=view.number)
+        images = self.views.load(self.images.pixels, part, seed=view.seed, view=view.number)
         return images.to(self.fabric.device, non_blocking=True), self._labels(batch)
 
     def _labels(self, indices: Tensor) -> Tensor:
-        return self.task.train.labels[indices].to(self.fabric.device, non_blocking=True)
+        return self.images.labels[indices].to(self.fabric.device, non_blocking=True)
 
     def _teach(self, images: Tensor, batch: Tensor, view: View) -> Outputs | None:
         if self.teacher is None or not self.stage.needs_teacher:
@@ -307,13 +321,13 @@ class _Training:
 
     def _mixed_in(self, batch: Tensor, view: View) -> tuple[float, Tensor]:
         """Share that the images of a mixed batch keep of themselves, and the labels of what was mixed into them."""
-        pixels, place = self.task.train.pixels, {"seed": view.seed, "view": view.number}
+        pixels, place = self.images.pixels, {"seed": view.seed, "view": view.number}
         share = self.views.mixing(pixels.shape[-1], **place).share
-        return share, self._labels(self.views.partners(batch, len(pixels), **place))
+        return share, self._labels(self.views.partners_in(pixels, batch, **place))
 
     def _set_learning_rate(self, time: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.epochs, time)
+            group["lr"] = self.stage.rate * learning_rate(self.recipe, self.epochs, time)
 
     def _check_finite(
         self, losses: Mapping[str, Tensor], taught: Outputs | None, batch: Tensor, epoch: int, step: int
@@ -377,10 +391,14 @@ class _Training:
         curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
         if curious and self.teacher is not None:
             with self.fabric.autocast():
-                embedding = embed(self.teacher, self.task.train.pixels, self.fabric.device, self.world)
-            refuse_non_finite(embedding, self.task.train.sources)
+                parts = [self.task.train, *([self.task.unlabelled] if self.task.unlabelled is not None else [])]
+                found = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
+            for part, embedding in zip(parts, found, strict=True):
+                refuse_non_finite(embedding, part.sources)
+            embedding, labels = torch.cat(found).to(self.fabric.device), self.images.labels.to(self.fabric.device)
             for loss in curious:
-                loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
+                shown = len(labels) if _sees_unlabelled(loss) else self.labelled
+                loss.prepare(embedding[:shown], labels[:shown])
 
     def _follow_weights(self) -> None:
         if self.recipe.ema > 0:
@@ -425,6 +443,10 @@ class _Training:
         torch.set_rng_state(state.tensors["random"])
         if "random_cuda" in state.tensors and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
+
+
+def _sees_unlabelled(loss: nn.Module) -> bool:
+    return Term(loss).sees_unlabelled
 
 
 def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
