@@ -49,7 +49,8 @@ from refilled.outputs import Outputs
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device
 from refilled.stages import Stage, Term, constant
-from refilled.training.loop import Journal, Position, fit, resolve_precision
+from refilled.training.loop import Journal, Position, fit
+from refilled.training.precision import resolve_precision
 from refilled.training.teacher_cache import Contents, TeacherCache
 
 CLASSES = 100

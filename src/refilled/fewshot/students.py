@@ -24,7 +24,8 @@ from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs
 from refilled.stages import Prepares, Stage
-from refilled.training.loop import learning_rate, resolve_precision, share_epochs
+from refilled.training.loop import learning_rate, share_epochs
+from refilled.training.precision import resolve_precision
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]

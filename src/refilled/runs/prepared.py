@@ -24,7 +24,7 @@ from refilled.models import (
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import find_device
 from refilled.stages import FineTuning, Readout, Stage
-from refilled.training.loop import resolve_precision
+from refilled.training.precision import resolve_precision
 
 
 def resolve(run: Run) -> Run:

@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from refilled.config import Precision, Recipe
+from refilled.config import Recipe
 from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
 from refilled.errors import NonFiniteError, RunError
@@ -28,6 +28,7 @@ from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, embed, predict_classes
 from refilled.training.optimizers import create_optimizer
+from refilled.training.precision import resolve_precision
 from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
 
 _FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
@@ -109,17 +110,6 @@ def views_of(recipe: Recipe, task: Task) -> Views:
     """Say what students see of a task's training images; ``auto`` is the augmentation that suits the task."""
     augmentation = task.augmentation if recipe.augmentation == "auto" else recipe.augmentation
     return Views(augmentation, recipe.mixup, recipe.cutmix)
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """Decide what ``auto`` means: bfloat16 only where the hardware multiplies in it."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return "bf16-mixed" if fast else "32-true"
 
 
 def fit(
