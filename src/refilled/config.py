@@ -21,6 +21,12 @@ WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 """Fields that say where and how a run is carried out, and not what it is: they change its result by rounding alone."""
 
 
+YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0}
+"""Fields that older records lack, with the value that those runs had without naming it."""
+
+_SGD_ONLY_LR = 0.05
+
+
 def what(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a configuration's fields that say what is carried out."""
     return {name: value for name, value in values.items() if name not in WHERE}
@@ -31,14 +37,18 @@ class Recipe:
     """How a student is optimised. The defaults suit short runs; ``PRESETS["paper"]`` is what the paper did.
 
     Attributes:
-        epochs: Passes over the training images, all stages together: methods compare at equal cost.
+        epochs: Passes over the training images, all stages together: methods compare at equal cost. With unlabelled
+            images, passes over those or over the labelled ones, whichever takes more steps; the others are repeated.
         least_steps: Take more epochs where images are few, so that there are at least so many steps. The command line
             takes 1000 where neither epochs nor a preset that has them is given.
         batch_size: Images a step, at most; an epoch is cut into batches of nearly equal size.
         lr: Learning rate at its highest.
-        momentum: Momentum of SGD.
-        nesterov: Whether it is Nesterov's.
+        optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001.
+        momentum: Momentum of SGD; the first beta of AdamW.
+        nesterov: Whether SGD's momentum is Nesterov's.
         weight_decay: Weight decay.
+        ema: Decay of an exponential moving average of the student's weights, such as 0.99; the student of each stage
+            is that average. It rises to this value over the first steps. 0 for no average.
         schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage (the
             paper); ``late-step``: times 0.1 after 62.5, 75 and 87.5 % of it (Tian et al., ICLR 2020).
         warmup: Epochs of linear warm-up at the beginning of each stage.
@@ -52,6 +62,10 @@ class Recipe:
             teacher sees the mixture. 0 for not at all (Zhang et al., ICLR 2018).
         cutmix: Put a square patch of another image in its place instead, the share of the area being drawn likewise
             (Yun et al., ICCV 2019). With ``mixup`` too, each is done in half of the views.
+        unlabelled_share: Share of a batch that unlabelled images take, where a run has some. With few labelled images
+            it is more: a batch never holds a labelled image twice.
+        unlabelled_span: Share of each stage during which unlabelled images are seen; the rest of the stage sees only
+            labelled ones.
         precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
         seed: Of the initial weights, the order, the augmentation and the choice of shots.
     """
@@ -60,9 +74,11 @@ class Recipe:
     least_steps: int = 0
     batch_size: int = 64
     lr: float = 0.1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    ema: float = 0.0
     schedule: Literal["cosine", "step", "late-step"] = "cosine"
     warmup: float = 1.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
@@ -71,6 +87,8 @@ class Recipe:
     views: int | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
+    unlabelled_share: float = 0.5
+    unlabelled_span: float = 1.0
     precision: Precision = "auto"
     seed: int = 0
 
@@ -81,27 +99,47 @@ class Recipe:
             "batch_size": self.batch_size >= 1,
             "lr": math.isfinite(self.lr) and self.lr > 0,
             "momentum": 0 <= self.momentum < 1,
+            "ema": 0 <= self.ema < 1,
             "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             "warmup": math.isfinite(self.warmup) and self.warmup >= 0,
             "views": self.views is None or self.views >= 1,
             "mixup": math.isfinite(self.mixup) and self.mixup >= 0,
             "cutmix": math.isfinite(self.cutmix) and self.cutmix >= 0,
+            "unlabelled_share": 0 < self.unlabelled_share < 1,
+            "unlabelled_span": 0 <= self.unlabelled_span <= 1,
             "images_per_class": self.images_per_class >= 1,
             "seed": 0 <= self.seed < 2**31,
         }
         for name, holds in rules.items():
             if not holds:
                 raise RunError(f"{name} = {getattr(self, name)} is out of range")
-        if self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise RunError("nesterov needs a momentum above 0")
+        if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
+            raise RunError(f"lr = {self.lr} is a rate for SGD; AdamW needs about 0.001")
 
-    def epochs_over(self, images: int) -> int:
-        """Return how many passes over so many training images there are."""
-        return max(self.epochs, math.ceil(self.least_steps / self.steps_over(images)))
+    def epochs_over(self, images: int, unlabelled: int = 0) -> int:
+        """Return how many epochs there are with so many labelled and unlabelled training images."""
+        return max(self.epochs, math.ceil(self.least_steps / self.steps_over(images, unlabelled)))
 
-    def steps_over(self, images: int) -> int:
-        """Return how many batches such a pass is cut into."""
-        return math.ceil(images / self.batch_size)
+    def steps_over(self, images: int, unlabelled: int = 0) -> int:
+        """Return the number of steps in an epoch: a pass over the kind of images that takes more of them."""
+        known, others = self.batch_over(images, unlabelled)
+        return max(math.ceil(images / known), math.ceil(unlabelled / others) if others else 0)
+
+    def batch_over(self, images: int, unlabelled: int = 0) -> tuple[int, int]:
+        """Return how many labelled and how many unlabelled images a step takes, at most.
+
+        Raises:
+            RunError: a batch has no room for both kinds.
+        """
+        if not unlabelled:
+            return min(self.batch_size, images), 0
+        if self.batch_size < 2:
+            raise RunError("labelled and unlabelled images share a batch; raise --batch-size to 2 or more")
+        wanted = round(self.batch_size * (1 - self.unlabelled_share))
+        known = min(max(1, wanted), images, self.batch_size - 1)
+        return known, min(self.batch_size - known, unlabelled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +148,16 @@ class Run(Recipe):
 
     Attributes:
         task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
-        student: Architecture of the student; None where the method trains none of its own.
+        student: Architecture of the student, or weights to start from: a student folder, ``architecture:weights``. None
+            where the method trains no student of its own.
         teacher: A student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``, or
             ``file.py:function``; variables of the environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
         shots: Training images a class; None for all.
+        unlabelled: Images whose labels are unknown or not to be used, for the terms of a method that need none:
+            ``rest`` for the training images that ``shots`` left out, a folder with images at any depth, or a task such
+            as ``cifar100:0-49``, ``photos.parquet`` or ``wds:shards``, whose training images are taken.
         val: Part of the training images that is held out by class to watch the progress; never trained on.
         score: Which images the result is about; with ``val`` the test images are not looked at, so that one may choose
             between runs by it.
@@ -142,6 +184,7 @@ class Run(Recipe):
     method: str = "vanilla"
     settings: Mapping[str, Any] = field(default_factory=dict)
     shots: int | None = None
+    unlabelled: str | None = None
     val: float = 0.1
     score: Literal["test", "val"] = "test"
     image_size: int | None = None

@@ -42,7 +42,10 @@ class Prepares(Protocol):
         """Whether it wants to: embedding the whole training set costs time."""
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take ``(N, d)`` embeddings of the training images, not augmented, and their ``(N,)`` class ids."""
+        """Take ``(N, d)`` embeddings of the training images, not augmented, and their ``(N,)`` class ids.
+
+        A loss that sees unlabelled images gets theirs too, after the labelled ones and with class id -1.
+        """
 
 
 @runtime_checkable
@@ -71,13 +74,37 @@ class Term:
         """Whether the loss looks at its labels; one that does not says so by an attribute ``reads_labels = False``."""
         return bool(getattr(self.loss, "reads_labels", True))
 
-    def __call__(self, seen: Outputs, taught: Outputs | None, labels: Tensor) -> Tensor:
-        """Return the scalar loss, not yet weighted."""
+    @property
+    def sees_unlabelled(self) -> bool:
+        """Whether the loss has a use for images without labels, whose class id is -1.
+
+        A loss that does not look at its labels does. One that does, where there are some, says so by an attribute
+        ``sees_unlabelled = True``.
+        """
+        return bool(getattr(self.loss, "sees_unlabelled", not self.reads_labels))
+
+    def __call__(self, seen: Outputs, taught: Outputs | None, labels: Tensor, labelled: int | None = None) -> Tensor:
+        """Return the scalar loss, not yet weighted.
+
+        Args:
+            seen: The student's outputs for a batch.
+            taught: The teacher's.
+            labels: Class ids ``(N,)``; -1 for an image without a label.
+            labelled: Number of images with labels, which come first; None if all have one. A loss that has no use for
+                the others is called without them.
+        """
         tensors = [getattr(seen, self.student)]
         if self.teacher is not None:
             tensors.append(getattr(taught, self.teacher))
+        if labelled is not None and not self.sees_unlabelled:
+            tensors, labels = [_first(part, labelled) for part in tensors], labels[:labelled]
         loss: Tensor = self.loss(*tensors, labels)
         return loss
+
+
+def _first(part: Tensor | tuple[Tensor, ...], count: int) -> Tensor | tuple[Tensor, ...]:
+    """Return the first rows of an output, or of each of several feature maps."""
+    return part[:count] if isinstance(part, Tensor) else tuple(rows[:count] for rows in part)
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,13 @@ class Stage:
     terms: Mapping[str, Term]
     share: float = 1.0
     classifier: Literal["keep", "fresh"] = "keep"
+    rate: float = 1.0
+    """Factor of the run's learning rate."""
+
+    @property
+    def sees_unlabelled(self) -> bool:
+        """Whether some term has a use for images without labels."""
+        return any(term.sees_unlabelled for term in self.terms.values())
 
     def reads(self, part: Part) -> bool:
         """Whether some term reads this part of the teacher's outputs."""

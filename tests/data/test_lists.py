@@ -156,7 +156,7 @@ def test_another_encoding_is_said(tmp_path):
 
 
 def test_a_column_says_the_part(tmp_path, names):
-    parts = ["Train", "train", "VALIDATION", "validation", "test", "Testing"] * 3 + ["train"] * 2
+    parts = ["Train", "training set", "VALIDATION", "validation", "test", "Testing"] * 3 + ["train"] * 2
     frame = pd.DataFrame({"filename": names, "label": CLASSES * 10, "split": parts})
     frame.to_csv(tmp_path / "labels.csv", index=False)
     task = load_task(str(tmp_path))

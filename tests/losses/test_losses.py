@@ -354,7 +354,7 @@ def test_only_image_of_a_class_is_its_own_center_when_left_out():
         (lambda: LocalKDLoss()(normal(2, 2), normal(2, 3), torch.tensor([0, 2])), r"class id 2 is not in 0 \.\. 2 - 1"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(2, 3), torch.tensor([-1, 0])), "class id -1"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(3, 3), torch.tensor([1, 0])), r"\(2, 2\) and \(3, 3\)"),
-        (lambda: LocalKDLoss(centers="global").prepare(normal(2, 3), torch.tensor([-1, 0])), "class id -1"),
+        (lambda: LocalKDLoss(centers="global").prepare(normal(2, 3), torch.tensor([-2, 0])), "class id -2"),
         (lambda: local_kd(normal(1, 9), normal(1, 3), torch.tensor([5]), centers=normal(5, 3)), "class id 5"),
         (lambda: local_kd(normal(1, 9), normal(1, 3), torch.tensor([0]), centers=normal(5, 4)), "same teacher"),
         (lambda: TripletAlignmentLoss()(normal(4, 2), normal(4, 2), torch.zeros(4, 1)), r"labels \(4, 1\)"),

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from refilled.cli.options import Cpus, Executor, Gpus, Preset, configure, run_flags, run_name
+from refilled.cli.options import Cpus, Executor, Gpus, Preset, configure, descriptions, run_flags, run_name
 from refilled.cli.show import console
 from refilled.errors import RunError
 from refilled.presets import with_preset
@@ -33,7 +34,7 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
-    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
     executor: Executor = "local",

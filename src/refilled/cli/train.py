@@ -30,9 +30,7 @@ from refilled.errors import RunError
 )
 def train(
     task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
-    model: Annotated[
-        str, typer.Option("--model", "--student", help="Architecture; 'refilled list models' names them.")
-    ] = "wrn_16_1",
+    model: Annotated[str, typer.Option("--model", "--student", help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
@@ -57,7 +55,7 @@ def distill(
         str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
     ] = None,
     teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
-    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
     ] = "refilled",

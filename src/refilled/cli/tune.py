@@ -37,7 +37,7 @@ def tune(
         ),
     ],
     teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
-    student: Annotated[str, typer.Option(help="Architecture; 'refilled list models' names them.")] = "wrn_16_1",
+    student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
     ] = "refilled",

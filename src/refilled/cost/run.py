@@ -38,6 +38,8 @@ class StageForecast:
     """A step."""
     communication: float
     """Seconds of these that pass between several processes."""
+    sees_unlabelled: bool = False
+    """Whether its batches hold unlabelled images too."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Forecast:
     def rows(self) -> Iterator[tuple[str, str]]:
         """Say it in words, as pairs of a heading and a text."""
         size, run = self.size, self.run
-        counts = f"{size.train} images to train on, {size.val} to validate, {size.test} to test"
+        extra = f" and {size.unlabelled} without labels" if size.unlabelled else ""
+        counts = f"{size.train} images to train on{extra}, {size.val} to validate, {size.test} to test"
         yield "task", f"{len(size.class_names)} classes; {counts}; {size.image_size} px"
         on_disk = sum(part for part in _image_bytes(size) if part > _image_limit(run))
         if on_disk:
@@ -78,7 +81,7 @@ class Forecast:
         for name, rate in self.rates.items():
             yield name, f"{rate:,.0f} images/s"
         for stage in (stage for stage in self.stages if stage.epochs > 0):
-            rate = min(run.batch_size, size.train) / stage.seconds
+            rate = sum(run.batch_over(size.train, size.unlabelled if stage.sees_unlabelled else 0)) / stage.seconds
             epochs = f"{stage.epochs} epochs of {stage.steps} steps"
             yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms a step, {rate:,.0f} images/s"
             if self.ranks > 1:
@@ -110,7 +113,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     prepared = Prepared(run, made_up_task(size, _IMAGES))
     student, teacher, stages = prepared.student, prepared.teacher, prepared.stages
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
-    batch = math.ceil(min(run.batch_size, size.train) / ranks)
+    batch = _largest_batch(stages, run, size, ranks)
     batches = probe_batches(run.device, batch)
     costs = _Costs(
         student=scoring_cost(student, size, run, fabric, fully=True),
@@ -120,12 +123,14 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     )
     looks, found = _looks_of_the_teacher(stages, run), []
     embedder = student if prepared.readout is not None else teacher if _curious(stages) else None
-    budget = share_epochs(stages, run.epochs_over(size.train)) if stages else []
+    budget = share_epochs(stages, run.epochs_over(size.train, size.unlabelled)) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
-        spared = costs.teacher.seconds(batch) if costs.teacher is not None and _is_cached(stage, run) else 0.0
+        own = _largest_batch([stage], run, size, ranks)
+        spared = costs.teacher.seconds(own) if costs.teacher is not None and _is_cached(stage, run) else 0.0
         messages = communication(student, teacher, stage, run.batch_size, ranks, network)
-        seconds = max(step.seconds(batch) - spared, 0.0) + messages
-        found.append(StageForecast(stage.name, epochs, run.steps_over(size.train), seconds, messages))
+        seconds = max(step.seconds(own) - spared, 0.0) + messages
+        steps = run.steps_over(size.train, size.unlabelled)
+        found.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
     return Forecast(
         run=run,
         size=size,
@@ -151,6 +156,12 @@ class _Costs:
         """Images a second of each network on its own, without gradients."""
         networks = {"student, scoring": self.student, "teacher": self.teacher}
         return {name: 1 / _each(cost) for name, cost in networks.items() if cost is not None}
+
+
+def _largest_batch(stages: Sequence[Stage], run: Run, size: TaskSize, ranks: int) -> int:
+    """Return the number of images that a process sees in a step, in the stage that sees most."""
+    unlabelled = size.unlabelled if any(stage.sees_unlabelled for stage in stages) else 0
+    return math.ceil(sum(run.batch_over(size.train, unlabelled)) / ranks)
 
 
 def _each(scoring: Cost) -> float:
@@ -182,8 +193,8 @@ def _seconds(
     teach = 0.0 if costs.teacher is None else _each(costs.teacher) / ranks
     scored = size.test if run.score == "test" else size.val
     return {
-        "loading": (size.train + size.val + size.test) / size.images_per_second,
-        "embedding by the teacher": looks * size.train * teach,
+        "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
+        "embedding by the teacher": looks * (size.train + size.unlabelled) * teach,
         "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }
@@ -204,11 +215,11 @@ def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, looks: int, wid
     if run.device != "cpu":
         return max(peaks)
     images = sum(part for part in _image_bytes(size) if part <= _image_limit(run))
-    return max(peaks) + images + 2 * _FLOAT * size.train * width
+    return max(peaks) + images + 2 * _FLOAT * (size.train + size.unlabelled) * width
 
 
 def _image_bytes(size: TaskSize) -> list[int]:
-    return [count * 3 * size.image_size**2 for count in (size.train, size.val, size.test)]
+    return [count * 3 * size.image_size**2 for count in (size.train, size.val, size.test, size.unlabelled)]
 
 
 def _image_limit(run: Run) -> float:
@@ -253,7 +264,14 @@ def _pipeline_rate(size: TaskSize, run: Run) -> float:
 
 def _size_of(run: Run) -> TaskSize:
     root = Path(run.data_root) if run.data_root else None
-    return task_size(run.task, data_root=root, shots=run.shots, val=run.val, image_size=run.image_size)
+    return task_size(
+        run.task,
+        data_root=root,
+        shots=run.shots,
+        val=run.val,
+        image_size=run.image_size,
+        unlabelled=run.unlabelled,
+    )
 
 
 def duration(seconds: float) -> str:

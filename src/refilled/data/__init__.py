@@ -5,7 +5,7 @@ from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.grey import GreyRange
 from refilled.data.loading import TaskSize, data_folder, list_datasets, load_task, task_size, task_stamp
 from refilled.data.pool import load_pool
-from refilled.data.samplers import Sampler, epoch_batches
+from refilled.data.samplers import Sampler, epoch_batches, joined_batches
 from refilled.data.statistics import channel_statistics
 from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
@@ -31,6 +31,7 @@ __all__ = [
     "data_folder",
     "epoch_batches",
     "free_memory",
+    "joined_batches",
     "list_datasets",
     "list_splits",
     "load_pool",

@@ -31,7 +31,7 @@ from refilled.data.sources.csv_folder import is_csv_folder, is_list, open_csv_fo
 from refilled.data.sources.cub import open_cub
 from refilled.data.sources.digits import open_digits
 from refilled.data.sources.hub import open_hub
-from refilled.data.sources.image_folder import open_image_folder
+from refilled.data.sources.image_folder import open_image_folder, open_loose_images
 from refilled.data.sources.letters import open_letters
 from refilled.data.sources.parquet import is_parquet, open_parquet
 from refilled.data.sources.webdataset import open_webdataset
@@ -44,6 +44,8 @@ from refilled.errors import TaskError
 TEST_FRACTION = 0.2  # cut from a source that has no test part
 MAX_BAD_FRACTION = 0.01
 LARGEST_AUTOMATIC_SIZE = 224
+REST = "rest"
+"""Stands for the training images that the shots left out."""
 NO_DIGESTS: Digests = np.empty(0, dtype=DIGEST)
 _LOOKED_AT = 256  # images whose size is looked at to find the automatic size
 _OPENED = 32  # of the first images, which a table gives quickly, to see whether they have more than 8 bits a channel
@@ -76,6 +78,7 @@ def load_task(
     image_size: int | None = None,
     allow_bad: bool = False,
     memory_limit: int | None = None,
+    unlabelled: str | None = None,
     grey_range: GreyRange | None = None,
 ) -> Task:
     """Load a task from its text form, ``SOURCE[:SELECTION][@key=value,...]``.
@@ -107,6 +110,9 @@ def load_task(
         image_size: Side length S; found from the images if None.
         allow_bad: Leave out images that cannot be read even if they are more than 1 %.
         memory_limit: Bytes above which a part's images lie on disk; a quarter of the memory that is free if None.
+        unlabelled: Images to learn from without their labels: ``"rest"`` for the training images that the shots left
+            out, a folder with images at any depth, or the text of a task, whose training images are taken; a table or
+            shards need no labels. Images that equal one of ``val`` or ``test`` are left out.
         grey_range: Black and white of pictures with more than 8 bits a channel, as a student was trained with; that of
             the training images if None.
 
@@ -126,6 +132,13 @@ def load_task(
         refuse_bad(skipped, sum(len(part.rows) for part in decoded.values()))
     _check_train(decoded["train"], plan, source, wanted.options.shots)
     splits = {name: _split(part, plan) for name, part in decoded.items()}
+    extra = None
+    if unlabelled is not None:
+        where = _find_unlabelled(unlabelled, plan, decoded["train"], root)
+        extra = _decode_unlabelled(*where, decoded, size, memory_limit, grey)
+        if not allow_bad:
+            refuse_bad(extra.skipped, len(extra.rows))
+    without_labels = None if extra is None else _without_labels(extra)
     names = tuple(source.classes[position] for position in plan.classes)
     return Task(
         name=wanted.resolved(root),
@@ -136,11 +149,19 @@ def load_task(
         image_size=size,
         augmentation=wanted.options.augment or source.augmentation,
         fingerprint=fingerprint(names, (splits["train"], splits["val"], splits["test"])),
-        skipped=skipped,
-        notes=(*source.notes, *plan.notes, *grey_notes(grey, grey_range), *_copies_notes(decoded)),
+        skipped=skipped + (() if extra is None else extra.skipped),
+        notes=(
+            *source.notes,
+            *plan.notes,
+            *grey_notes(grey, grey_range),
+            *_copies_notes(decoded),
+            *([] if extra is None else _unlabelled_notes(extra)),
+        ),
         grey_range=grey,
         licence=source.licence,
         citation=source.citation,
+        unlabelled=without_labels,
+        unlabelled_fingerprint=None if without_labels is None else fingerprint((), (without_labels,)),
     )
 
 
@@ -172,6 +193,7 @@ class TaskSize:
     """What suits the source."""
     images_per_second: float
     """How fast they are decoded here, found from a few of them."""
+    unlabelled: int = 0
 
 
 def task_size(
@@ -181,6 +203,7 @@ def task_size(
     shots: int | None = None,
     val: float = 0.1,
     image_size: int | None = None,
+    unlabelled: str | None = None,
 ) -> TaskSize:
     """Find out how large a task is from a few of its images; the arguments are those of :func:`load_task`.
 
@@ -194,6 +217,11 @@ def task_size(
     if wanted.options.shots is not None:
         counts = counts.clip(max=wanted.options.shots)
     size = _size(wanted, source)
+    extra = 0
+    if unlabelled == REST:
+        extra = len(plan.rows["train"]) - int(counts.sum())
+    elif unlabelled is not None:
+        extra = len(_open_unlabelled(unlabelled, root)[1])
     return TaskSize(
         class_names=tuple(source.classes[position] for position in plan.classes),
         train=int(counts.sum()),
@@ -202,6 +230,7 @@ def task_size(
         image_size=size,
         augmentation=wanted.options.augment or source.augmentation,
         images_per_second=_decoding_rate(plan.parts["train"], plan.rows["train"], size),
+        unlabelled=extra,
     )
 
 
@@ -267,8 +296,13 @@ def _size(wanted: TaskText, source: Source) -> int:
     return wanted.options.size or source.image_size or automatic_size(source.train)
 
 
-def open_source(wanted: TaskText, data_root: Path) -> Source:
+def open_source(wanted: TaskText, data_root: Path, *, labelled: bool = True) -> Source:
     """Open the source that a task's text names.
+
+    Args:
+        wanted: The task's text.
+        data_root: Where data sets lie.
+        labelled: Whether labels are needed; without them, every image of a table or of shards is of one class.
 
     Raises:
         TaskError: It is missing, damaged, or has no columns where some were named.
@@ -279,9 +313,9 @@ def open_source(wanted: TaskText, data_root: Path) -> Source:
     if wanted.kind == "hub":
         return open_hub(wanted.source, *columns)
     if wanted.kind == "wds":
-        return open_webdataset(Path(wanted.source), *columns)
+        return open_webdataset(Path(wanted.source), *columns, labelled=labelled)
     if wanted.kind == "path" and is_parquet(Path(wanted.source)):
-        return open_parquet(Path(wanted.source), *columns)
+        return open_parquet(Path(wanted.source), *columns, labelled=labelled)
     if wanted.kind == "path" and (is_list(Path(wanted.source)) or is_csv_folder(Path(wanted.source))):
         return open_csv_folder(Path(wanted.source), *columns)
     if any(columns):
@@ -460,6 +494,58 @@ def _decode_parts(
         if name in plan.cut:
             held_out = np.concatenate([held_out, decoded[name].digests])
     return decoded
+
+
+def _find_unlabelled(text: str, plan: _Plan, train: Decoded, root: Path) -> tuple[Part, Rows]:
+    """Return the part that holds the unlabelled images, and their rows."""
+    if text != REST:
+        return _open_unlabelled(text, root)
+    taken = {name for name, _ in train.skipped}
+    rows = np.setdiff1d(plan.rows["train"], train.rows)
+    rows = rows[[train.part.name(row) not in taken for row in rows.tolist()]] if taken else rows
+    if not len(rows):
+        raise TaskError(
+            "--unlabelled rest takes the training images that --shots leaves out, but none are left out; give --shots, "
+            "or name a folder or a task of other images"
+        )
+    return train.part, rows
+
+
+def _open_unlabelled(text: str, root: Path) -> tuple[Part, Rows]:
+    """Find the images of a folder at any depth, or the training images of a task."""
+    wanted = parse_task_text(text, root, TaskOptions())
+    folder = Path(wanted.source)
+    loose = wanted.kind == "path" and folder.is_dir() and wanted.selection is None
+    if loose and not is_parquet(folder) and not is_csv_folder(folder):
+        part: Part = open_loose_images(folder)
+        rows = np.arange(len(part.labels))
+    else:
+        source, chosen = _select(open_source(wanted, root, labelled=wanted.selection is not None), wanted)
+        part, rows = source.train, _rows_of(source.train, chosen)
+    if not len(rows):
+        raise TaskError(f"there are no images in '{text}' to take as --unlabelled")
+    return part, rows
+
+
+def _decode_unlabelled(
+    part: Part, rows: Rows, others: dict[str, Decoded], size: int, memory_limit: int | None, grey: GreyRange | None
+) -> Decoded:
+    """Decode unlabelled images, without those that equal an image of val or test."""
+    held_out = np.concatenate([others["val"].digests, others["test"].digests])
+    found = decode_part(part, rows, lambda pool: pool, held_out, size, memory_limit, grey)
+    if not len(found.rows):
+        raise TaskError("no unlabelled image is left: all are unreadable or equal an image of val or test")
+    return found
+
+
+def _without_labels(part: Decoded) -> Split:
+    return Split(part.pixels, torch.full((len(part.rows),), -1), Names(part.part, part.rows), part.digests)
+
+
+def _unlabelled_notes(part: Decoded) -> list[str]:
+    if not part.copies:
+        return []
+    return [f"{part.copies} unlabelled images left out: they equal images of val or test"]
 
 
 def decode_part(

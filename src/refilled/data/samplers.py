@@ -1,5 +1,7 @@
 """Which images make up each batch of an epoch, as a pure function of (seed, epoch)."""
 
+from collections.abc import Callable
+from itertools import chain, islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -61,6 +63,64 @@ def epoch_batches(
         )
     batches = _balanced(labels.cpu().numpy(), steps, batch_size, images_per_class, seed, epoch)
     return list(torch.from_numpy(batches))
+
+
+def joined_batches(
+    labels: Tensor,
+    unlabelled: int,
+    *,
+    batch: tuple[int, int],
+    steps: int,
+    seed: int,
+    epoch: int,
+    sampler: Sampler = "shuffle",
+    images_per_class: int = 4,
+) -> list[Tensor]:
+    """Return the batches of one epoch over labelled and unlabelled images, the labelled ones first in each batch.
+
+    Each kind is dealt out as :func:`epoch_batches` does it, the unlabelled ones always by ``"shuffle"``, and anew as
+    often as ``steps`` need. No image comes twice in a batch, unless the balanced sampler repeats it.
+
+    Args:
+        labels: Class ids ``(N,)`` of the labelled images, whose indices are 0 .. N - 1.
+        unlabelled: Number M of unlabelled images, whose indices are N .. N + M - 1; 0 for labelled batches.
+        batch: Number of labelled and of unlabelled images in a batch, at most.
+        steps: Number of batches.
+        seed: The run's seed.
+        epoch: The epoch, from 0.
+        sampler: How labelled images are dealt out.
+        images_per_class: K of the balanced sampler.
+
+    Raises:
+        TaskError: As :func:`epoch_batches`.
+    """
+
+    def known(lap: int) -> list[Tensor]:
+        return epoch_batches(
+            labels,
+            batch_size=batch[0],
+            seed=seed,
+            epoch=lap,
+            sampler=sampler,
+            images_per_class=images_per_class,
+        )
+
+    def others(lap: int) -> list[Tensor]:
+        dealt = epoch_batches(labels.new_empty(unlabelled), batch_size=batch[1], seed=seed, epoch=lap)
+        return [len(labels) + indices for indices in dealt]
+
+    if not unlabelled:
+        return _repeated(known, epoch, steps)
+    pairs = zip(_repeated(known, epoch, steps), _repeated(others, epoch, steps), strict=True)
+    return [torch.cat(pair) for pair in pairs]
+
+
+def _repeated(lap: Callable[[int], list[Tensor]], epoch: int, steps: int) -> list[Tensor]:
+    """Return the first ``steps`` batches of the laps that belong to an epoch."""
+    first = lap(0)
+    laps = -(-steps // len(first))
+    found = (lap(number) for number in range(epoch * laps, (epoch + 1) * laps))
+    return list(islice(chain.from_iterable(found), steps))
 
 
 def _balanced(

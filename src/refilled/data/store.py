@@ -91,8 +91,57 @@ class StoredImages:
         return StoredImages(self._file, self._rows[torch.from_numpy(wanted)])
 
 
+class JoinedImages:
+    """The images of two parts as one: those of the first, then those of the second; nothing is copied.
+
+    Args:
+        first: uint8 images ``(N, 3, S, S)``, in memory or on disk.
+        second: As ``first``, ``(M, 3, S, S)``.
+    """
+
+    def __init__(self, first: "Tensor | StoredImages", second: "Tensor | StoredImages") -> None:
+        self._first, self._second = first, second
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Number of images in each part."""
+        return len(self._first), len(self._second)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(N + M, 3, S, S)``."""
+        return torch.Size((len(self), *self._first.shape[1:]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where both parts are, or the processor's memory if they are in different places."""
+        places = {self._first.device, self._second.device}
+        return places.pop() if len(places) == 1 else torch.device("cpu")
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Copy the images at the positions ``(B,)``; ``dim`` must be 0."""
+        assert dim == 0
+        index = index.cpu()
+        of_first = index < len(self._first)
+        found = [
+            part.index_select(0, positions.to(part.device)).to(self.device)
+            for part, positions in (
+                (self._first, index[of_first]),
+                (self._second, index[~of_first] - len(self._first)),
+            )
+        ]
+        order = torch.cat([of_first.nonzero(), (~of_first).nonzero()]).squeeze(1)
+        return torch.cat(found).index_select(0, order.argsort().to(self.device))
+
+
 Pixels = Tensor | StoredImages
 """uint8 images ``(N, 3, S, S)`` in memory or on disk."""
+
+SeenPixels = Pixels | JoinedImages
+"""Images that training sees, of one part or of two."""
 
 
 class Stored(NamedTuple):

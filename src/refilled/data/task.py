@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from refilled.data.grey import GreyRange
 from refilled.data.partition import DIGEST, Digests, pixel_digests
-from refilled.data.store import Pixels
+from refilled.data.store import JoinedImages, Pixels, SeenPixels
 from refilled.data.transforms import Augmentation
 
 _BLOCK = 256  # images that are brought to memory at a time
@@ -26,7 +27,7 @@ class Split:
     """uint8 ``(N, 3, S, S)`` in channels-last memory, or on disk where that is too large."""
 
     labels: Tensor
-    """int64 ``(N,)``, class ids 0 .. C-1."""
+    """int64 ``(N,)``, class ids 0 .. C-1; -1 for an image without a label."""
 
     sources: Sequence[str]
     """Where each image came from: a path within the folder, or ``train.parquet#17``."""
@@ -44,6 +45,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Seen(NamedTuple):
+    """The N labelled images that training sees, and after them M without labels."""
+
+    pixels: SeenPixels
+    """uint8 ``(N + M, 3, S, S)``."""
+
+    labels: Tensor
+    """int64 ``(N + M,)``; -1 for an image without a label."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,34 @@ class Task:
     licence: str | None = None
     citation: str | None = None
 
+    unlabelled: Split | None = None
+    """Images to learn from without labels; the fingerprint is not about them."""
+
+    unlabelled_fingerprint: str | None = None
+    """SHA-256 over their pixels."""
+
+    @property
+    def seen(self) -> Seen:
+        """The images that training sees: the labelled ones, and after them those without labels."""
+        if self.unlabelled is None:
+            return Seen(self.train.pixels, self.train.labels)
+        pixels = JoinedImages(self.train.pixels, self.unlabelled.pixels)
+        labels = torch.cat([self.train.labels, self.unlabelled.labels])
+        return Seen(pixels, labels)
+
+    def source_of(self, row: int) -> str:
+        """Say where one of the images that training sees came from."""
+        if self.unlabelled is None or row < len(self.train):
+            return self.train.sources[row]
+        return self.unlabelled.sources[row - len(self.train)]
+
+    @property
+    def seen_fingerprint(self) -> str:
+        """The fingerprint of the labelled images and of those without labels together."""
+        if self.unlabelled_fingerprint is None:
+            return self.fingerprint
+        return sha256(f"{self.fingerprint}/{self.unlabelled_fingerprint}".encode()).hexdigest()
+
     def near(self, device: torch.device) -> "Task":
         """Hold the images on an NVIDIA GPU that has room for them, so that it draws their views itself."""
         if device.type != "cuda":
@@ -94,7 +133,9 @@ class Task:
             room -= size
             return replace(part, pixels=part.pixels.to(device))
 
-        return replace(self, train=nearer(self.train), val=nearer(self.val), test=nearer(self.test))
+        train, val, test = nearer(self.train), nearer(self.val), nearer(self.test)
+        unlabelled = None if self.unlabelled is None else nearer(self.unlabelled)
+        return replace(self, train=train, val=val, test=test, unlabelled=unlabelled)
 
 
 def fingerprint(classes: tuple[str, ...], splits: tuple[Split, ...]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refilled.data.keyed import keyed_bits, keyed_integers
-from refilled.data.store import Pixels
+from refilled.data.store import JoinedImages, SeenPixels
 from refilled.data.transforms import Augmentation, augment
 from refilled.errors import TaskError
 
@@ -53,7 +53,7 @@ class Views:
         """Whether images are mixed at all."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def load(self, pixels: Pixels, indices: Tensor, *, seed: int, view: int) -> Tensor:
+    def load(self, pixels: SeenPixels, indices: Tensor, *, seed: int, view: int) -> Tensor:
         """Return a view of the images with these indices ``(N,)``: ``(N, 3, S, S)``, uint8, or float after a blend."""
 
         def one(chosen: Tensor) -> Tensor:
@@ -63,7 +63,19 @@ class Views:
         if not self.mixed:
             return one(indices)
         mixing = self.mixing(pixels.shape[-1], seed=seed, view=view)
-        return mixing(one(indices), one(self.partners(indices, len(pixels), seed=seed, view=view)))
+        return mixing(one(indices), one(self.partners_in(pixels, indices, seed=seed, view=view)))
+
+    def partners_in(self, pixels: SeenPixels, indices: Tensor, *, seed: int, view: int) -> Tensor:
+        """Return the partner of each of these images ``(N,)`` by its index: one of the same part.
+
+        So the partner of an image with a label has a label too.
+        """
+        if not isinstance(pixels, JoinedImages):
+            return self.partners(indices, len(pixels), seed=seed, view=view)
+        first, second = pixels.lengths
+        among_first = self.partners(indices, first, seed=seed, view=view)
+        among_second = first + self.partners(indices, second, seed=seed, view=view)
+        return torch.where(indices.cpu() < first, among_first, among_second)
 
     def partners(self, indices: Tensor, count: int, *, seed: int, view: int) -> Tensor:
         """Say which of all ``count`` images is the partner of each of these ``(N,)`` in a view, by its index."""

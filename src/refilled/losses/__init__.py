@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from refilled.methods.at import AttentionLoss
     from refilled.methods.crd import ContrastiveLoss
     from refilled.methods.dkd import DKDLoss
+    from refilled.methods.feature_mse import FeatureMSELoss
     from refilled.methods.fitnet import HintLoss
     from refilled.methods.kd import KDLoss
     from refilled.methods.nst import NeuronSelectivityLoss
     from refilled.methods.regression import EmbeddingRegressionLoss
     from refilled.methods.rkd import RKDAngleLoss, RKDDistanceLoss
+    from refilled.methods.self_training import PseudoLabelLoss
     from refilled.methods.sp import SimilarityPreservingLoss
     from refilled.methods.vid import VariationalLoss
 
@@ -32,11 +34,13 @@ _HOMES = {
     "ContrastiveLoss": "refilled.methods.crd",
     "DKDLoss": "refilled.methods.dkd",
     "EmbeddingRegressionLoss": "refilled.methods.regression",
+    "FeatureMSELoss": "refilled.methods.feature_mse",
     "HintLoss": "refilled.methods.fitnet",
     "KDLoss": "refilled.methods.kd",
     "LocalKDLoss": "refilled.losses.local_kd",
     "LogitKDLoss": "refilled.losses.local_kd",
     "NeuronSelectivityLoss": "refilled.methods.nst",
+    "PseudoLabelLoss": "refilled.methods.self_training",
     "RKDAngleLoss": "refilled.methods.rkd",
     "RKDDistanceLoss": "refilled.methods.rkd",
     "SimilarityPreservingLoss": "refilled.methods.sp",
@@ -51,11 +55,13 @@ __all__ = [
     "ContrastiveLoss",
     "DKDLoss",
     "EmbeddingRegressionLoss",
+    "FeatureMSELoss",
     "HintLoss",
     "KDLoss",
     "LocalKDLoss",
     "LogitKDLoss",
     "NeuronSelectivityLoss",
+    "PseudoLabelLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "SimilarityPreservingLoss",

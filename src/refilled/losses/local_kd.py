@@ -4,6 +4,7 @@ References:
     Ye, Lu and Zhan, Distilling Cross-Task Knowledge via Relationship Matching, CVPR 2020 (Eq. 7 to 9).
 """
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,6 +34,7 @@ def local_kd(
     normalize: bool = False,
     right_only: bool = False,
     average: Average = "images",
+    doubt: float = 0.0,
 ) -> Tensor:
     r"""Local knowledge distillation over the classes present in the batch (Eq. 7 to 9 of the paper).
 
@@ -45,7 +47,8 @@ def local_kd(
     Args:
         student_logits: ``(N, C)``, over all of the student's classes.
         teacher_embedding: ``(N, d)``; a constant, no gradient flows to it.
-        labels: Class ids ``(N,)`` in ``0 .. C - 1``.
+        labels: Class ids ``(N,)`` in ``0 .. C - 1``. Where the means are given, -1 stands for an unlabelled image,
+            which is compared with all classes.
         temperature: :math:`\tau`.
         student_temperature: :math:`\tau_S`; 1 in the paper.
         centers: ``"batch"`` takes the means over the batch (the paper). ``"leave-one-out"`` leaves each image out of
@@ -57,12 +60,40 @@ def local_kd(
             otherwise contradict the labels; the paper counts all.
         average: Over ``"images"`` as above; ``"elements"`` divides by the number of compared classes too, as
             :class:`torch.nn.KLDivLoss` does by default and the authors' first code did.
+        doubt: Power of the weight :math:`1 - H(q_T) / \ln C'` of an unlabelled image: the less sure the teacher is,
+            the less it counts, as for an image of another class. With 0 all count alike.
 
     Raises:
         MethodError: Shapes or labels do not fit.
     """
     check_batch(labels, student_logits, teacher_embedding)
     check_choice("average", average, get_args(Average))
+    if isinstance(centers, Tensor) and bool((labels < 0).any()):
+        known = _labelled(labels)
+        others = _of_unlabelled(
+            student_logits[~known],
+            _teacher_rows(teacher_embedding[~known], normalize),
+            centers,
+            temperature=temperature,
+            student_temperature=student_temperature,
+            average=average,
+            doubt=doubt,
+        )
+        if not bool(known.any()):
+            return others
+        of_labelled = local_kd(
+            student_logits[known],
+            teacher_embedding[known],
+            labels[known],
+            temperature=temperature,
+            student_temperature=student_temperature,
+            centers=centers,
+            classes=classes,
+            normalize=normalize,
+            right_only=right_only,
+            average=average,
+        )
+        return torch.lerp(others, of_labelled, known.sum() / len(labels))
     embedding = _teacher_rows(teacher_embedding, normalize)
     means, compared = distances.class_centers(embedding, labels)
     if isinstance(centers, Tensor):
@@ -87,6 +118,28 @@ def local_kd(
     return torch.where(own.gather(1, log_q.argmax(1, keepdim=True)).squeeze(1), divergence, 0).mean() / share
 
 
+def _of_unlabelled(
+    student_logits: Tensor,
+    embedding: Tensor,
+    centers: Tensor,
+    *,
+    temperature: float,
+    student_temperature: float,
+    average: Average,
+    doubt: float,
+) -> Tensor:
+    """Return the local distillation of images without labels, over all classes whose mean is known."""
+    _check_width(centers, embedding)
+    known = (~centers.isnan().any(1)).nonzero().flatten()
+    log_q = F.log_softmax(-squared_distances(embedding, centers.to(embedding)[known]) / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(student_logits)[:, known] / student_temperature, dim=1).to(log_q.dtype)
+    divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+    if doubt > 0:
+        entropy = -(log_q.exp() * log_q).sum(1)
+        divergence = divergence * (1 - entropy / math.log(max(len(known), 2))).clamp(0, 1) ** doubt
+    return divergence.mean() / (len(known) if average == "elements" else 1)
+
+
 class LocalKDLoss(nn.Module):
     """Local knowledge distillation, with its hyper-parameters: see :func:`local_kd`.
 
@@ -104,6 +157,9 @@ class LocalKDLoss(nn.Module):
         class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
         right_only: Count images that the teacher's classifier gets wrong as 0.
         average: Over ``"images"``, or ``"elements"``.
+        doubt: Power of the weight by which unlabelled images count less where the teacher is unsure.
+        refine: Number of times that the global class means are taken anew over unlabelled images too, each by its
+            share in every class (soft k-means; Ren et al., ICLR 2018). Only where :meth:`prepare` is given some.
 
     Raises:
         MethodError: A parameter is out of its range, or (on a call) shapes or labels do not fit, or the global class
@@ -125,8 +181,12 @@ class LocalKDLoss(nn.Module):
         class_centers: Tensor | None = None,
         right_only: bool = False,
         average: Average = "images",
+        doubt: float = 0.0,
+        refine: int = 0,
     ) -> None:
         super().__init__()
+        if doubt < 0 or refine < 0:
+            raise MethodError(f"doubt and refine must be 0 or more, but are {doubt} and {refine}")
         check_choice("centers", centers, get_args(Centers))
         check_choice("average", average, get_args(Average))
         check_positive(temperature=temperature, student_temperature=student_temperature)
@@ -145,8 +205,15 @@ class LocalKDLoss(nn.Module):
         self.centered = centered
         self.right_only = right_only
         self.average = average
+        self.doubt = doubt
+        self.refine = refine
         self.register_buffer("class_centers", class_centers)
         self.register_buffer("mean", None)
+
+    @property
+    def sees_unlabelled(self) -> bool:
+        """Whether there are class means to compare unlabelled images with, whatever the batch."""
+        return self.centers == "global"
 
     @property
     def needs_training_set(self) -> bool:
@@ -154,17 +221,34 @@ class LocalKDLoss(nn.Module):
         return self.centered or self.centers == "global"
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take what is wanted, mean and class means, from the whole training set ``(N, d)`` with class ids ``(N,)``."""
+        """Take what is wanted, mean and class means, from the whole training set ``(N, d)`` with class ids ``(N,)``.
+
+        Images without labels, of class id -1, count for the mean, and for the class means if these are refined.
+        """
         check_batch(labels, teacher_embedding)
         if self.centered:
             self.mean = at_least_float32(teacher_embedding).mean(0)
             teacher_embedding = teacher_embedding - self.mean
         if self.centers != "global":
             return
-        means, classes = distances.class_centers(_teacher_rows(teacher_embedding, self.normalize), labels)
+        rows, known = _teacher_rows(teacher_embedding, self.normalize), _labelled(labels)
+        means, classes = distances.class_centers(rows[known], labels[known])
         _check_classes(classes)
+        means = self._refined(means, classes, rows, labels)
         centers = means.new_full((int(classes[-1]) + 1, means.shape[1]), torch.nan)  # NaN: no image of that class
         self.class_centers = centers.index_copy(0, classes, means)
+
+    def _refined(self, means: Tensor, classes: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Take class means ``(C, d)`` anew over labelled and unlabelled rows ``(N, d)``, as often as is wanted."""
+        unlabelled = rows[labels < 0]
+        if not len(unlabelled):
+            return means
+        own = (labels[:, None] == classes).to(rows.dtype)[labels >= 0]
+        for _ in range(self.refine):
+            share = F.softmax(-squared_distances(unlabelled, means) / self.temperature, dim=1)
+            share = torch.cat([own, share * share.amax(1, keepdim=True)])  # an unsure image counts less
+            means = share.T @ torch.cat([rows[labels >= 0], unlabelled]) / share.sum(0)[:, None]
+        return means
 
     def forward(self, student_logits: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of logits ``(N, C)`` and embedding ``(N, d)`` with class ids ``(N,)``."""
@@ -181,6 +265,7 @@ class LocalKDLoss(nn.Module):
             normalize=self.normalize,
             right_only=self.right_only,
             average=self.average,
+            doubt=self.doubt,
         )
 
     def extra_repr(self) -> str:
@@ -218,6 +303,8 @@ class LogitKDLoss(nn.Module):
         average: Over ``"images"``, or ``"elements"``: divided by the number of classes too.
     """
 
+    reads_labels = False
+
     def __init__(self, temperature: float = 2.0, average: Average = "images") -> None:
         super().__init__()
         check_positive(temperature=temperature)
@@ -240,11 +327,7 @@ def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
 
 def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Means and ids of the classes to compare with, of which those in the batch must be some."""
-    if centers.ndim != 2 or centers.shape[1] != embedding.shape[1]:
-        raise MethodError(
-            f"class means of shape {tuple(centers.shape)} do not fit teacher embeddings {tuple(embedding.shape)}; "
-            "both must come from the same teacher"
-        )
+    _check_width(centers, embedding)
     _check_classes(present, len(centers))
     known = ~centers.isnan().any(1)
     missing = present[~known[present]].tolist()
@@ -252,6 +335,21 @@ def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding
         raise MethodError(f"class {missing[0]} had no image when the class means were taken; prepare them anew")
     compared = present if classes == "batch" else known.nonzero().flatten()
     return centers.to(embedding)[compared], compared
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """Return which images have a label ``(N,)``; -1 stands for none."""
+    if int(labels.min()) < -1:
+        raise MethodError(f"class id {int(labels.min())} is neither a class nor -1, which stands for no label")
+    return labels >= 0
+
+
+def _check_width(centers: Tensor, embedding: Tensor) -> None:
+    if centers.ndim != 2 or centers.shape[1] != embedding.shape[1]:
+        raise MethodError(
+            f"class means of shape {tuple(centers.shape)} do not fit teacher embeddings {tuple(embedding.shape)}; "
+            "both must come from the same teacher"
+        )
 
 
 def _check_classes(classes: Tensor, number: float = torch.inf) -> None:

@@ -98,17 +98,22 @@ class Trusted(nn.Module):
         self.power = power
         self.worth = worth
         self.reads_labels = getattr(loss, "reads_labels", True)
+        self.sees_unlabelled = getattr(loss, "sees_unlabelled", not self.reads_labels)
         self.register_buffer("share", torch.tensor(math.nan))
         if worth is not None:
             self.register_buffer("prior", torch.tensor(math.nan))
         self._share_is_known = False  # asked once: a GPU would be waited for
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Measure the teacher by the training set ``(N, d)`` with class ids ``(N,)``; the loss may look at it too."""
-        share = label_information(teacher_embedding, labels)
+        """Measure the teacher by the training set ``(N, d)`` with class ids ``(N,)``; the loss may look at it too.
+
+        Images without labels, of class id -1, are for the loss alone.
+        """
+        known = labels >= 0
+        share = label_information(teacher_embedding[known], labels[known])
         self.share.fill_(share)
         if self.worth is not None:
-            of_a_class = len(labels) / labels.unique().numel()
+            of_a_class = known.sum().item() / labels[known].unique().numel()
             self.prior.fill_(min(1.0, self.worth * share / max(1 - share, 1e-6) / of_a_class))
         if isinstance(self.loss, Prepares) and self.loss.needs_training_set:
             self.loss.prepare(teacher_embedding, labels)

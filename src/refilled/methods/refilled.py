@@ -20,6 +20,7 @@ from refilled.losses.local_kd import Average, Centers, Classes, LocalKDLoss, Log
 from refilled.losses.triplet_alignment import Negatives, Reduction, TripletAlignmentLoss
 from refilled.losses.trust import Trusted
 from refilled.methods.regression import EmbeddingRegressionLoss
+from refilled.methods.sp import SimilarityPreservingLoss
 from refilled.outputs import ModelShape
 from refilled.stages import Stage, Term, constant, exponential
 
@@ -46,6 +47,9 @@ def refilled(
     kd_average: Average = "elements",
     kd_targets: Targets = "embedding",
     right_only: bool = False,
+    kd_doubt: float = 0.0,
+    kd_refine: int = 0,
+    similarity_weight: float = 0.0,
     regression_weight: float = 0.0,
     trust: float = 0.0,
     worth: float | None = None,
@@ -77,6 +81,11 @@ def refilled(
         kd_targets: ``embedding``: local distillation; ``logits``: of the teacher's own classifier (Table 5), for a
             teacher of the same classes.
         right_only: Whether local distillation leaves out the images that the teacher's local classifier gets wrong.
+        kd_doubt: Power of the weight by which an unlabelled image counts less in local distillation where the
+            teacher is unsure; for unlabelled images among which there are other classes. With ``global`` centres.
+        kd_refine: Number of times that ``global`` centres are taken anew over unlabelled images too.
+        similarity_weight: Weight, beside the classifier, of matching which images of a batch the teacher finds similar
+            (see :mod:`refilled.methods.sp`), labelled or not; not in the paper.
         regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points,
             through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
         trust: Weigh stage 2's terms of the teacher by what its embedding says about the training labels, to this
@@ -97,6 +106,8 @@ def refilled(
             centered=centered,
             right_only=right_only,
             average=kd_average,
+            doubt=kd_doubt,
+            refine=kd_refine,
         )
         classify["local_kd"] = Term(
             _trusted(local, trust, worth), exponential(kd_weight, kd_decay), teacher="embedding"
@@ -105,6 +116,9 @@ def refilled(
         classify["kd"] = Term(
             LogitKDLoss(kd_temperature, kd_average), exponential(kd_weight, kd_decay), teacher="logits"
         )
+    if similarity_weight > 0:
+        similar = _trusted(SimilarityPreservingLoss(), trust, worth)
+        classify["similarity"] = Term(similar, constant(similarity_weight), student="embedding", teacher="embedding")
     if regression_weight > 0:
         projected = _trusted(EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim), trust, worth)
         classify["regression"] = Term(projected, constant(regression_weight), student="embedding", teacher="embedding")

@@ -5,12 +5,14 @@ from refilled.models.backbone import Backbone, freeze, trainable_copy
 from refilled.models.folder import load_model, save_model
 from refilled.models.probe import PROBE_IMAGES, probe, refuse_non_finite
 from refilled.models.teacher import load_teacher
+from refilled.models.warm_start import create_student, starts_from_weights
 from refilled.models.weights import open_weights, read_weights
 
 __all__ = [
     "PROBE_IMAGES",
     "Backbone",
     "create_model",
+    "create_student",
     "describe",
     "freeze",
     "from_description",
@@ -22,5 +24,6 @@ __all__ = [
     "read_weights",
     "refuse_non_finite",
     "save_model",
+    "starts_from_weights",
     "trainable_copy",
 ]

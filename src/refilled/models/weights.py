@@ -105,12 +105,12 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
     """
     if not is_architecture(architecture):
         create_model(architecture, 1)  # raises, naming what is wrong
-    path, branch = _path_and_branch(file)
+    path, branch = path_and_branch(file)
     if architecture.startswith("timm/"):
         of_timm = _open_timm(architecture.removeprefix("timm/"), path, branch, say)
         of_timm.architecture = architecture
         return of_timm
-    weights = {_our_name(name): value for name, value in read_weights(path, branch, say).items()}
+    weights = in_our_names(read_weights(path, branch, say))
     if "classifier.weight" not in weights:
         raise ModelError(
             f"{path} holds no classifier.weight, so that it is no whole {architecture}; it holds {_first(weights)}"
@@ -153,11 +153,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(weights, strict=False)  # old files lack num_batches_tracked, which nothing reads
 
 
-def _path_and_branch(file: str) -> tuple[Path, str | None]:
+def path_and_branch(file: str) -> tuple[Path, str | None]:
+    """Divide ``FILE#BRANCH``; the branch is None where there is none."""
     name, sharp, branch = file.rpartition("#")
     if not sharp or Path(file).exists():
         return Path(file), None
     return Path(name), branch
+
+
+def in_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under our names, for files of the field's published CIFAR models."""
+    return {_our_name(name): value for name, value in weights.items()}
 
 
 def _our_name(name: str) -> str:
@@ -171,7 +177,7 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
     weights = read_weights(path, branch, say, body.state_dict().keys())
     if options := _options_of(weights, body):
         body = timm_model(name, **options)
-    weights = _in_timm_names(weights, body)
+    weights = in_timm_names(weights, body)
     names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
     classifier = names if isinstance(names, str) else names[0]
     num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks only the logits
@@ -181,7 +187,7 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
     return TimmBackbone(body)
 
 
-def _in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
+def in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
     """Translate the names of the authors' own files (DINOv2, CLIP, MAE, ...) as timm does on downloading them."""
     translate = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
     if translate is None or weights.keys() == body.state_dict().keys():

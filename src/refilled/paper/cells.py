@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from refilled.config import FewShotRun, MetaRun, Recipe, Run
+from refilled.config import YOUNGER, FewShotRun, MetaRun, Recipe, Run
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.methods import list_meta_learners
 from refilled.grid.jobs import FewShotTest, Found, Job, load, name_of
@@ -297,6 +297,6 @@ class Plan:
 
 def _in_full(record: str) -> dict[str, Any]:
     """Return how a recorded run optimises and what its method is set to; not what a machine settles."""
-    recorded = tomllib.loads(record)
+    recorded = {**YOUNGER, **tomllib.loads(record)}
     recipe = [field.name for field in fields(Recipe) if field.name != "precision"]
     return {name: recorded.get(name) for name in ("settings", *recipe)}

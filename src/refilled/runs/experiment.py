@@ -158,7 +158,7 @@ def carry_out(
     prepared.task = task = prepared.task.near(fabric.device)
     if world.size > 1:
         models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
-        world.check_same(images=task.fingerprint, **models)
+        world.check_same(images=task.seen_fingerprint, **models)
     journal = RunJournal(folder.path, display, seconds_between_saves, world)
     if teacher is not None:
         teacher.to(fabric.device)

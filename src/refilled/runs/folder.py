@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from refilled.config import Run
+from refilled.config import YOUNGER, Run
 from refilled.errors import RunError
 from refilled.files import write_atomic
 from refilled.training.checkpoints import discard_leftovers, discard_states, hold
@@ -73,8 +73,8 @@ class RunFolder:
         return Run.from_toml(self._read())
 
     def recorded(self) -> dict[str, Any]:
-        """Read the configuration as it is written, without defaults for what is missing."""
-        return tomllib.loads(self._read())
+        """Read the configuration as it is written; of what is missing, only :data:`YOUNGER` fields are filled in."""
+        return {**YOUNGER, **tomllib.loads(self._read())}
 
     def _read(self) -> str:
         path = self.path / "run.toml"

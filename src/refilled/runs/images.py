@@ -43,9 +43,8 @@ class ImageRecord:
     @classmethod
     def of(cls, task: Task, stamp: str) -> Self:
         """Record the images of a task."""
-        parts = {"train": task.train, "val": task.val, "test": task.test}
-        digests = {name: image_digests(part) for name, part in parts.items()}
-        return cls(task.name, task.fingerprint, stamp, task.image_size, digests)
+        digests = {name: image_digests(part) for name, part in _parts_of(task).items()}
+        return cls(task.name, task.seen_fingerprint, stamp, task.image_size, digests)
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -68,11 +67,12 @@ class ImageRecord:
 
     def changes(self, task: Task) -> str | None:
         """Return what has changed since, as a phrase; None if the images are the same."""
-        if task.fingerprint == self.fingerprint:
+        if task.seen_fingerprint == self.fingerprint:
             return None
         changed = [
             phrase
-            for name, part in (("train", task.train), ("val", task.val), ("test", task.test))
+            for name, part in _parts_of(task).items()
+            if name in self.digests
             for phrase in _changes_of(name, self.digests[name], part)
         ]
         return ", ".join(changed) or "their order or the names of the classes changed"
@@ -80,6 +80,11 @@ class ImageRecord:
     def trained_on(self, images: Split) -> int:
         """Return how many of some images the student was trained on, whatever they are called now."""
         return int(torch.isin(image_digests(images), self.digests["train"]).sum())
+
+
+def _parts_of(task: Task) -> dict[str, Split]:
+    parts = {"train": task.train, "val": task.val, "test": task.test}
+    return parts if task.unlabelled is None else {**parts, "unlabelled": task.unlabelled}
 
 
 def image_digests(images: Split) -> Tensor:

@@ -11,7 +11,16 @@ from refilled.config import Run
 from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
 from refilled.errors import RunError
 from refilled.methods import load_method
-from refilled.models import PROBE_IMAGES, Backbone, create_model, load_teacher, probe, trainable_copy
+from refilled.models import (
+    PROBE_IMAGES,
+    Backbone,
+    create_model,
+    create_student,
+    load_teacher,
+    probe,
+    starts_from_weights,
+    trainable_copy,
+)
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import find_device
 from refilled.stages import FineTuning, Readout, Stage
@@ -47,6 +56,7 @@ def with_absolute_paths(run: Run) -> Run:
         task=absolute_task_text(run.task, data_folder(root)),
         data_root=None if root is None else str(root),
         teacher=None if run.teacher is None else _absolute(run.teacher),
+        student=_absolute(run.student) if run.student is not None and starts_from_weights(run.student) else run.student,
         method=_absolute(run.method) if runs_code(run.method) else run.method,
     )
 
@@ -109,6 +119,7 @@ def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
         allow_bad=run.allow_bad,
         memory_limit=None if run.image_memory is None else int(run.image_memory * 2**30),
         grey_range=grey_range,
+        unlabelled=run.unlabelled,
     )
 
 
@@ -130,7 +141,7 @@ class Prepared:
         self.teacher = None if run.teacher is None else load_teacher_of(run, self.task.image_size)
         self.notes: tuple[str, ...] = ()
         torch.manual_seed(run.seed)
-        student = None if run.student is None else self._fresh(run.student)
+        student = None if run.student is None else self._begin_with(run.student)
         plan = method.build(student, self.teacher, run.settings)
         self.stages: list[Stage] = []
         self.readout: Readout | None = None
@@ -146,12 +157,23 @@ class Prepared:
             if not any(stage.needs_teacher for stage in plan):
                 self.teacher = None
         if self.teacher is not None:
-            self.notes = examine(self.teacher, self.task.train)
+            self.notes += examine(self.teacher, self.task.train)
 
     @property
     def scored(self) -> Split:
         """The images that the result is about."""
         return self.task.test if self.run.score == "test" else self.task.val
+
+    def _begin_with(self, text: str) -> Backbone:
+        if not starts_from_weights(text):
+            return self._fresh(text)
+        if self.run.pretrained:
+            raise RunError(f"--pretrained takes published weights, but '{text}' names others; leave one out")
+        mean, std = channel_statistics(self.task.train.pixels)
+        student, notes = create_student(text, self.task.classes, image_size=self.task.image_size, mean=mean, std=std)
+        student.grey_range = self.task.grey_range
+        self.notes += tuple(notes)
+        return student
 
     def _fresh(self, architecture: str) -> Backbone:
         # Published weights expect the normalisation that they were trained with; fresh ones suit the data.

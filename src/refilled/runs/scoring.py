@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import Run
-from refilled.data import Split
+from refilled.data import Split, Task
 from refilled.models import Backbone, refuse_non_finite
 from refilled.runs.environment import device_name, versions
 from refilled.runs.folder import RunFolder
@@ -67,8 +67,10 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
                 *task.notes,
                 *prepared.notes,
                 *notes,
-                *(_few_steps(run, len(task.train)) if prepared.stages else []),
+                *_unseen(prepared),
+                *(_few_steps(run, task) if prepared.stages else []),
             ],
+            **_unlabelled(run, task),
         },
         teacher=None if teacher is None else _about_teacher(run, teacher, task.image_size),
         versions=versions(),
@@ -109,8 +111,24 @@ def _weights_in(path: Path) -> dict[str, Tensor] | None:
     return load_file(path) if path.exists() else None
 
 
-def _few_steps(run: Run, images: int) -> list[str]:
-    steps = run.epochs_over(images) * run.steps_over(images)
+def _unlabelled(run: Run, task: Task) -> dict[str, Any]:
+    """Return what the record says of unlabelled images: where they are from, how many, and their fingerprint."""
+    if task.unlabelled is None:
+        return {}
+    digest = task.unlabelled_fingerprint
+    return {"unlabelled": {"source": run.unlabelled, "images": len(task.unlabelled), "fingerprint": digest}}
+
+
+def _unseen(prepared: Prepared) -> list[str]:
+    """Return a note where there are unlabelled images that no loss has a use for."""
+    if prepared.task.unlabelled is None or any(stage.sees_unlabelled for stage in prepared.stages):
+        return []
+    return [f"the method '{prepared.run.method}' has no use for unlabelled images: none were seen"]
+
+
+def _few_steps(run: Run, task: Task) -> list[str]:
+    images = len(task.train), 0 if task.unlabelled is None else len(task.unlabelled)
+    steps = run.epochs_over(*images) * run.steps_over(*images)
     if steps >= _FEW_STEPS:
         return []
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]

@@ -6,6 +6,7 @@ needs to go on from there is handed to the journal as a state, so that an interr
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
@@ -15,16 +16,18 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from refilled.config import Precision, Recipe
-from refilled.data import Task, Views, epoch_batches
+from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
 from refilled.errors import NonFiniteError, RunError
 from refilled.models import Backbone, refuse_non_finite
 from refilled.outputs import Outputs
-from refilled.stages import Prepares, Reports, Stage
+from refilled.stages import Prepares, Reports, Stage, Term
+from refilled.training.averaging import WeightAverage
 from refilled.training.checkpoints import State
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, embed, predict_classes
+from refilled.training.optimizers import create_optimizer
 from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
 
 _FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
@@ -160,6 +163,9 @@ class _Training:
     ) -> None:
         self.student, self.teacher, self.cache, self.world = student, teacher, cache, world
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
+        self.images = task.seen
+        self.labelled = len(task.train)
+        self.unlabelled = len(self.images.labels) - self.labelled
         self.views = views_of(recipe, task)
         student.to(memory_format=torch.channels_last)
         self.learner = fabric.setup_module(student)
@@ -170,7 +176,7 @@ class _Training:
     def run(self, stages: Sequence[Stage]) -> None:
         state = self.journal.restore()
         start = Position(**state.data["position"]) if state else Position()
-        budget = share_epochs(stages, self.recipe.epochs_over(len(self.task.train)))
+        budget = share_epochs(stages, self.recipe.epochs_over(self.labelled, self.unlabelled))
         for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
             if number < start.stage or epochs == 0:
                 continue
@@ -180,6 +186,8 @@ class _Training:
             else:
                 self._begin()
             self._train_stage()
+            if self.average is not None:
+                self.average.give()
             if number + 1 < len(stages):
                 self.journal.end_stage(stage, self.student)
 
@@ -188,14 +196,9 @@ class _Training:
         self.position = Position(number)
         self.sums: dict[str, Tensor] = {}  # of each value over the epoch so far, weighted by images
         self.losses = nn.ModuleDict({name: term.loss for name, term in stage.terms.items()}).to(self.fabric.device)
-        self.optimizer = torch.optim.SGD(
-            [*self.student.parameters(), *self.losses.parameters()],
-            lr=self.recipe.lr,
-            momentum=self.recipe.momentum,
-            nesterov=self.recipe.nesterov,
-            weight_decay=self.recipe.weight_decay,
-            fused=self.fabric.device.type in ("cpu", "cuda"),
-        )
+        learned = [*self.student.parameters(), *self.losses.parameters()]
+        self.optimizer = create_optimizer(learned, self.recipe, self.fabric.device)
+        self.average: WeightAverage | None = None
         self.graphed_student, self.graphed_teacher = self._graphed(self.student), self._graphed(self.teacher)
 
     def _graphed(self, network: Backbone | None) -> GraphedNetwork | None:
@@ -230,14 +233,22 @@ class _Training:
             torch.manual_seed(int(keyed_bits(self.recipe.seed, "rank", self.world.rank, *keys)))
 
     def _batches(self, epoch: int) -> list[Tensor]:
-        return epoch_batches(
+        """Return an epoch's batches: as many whether or not its stage sees unlabelled images, labelled ones first."""
+        recipe = self.recipe
+        unlabelled = self.unlabelled if self._sees_unlabelled(epoch) else 0
+        return joined_batches(
             self.task.train.labels,
-            batch_size=self.recipe.batch_size,
-            seed=self.recipe.seed,
+            unlabelled,
+            batch=recipe.batch_over(self.labelled, unlabelled),
+            steps=recipe.steps_over(self.labelled, self.unlabelled),
+            seed=recipe.seed,
             epoch=self.epochs_before + epoch,
-            sampler=self.recipe.sampler,
-            images_per_class=self.recipe.images_per_class,
+            sampler=recipe.sampler,
+            images_per_class=recipe.images_per_class,
         )
+
+    def _sees_unlabelled(self, epoch: int) -> bool:
+        return self.stage.sees_unlabelled and epoch < self.recipe.unlabelled_span * self.epochs
 
     def _train_epoch(self, epoch: int, batches: Sequence[Tensor]) -> None:
         terms, fabric = self.stage.terms, self.fabric
@@ -249,10 +260,13 @@ class _Training:
             images, labels = self._load(batch, view)  # of this process's part, and of the whole batch
             taught = self._teach(images, batch, view)
             seen = self._learn(images, len(batch))
-            losses = {name: term(seen, taught, labels) for name, term in terms.items()}  # each reads what it names
+            labelled = int((batch < self.labelled).sum())
+            losses = {name: term(seen, taught, labels, labelled) for name, term in terms.items()}
             if self.views.mixed:
                 share, others = self._mixed_in(batch, view)
-                of_others = {name: term(seen, taught, others) for name, term in terms.items() if term.reads_labels}
+                of_others = {
+                    name: term(seen, taught, others, labelled) for name, term in terms.items() if term.reads_labels
+                }
                 losses |= {name: torch.lerp(loss, losses[name], share) for name, loss in of_others.items()}
             self.optimizer.zero_grad()
             fabric.backward(_weighted_sum(weights, losses))
@@ -260,6 +274,8 @@ class _Training:
             self._check_finite(losses, taught, batch, epoch, step)
             self._set_learning_rate(epoch + step / len(batches))
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             self._record(losses, len(batch), Position(self.position.stage, epoch, step + 1))
 
     def _view(self, epoch: int, step: int, steps: int) -> View:
@@ -272,11 +288,11 @@ class _Training:
 
     def _load(self, batch: Tensor, view: View) -> tuple[Tensor, Tensor]:
         part = batch[self.world.part(len(batch))]
-        images = self.views.load(self.task.train.pixels, part, seed=view.seed, view=view.number)
+        images = self.views.load(self.images.pixels, part, seed=view.seed, view=view.number)
         return images.to(self.fabric.device, non_blocking=True), self._labels(batch)
 
     def _labels(self, indices: Tensor) -> Tensor:
-        return self.task.train.labels[indices].to(self.fabric.device, non_blocking=True)
+        return self.images.labels[indices].to(self.fabric.device, non_blocking=True)
 
     def _teach(self, images: Tensor, batch: Tensor, view: View) -> Outputs | None:
         if self.teacher is None or not self.stage.needs_teacher:
@@ -305,13 +321,13 @@ class _Training:
 
     def _mixed_in(self, batch: Tensor, view: View) -> tuple[float, Tensor]:
         """Share that the images of a mixed batch keep of themselves, and the labels of what was mixed into them."""
-        pixels, place = self.task.train.pixels, {"seed": view.seed, "view": view.number}
+        pixels, place = self.images.pixels, {"seed": view.seed, "view": view.number}
         share = self.views.mixing(pixels.shape[-1], **place).share
-        return share, self._labels(self.views.partners(batch, len(pixels), **place))
+        return share, self._labels(self.views.partners_in(pixels, batch, **place))
 
     def _set_learning_rate(self, time: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.epochs, time)
+            group["lr"] = self.stage.rate * learning_rate(self.recipe, self.epochs, time)
 
     def _check_finite(
         self, losses: Mapping[str, Tensor], taught: Outputs | None, batch: Tensor, epoch: int, step: int
@@ -360,7 +376,8 @@ class _Training:
         entry = {"stage": self.stage.name, "epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **means}
         classifies = any(term.student == "logits" for term in self.stage.terms.values())
         if classifies and len(self.task.val) > 0:
-            with self.fabric.autocast():
+            averaged = nullcontext() if self.average is None else self.average.in_place()
+            with averaged, self.fabric.autocast():
                 found = predict_classes(self.student, self.task.val.pixels, self.fabric.device, self.world)
             entry["val_accuracy"] = accuracy(found, self.task.val.labels)
         return entry
@@ -369,14 +386,23 @@ class _Training:
         if self.stage.classifier == "fresh":
             generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.position.stage)
             self.student.reset_classifier(generator)
+        self._follow_weights()
         losses = [term.loss for term in self.stage.terms.values()]
         curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
         if curious and self.teacher is not None:
             with self.fabric.autocast():
-                embedding = embed(self.teacher, self.task.train.pixels, self.fabric.device, self.world)
-            refuse_non_finite(embedding, self.task.train.sources)
+                parts = [self.task.train, *([self.task.unlabelled] if self.task.unlabelled is not None else [])]
+                found = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
+            for part, embedding in zip(parts, found, strict=True):
+                refuse_non_finite(embedding, part.sources)
+            embedding, labels = torch.cat(found).to(self.fabric.device), self.images.labels.to(self.fabric.device)
             for loss in curious:
-                loss.prepare(embedding.to(self.fabric.device), self.task.train.labels.to(self.fabric.device))
+                shown = len(labels) if _sees_unlabelled(loss) else self.labelled
+                loss.prepare(embedding[:shown], labels[:shown])
+
+    def _follow_weights(self) -> None:
+        if self.recipe.ema > 0:
+            self.average = WeightAverage(self.student, self.recipe.ema)
 
     def _state(self) -> State:
         tensors = {f"student/{name}": value for name, value in self.student.state_dict().items()}
@@ -387,6 +413,9 @@ class _Training:
         tensors["random"] = torch.get_rng_state()
         if self.fabric.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state()
+        if self.average is not None:
+            tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
+            tensors["updates"] = torch.tensor(self.average.updates)
         lr = self.optimizer.param_groups[0]["lr"]
         # The names of the sums besides, for their order: a file of tensors does not keep it, and the log should.
         return State(tensors, {"position": vars(self.position), "lr": lr, "sums": list(self.sums)})
@@ -401,13 +430,23 @@ class _Training:
         for name, value in _under("optimizer/", state.tensors):
             index, entry = name.split("/")
             parameter = parameters[int(index)]
+            if entry == "step":  # AdamW counts its steps in a tensor
+                self.optimizer.state[parameter][entry] = value.to(self.fabric.device)
+                continue
             # In the memory layout of its parameter: the fused step walks both in the order of memory.
             self.optimizer.state[parameter][entry] = torch.empty_like(parameter).copy_(value)
+        self._follow_weights()
+        if self.average is not None:
+            self.average.restore(dict(_under("average/", state.tensors)), int(state.tensors["updates"]))
         for group in self.optimizer.param_groups:
             group["lr"] = state.data["lr"]
         torch.set_rng_state(state.tensors["random"])
         if "random_cuda" in state.tensors and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
+
+
+def _sees_unlabelled(loss: nn.Module) -> bool:
+    return Term(loss).sees_unlabelled
 
 
 def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:

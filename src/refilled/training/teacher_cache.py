@@ -195,16 +195,16 @@ class TeacherCache:
                 pending = [shard for shard in pending if not self._make(shard, task, embed, claims, wait, say)]
 
     def gap(self, task: Task, embed: Embed) -> Gap:
-        """Compare what the cache holds with what the teacher says now, on images spread evenly over the training set.
+        """Compare what the cache holds with what the teacher says now, on labelled images spread evenly.
 
         Both embeddings are classified by the same class means, those of the first view in the cache.
         """
-        compared, views = _spread(self.contents.images, _COMPARED), self.contents.views
+        compared, views = _spread(len(task.train), _COMPARED), self.contents.views
         turns = [(view, compared[view::views]) for view in range(min(views, len(compared)))]
         live = torch.cat([self._embed(task, embed, view, indices) for view, indices in turns])
         cached = torch.cat([self(view, indices) for view, indices in turns])
         labels = task.train.labels[torch.cat([indices for _, indices in turns])]
-        some = _spread(self.contents.images, _CENTERED)
+        some = _spread(len(task.train), _CENTERED)
         centers = self(0, some), task.train.labels[some]
         return Gap(
             images=len(compared),
@@ -246,9 +246,9 @@ class TeacherCache:
     def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
         contents = self.contents
         views = Views(contents.augmentation, contents.mixup, contents.cutmix)
-        pixels = views.load(task.train.pixels, indices, seed=VIEW_SEED, view=view)
+        pixels = views.load(task.seen.pixels, indices, seed=VIEW_SEED, view=view)
         embedding = embed(pixels).float().cpu()
-        refuse_non_finite(embedding, [task.train.sources[row] for row in indices.tolist()])
+        refuse_non_finite(embedding, [task.source_of(row) for row in indices.tolist()])
         return embedding
 
     def _write_manifest(self) -> None:
@@ -296,7 +296,7 @@ def teacher_cache(
     Args:
         root: Folder of all caches.
         teacher: The teacher.
-        task: The task; its training images are embedded.
+        task: The task; its training images, labelled or not, are embedded.
         number: How many views of each image.
         views: What a view is.
         precision: What the teacher computes in.
@@ -304,8 +304,8 @@ def teacher_cache(
     """
     contents = Contents(
         teacher=fingerprint(teacher),
-        data=task.fingerprint,
-        images=len(task.train),
+        data=task.seen_fingerprint,
+        images=len(task.seen.labels),
         embedding_dim=teacher.embedding_dim,
         views=number,
         precision=precision,

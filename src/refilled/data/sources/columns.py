@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refilled.data.source import PART_NAMES, Rows
+from refilled.data.source import Rows, part_called
 from refilled.errors import TaskError, unknown
 
 IMAGE_NAMES = ("img", "image", "picture", "pixels")
@@ -271,7 +271,7 @@ def rows_of_parts(values: Sequence[Any], column: str, where: str) -> tuple[dict[
     Raises:
         TaskError: Only some of the values are names of parts, or none is that of the training part.
     """
-    parts = [PART_NAMES.get(str(value).strip().casefold()) for value in values]
+    parts = [part_called(str(value)) for value in values]
     others = sorted({str(value) for value, part in zip(values, parts, strict=True) if part is None})
     shown = ", ".join(map(repr, others[:_SHOWN]))
     if not any(parts):

@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 
 from refilled.data.decode import SUFFIXES
-from refilled.data.source import PART_NAMES, Rows, SelectedPart, Source, stamp_of
+from refilled.data.source import Rows, SelectedPart, Source, part_called, stamp_of
 from refilled.data.sources.columns import (
     LABEL_NAMES,
     Cells,
@@ -32,6 +32,7 @@ from refilled.data.sources.columns import (
     rows_of_parts,
 )
 from refilled.data.sources.image_folder import FolderPart
+from refilled.data.walking import is_hidden
 from refilled.errors import TaskError
 
 T = TypeVar("T")
@@ -156,7 +157,7 @@ def _lists_in(root: Path) -> dict[str, list[Path]]:
         return {}
     parts: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        if part := PART_NAMES.get(file.stem.lower()):
+        if part := part_called(file.stem):
             parts[part].append(file)
     if "train" in parts:
         return {part: parts[part] for part in ("train", "val", "test") if part in parts}
@@ -179,15 +180,15 @@ class _Images:
         except OSError as error:
             raise TaskError(f"the folder {self.root} cannot be listed: {error.strerror}") from error
         for top in tops:
-            if _is_hidden(top.name):
+            if is_hidden(top.name):
                 continue
             if not top.is_dir():
                 found.append(PurePosixPath(top.name))
                 continue
             for place, folders, files in os.walk(top):
                 inner = PurePosixPath(Path(place).relative_to(self.root).as_posix())
-                found += [inner / name for name in files if not _is_hidden(name)]
-                folders[:] = [name for name in folders if not _is_hidden(name)]
+                found += [inner / name for name in files if not is_hidden(name)]
+                folders[:] = [name for name in folders if not is_hidden(name)]
         return sorted(found)
 
     @cached_property
@@ -196,7 +197,7 @@ class _Images:
 
     def in_folders(self) -> bool:
         """Whether the pictures lie in several folders that are not called as parts are."""
-        return len({file.parent for file in self.pictures if file.parent.name.lower() not in PART_NAMES}) > 1
+        return len({file.parent for file in self.pictures if part_called(file.parent.name) is None}) > 1
 
     def find(self, name: str, preferred: str) -> PurePosixPath | None:
         """Find the file that a list calls ``name``; None if there is none.
@@ -565,10 +566,6 @@ def _parts(name: str) -> list[str]:
 
 def _is_absolute(name: str) -> bool:
     return bool(re.match(r"[/\\]|[A-Za-z]:[/\\]", name))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
 def _plain(name: str) -> str:

@@ -59,6 +59,16 @@ def _part_of(listings: Mapping[str, Listing], classes: list[str], root: Path) ->
     return FolderPart(np.array(labels, dtype=np.int64), tuple(files), root)
 
 
+def open_loose_images(root: Path) -> "FolderPart":
+    """Find all images of a folder at any depth, in the order of their names; what is hidden is passed over.
+
+    Raises:
+        TaskError: A folder cannot be listed.
+    """
+    files = tuple(list_images(root).images)
+    return FolderPart(np.zeros(len(files), dtype=np.int64), files, root)
+
+
 @dataclass(frozen=True)
 class FolderPart:
     """A part of a folder of images: the files of all its classes, class after class."""

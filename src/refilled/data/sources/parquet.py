@@ -34,7 +34,7 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() == _SUFFIX or bool(_tables_in(path))
 
 
-def open_parquet(path: Path, image: str | None = None, label: str | None = None) -> Source:
+def open_parquet(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
     """Open one Parquet file, which is all training part, or a folder with a file or shards for each part.
 
     The part is a word of a file's name, ``train.parquet``, ``validation-00000-of-00002.parquet``, or the name of its
@@ -51,6 +51,7 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None)
         path: The file or the folder.
         image: The image column; found by type and name if None.
         label: The label column; found by name if None.
+        labelled: Whether a label column is needed; if not, none is read and all images are of one class.
 
     Raises:
         TaskError: A file is damaged, its columns cannot be used, or the files contradict each other.
@@ -68,28 +69,31 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None)
     def cells_of(column: str) -> dict[str, list[Cells]]:
         return _label_cells(tables, column)
 
-    label = label or choose_label(_label_columns(every, image), columns, where, cells_of)
     for file in every:
         require(image, file.columns, str(file.path))
         file.check_image(image)
+    if not labelled:
+        parts = {
+            part: _part(np.zeros(sum(file.rows for file in found), dtype=np.int64), image, found)
+            for part, found in tables.items()
+        }
+        return Source(("",), parts["train"], parts.get("val"), parts.get("test"))
+    label = label or choose_label(_label_columns(every, image), columns, where, cells_of)
     beside = _listed_classes(every[0].path.with_name("classes.json"))
     cells = cells_of(label)
     if beside is not None and not any(c.names for found in cells.values() for c in found):
         cells = {part: [Cells(c.where, c.values, beside) for c in found] for part, found in cells.items()}
     classes, labels = read_labels(cells, label)
-    parts = {
-        part: ParquetPart(
-            labels[part],
-            image,
-            tuple(file.path for file in found),
-            tuple(accumulate((file.rows for file in found[:-1]), initial=0)),
-        )
-        for part, found in tables.items()
-    }
+    parts = {part: _part(labels[part], image, found) for part, found in tables.items()}
     if len(parts) > 1:
         return Source(classes, parts["train"], parts.get("val"), parts.get("test"))
     divided, notes = _divide(parts["train"], tables["train"])
     return Source(classes, divided["train"], divided.get("val"), divided.get("test"), notes=notes)
+
+
+def _part(labels: Rows, image: str, files: Sequence["_File"]) -> "ParquetPart":
+    starts = tuple(accumulate((file.rows for file in files[:-1]), initial=0))
+    return ParquetPart(labels, image, tuple(file.path for file in files), starts)
 
 
 def _divide(whole: "ParquetPart", files: Sequence["_File"]) -> tuple[Mapping[str, Part], tuple[str, ...]]:

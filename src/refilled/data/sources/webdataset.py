@@ -7,7 +7,7 @@ then read from there. A member's name decides what it is and to which sample it 
 import re
 import tarfile
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ _LARGEST_IMAGE = 2**27  # bytes; more of a member is not read
 _BLOCK = 512  # bytes; the unit of a tar file
 
 
-def open_webdataset(path: Path, image: str | None = None, label: str | None = None) -> Source:
+def open_webdataset(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
     """Open one tar file, or a folder of them; not compressed, since compressed ones can be read from the start only.
 
     A shard belongs to the part that its name says, as in ``train-0001.tar``; if no name does so, all of them are
@@ -38,6 +38,7 @@ def open_webdataset(path: Path, image: str | None = None, label: str | None = No
         image: What the names of images end in, after the first dot; the ending of the only image in the first sample
             if None.
         label: What the names of labels end in; ``cls`` if None.
+        labelled: Whether labels are needed; if not, none is read and all images are of one class.
 
     Raises:
         TaskError: There are no shards, one is damaged, or a sample has no label.
@@ -46,7 +47,8 @@ def open_webdataset(path: Path, image: str | None = None, label: str | None = No
     if "train" not in files:
         raise TaskError(f"{path} has no training part; name its shards train-0000.tar and so on")
     image = image or _find_image(files["train"][0])
-    found = {part: [_list_shard(file, image, label or _LABEL) for file in shards] for part, shards in files.items()}
+    ending = (label or _LABEL) if labelled else None
+    found = {part: [_list_shard(file, image, ending) for file in shards] for part, shards in files.items()}
     whole = all(
         re.fullmatch("[0-9]{1,9}", text) for shards in found.values() for shard in shards for text in shard.labels
     )
@@ -57,7 +59,7 @@ def open_webdataset(path: Path, image: str | None = None, label: str | None = No
         ]
         for part, shards in found.items()
     }
-    classes, labels = read_labels(cells, label or _LABEL)
+    classes, labels = read_labels(cells, label or _LABEL) if labelled else _one_class(found)
     parts = {
         part: TarPart(
             labels[part],
@@ -161,11 +163,24 @@ def _find_image(file: Path) -> str:
     return images[0]
 
 
-def _list_shard(file: Path, image: str, label: str) -> _Shard:
+def _one_class(found: Mapping[str, Sequence[_Shard]]) -> tuple[tuple[str, ...], dict[str, Rows]]:
+    """Return one class, and its label for every sample of every part."""
+    return ("",), {
+        part: np.zeros(sum(len(shard.labels) for shard in shards), dtype=np.int64) for part, shards in found.items()
+    }
+
+
+def _list_shard(file: Path, image: str, label: str | None) -> _Shard:
+    """List a shard's samples; without the ending of a label, all labels are empty."""
     labels, places = [], []
     with file.open("rb") as opened:
         for number, sample in enumerate(_samples(file)):
             members = dict(reversed(sample))  # the first of a name counts
+            found = members.get(image)
+            places.append((found.offset_data, found.size) if found else (0, 0))
+            if label is None:
+                labels.append("")
+                continue
             if label not in members or members[label].size > _LONGEST_LABEL:
                 raise TaskError(
                     f"{file}: sample {number} has no label of at most {_LONGEST_LABEL} bytes that ends in .{label}; it "
@@ -174,8 +189,6 @@ def _list_shard(file: Path, image: str, label: str) -> _Shard:
             opened.seek(members[label].offset_data)
             text = opened.read(members[label].size).decode("utf-8", "replace").strip()
             labels.append(intern(text))  # one text for each class, and not for each of millions of images
-            found = members.get(image)
-            places.append((found.offset_data, found.size) if found else (0, 0))
     return _Shard(labels, np.array(places, dtype=np.int64).reshape(-1, 2))
 
 

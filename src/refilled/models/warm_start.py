@@ -1,0 +1,164 @@
+"""Students that start from weights: of a run, of a file, or published ones."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from refilled.errors import ModelError
+from refilled.models.architectures import create_model, is_architecture
+from refilled.models.backbone import Backbone
+from refilled.models.folder import DESCRIPTION, load_model
+from refilled.models.timm_backbone import TimmBackbone, timm_model
+from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
+
+_SHOWN = 4  # names in a message, so that it stays readable
+_LEAST_FOUND = 0.5  # share of the tensors below which a file belongs to another network
+
+
+class Start(NamedTuple):
+    """What a student starts from."""
+
+    architecture: str
+    weights: dict[str, Tensor]
+    """By the names of the whole student, without its classifier."""
+    mean: list[float] | None
+    """The normalisation that the weights were trained with, where that is known."""
+    std: list[float] | None
+    source: str
+
+
+def starts_from_weights(text: str) -> bool:
+    """Return whether ``text`` names weights to start from, and not an architecture alone."""
+    text = os.path.expandvars(text)
+    return not is_architecture(text) and (_is_model_folder(text) or ":" in text)
+
+
+def create_student(
+    text: str,
+    class_names: Sequence[str],
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Backbone, list[str]]:
+    """Build the student that ``text`` names, starting from its weights, with a fresh classifier.
+
+    =======================================  ====================================================
+    ``runs/student``                         a folder that a run, or :func:`save_model`, wrote
+    ``timm/resnet18:weights.safetensors``    a timm model with weights from a file
+    ``wrn_16_2:student.pth``                 one of our architectures with weights from a file
+    =======================================  ====================================================
+
+    The images are normalised as the weights expect. Where nothing records that, ``mean`` and ``std`` are used.
+
+    Args:
+        text: One of the forms above; variables of the environment are filled in.
+        class_names: Names of the classes of the fresh classifier.
+        image_size: Side length of the task's images in pixels.
+        mean: Mean of each channel of the task's images, on the scale [0, 1].
+        std: Standard deviation of each channel of the task's images.
+
+    Returns:
+        The student, and notes for the user: which of its tensors were not in the file, and which of the file's were
+        not used.
+
+    Raises:
+        ModelError: there are no such weights, or they belong to another network.
+    """
+    notes: list[str] = []
+    start = _find(os.path.expandvars(text), notes)
+    student = create_model(start.architecture, len(class_names), image_size=image_size, mean=start.mean, std=start.std)
+    student.class_names = tuple(class_names)
+    notes += _load_body(student, start)
+    if start.mean is None and not start.architecture.startswith("timm/"):  # timm records it
+        student.set_preprocessing(mean, std)
+        notes.append(f"{start.source} does not record how its images were normalised: by the task's mean and std here")
+    return student, notes
+
+
+def _find(text: str, notes: list[str]) -> Start:
+    if _is_model_folder(text):
+        return _from_folder(Path(text))
+    if re.fullmatch(r".+\.py:\w+(:.*)?", text, re.DOTALL):
+        raise ModelError(
+            f"a student cannot be a network from a Python file ({text}): there is no name by which it could be "
+            "rebuilt. Save its state dict, and give <architecture>:FILE"
+        )
+    architecture, _, file = text.partition(":")
+    if not is_architecture(architecture):
+        create_model(architecture, 1)  # raises what is wrong with the name
+    path, branch = path_and_branch(file)
+    if not architecture.startswith("timm/"):
+        weights = _body(in_our_names(read_weights(path, branch, notes.append)))
+        return Start(architecture, weights, None, None, file)
+    body = timm_model(architecture.removeprefix("timm/"))
+    weights = in_timm_names(read_weights(path, branch, notes.append, body.state_dict().keys()), body)
+    return Start(architecture, {f"body.{name}": value for name, value in weights.items()}, None, None, file)
+
+
+def _from_folder(folder: Path) -> Start:
+    model = load_model(folder)
+    assert model.architecture is not None  # every model in a folder has one
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+    return Start(model.architecture, _body(model.state_dict()), mean, std, str(folder))
+
+
+def _is_model_folder(text: str) -> bool:
+    return (Path(text) / DESCRIPTION).is_file()
+
+
+def _body(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+
+
+def _load_body(student: Backbone, start: Start) -> list[str]:
+    """Load the weights into all of the student but its classifier; returns what a user should know about it."""
+    own = _body(student.state_dict())
+    classifiers = _timm_classifiers(student)
+    given = {name: value for name, value in start.weights.items() if name.rpartition(".")[0] not in classifiers}
+    notes = []
+    if not own.keys() & given.keys() and (ordered := _by_order(own, given)) is not None:
+        given = ordered
+        notes.append(f"the names in {start.source} are others; its tensors were matched by their order and shapes")
+    found = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
+    if len(found) < _LEAST_FOUND * len(own):
+        raise ModelError(
+            f"{start.source} does not fit {start.architecture}: it holds {len(found)} of its {len(own)} tensors; "
+            f"missing {_first(missing)}"
+        )
+    student.load_state_dict(found, strict=False)
+    unused = [name for name in given if name not in found]
+    if missing:
+        notes.append(f"not found in {start.source}, so drawn anew: {len(missing)} tensors, {_first(missing)}")
+    if unused:
+        notes.append(f"not used of {start.source}: {len(unused)} tensors, {_first(unused)}")
+    return notes
+
+
+def _timm_classifiers(student: Backbone) -> set[str]:
+    """Return the names under which timm keeps the classifiers that the student does without."""
+    if not isinstance(student, TimmBackbone):
+        return set()
+    names = student.body.pretrained_cfg["classifier"]  # several, for models with several classifiers
+    return {f"body.{name}" for name in ([names] if isinstance(names, str) else names)}
+
+
+def _by_order(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Match tensors by their order, for files of another library's names; None where some shape disagrees.
+
+    A weight and a bias more than the student has, at the end, are the classifier of the file.
+    """
+    classifier = len(given) - len(own)
+    if classifier not in (0, 2):
+        return None
+    pairs = dict(zip(own, given.values(), strict=False))
+    return pairs if all(value.shape == own[name].shape for name, value in pairs.items()) else None
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -1,0 +1,101 @@
+"""Losses of images without labels, against slow references."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from refilled.errors import MethodError
+from refilled.losses import LocalKDLoss, Trusted
+from refilled.methods.self_training import PseudoLabelLoss
+from refilled.stages import Term
+
+KNOWN = 12
+
+
+def batch(classes: int = 4, count: int = 20) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits, embedding = (torch.randn(count, width, generator=generator) for width in (classes, 6))
+    labels = torch.arange(count) % classes
+    labels[KNOWN:] = -1
+    return logits, embedding, labels
+
+
+@pytest.mark.parametrize("doubt", [0.0, 2.0])
+@pytest.mark.parametrize("right_only", [False, True])
+def test_local_kd_compares_an_unlabelled_image_with_all_classes(doubt, right_only):
+    logits, embedding, labels = batch()
+    loss = LocalKDLoss(centers="global", temperature=0.7, doubt=doubt, right_only=right_only)
+    loss.prepare(embedding, labels)
+    known = loss(logits[:KNOWN], embedding[:KNOWN], labels[:KNOWN]).item()
+    others = 0.0
+    for row in range(KNOWN, len(labels)):
+        q = F.softmax(-(embedding[row] - loss.class_centers).square().sum(1) / 0.7, 0)
+        p = F.softmax(logits[row], 0)
+        sure = 1 + sum(x * math.log(x) for x in q.tolist()) / math.log(4)
+        others += sure**doubt * sum(q[c] * (q[c] / p[c]).log() for c in range(4)).item()
+    expected = (KNOWN * known + others) / len(labels)
+    assert loss(logits, embedding, labels).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_batches_of_unlabelled_images_alone_will_do():
+    logits, embedding, labels = batch()
+    loss = LocalKDLoss(centers="global")
+    loss.prepare(embedding, labels)
+    assert loss(logits[KNOWN:], embedding[KNOWN:], labels[KNOWN:]).isfinite()
+
+
+def test_class_means_are_of_labelled_images_and_the_mean_of_all():
+    _, embedding, labels = batch()
+    loss = LocalKDLoss(centers="global", centered=True)
+    loss.prepare(embedding, labels)
+    assert torch.allclose(loss.mean, embedding.mean(0))
+    own = (embedding - embedding.mean(0))[:KNOWN][labels[:KNOWN] == 2].mean(0)
+    assert torch.allclose(loss.class_centers[2], own, atol=1e-6)
+
+
+def test_refined_means_come_nearer_to_those_of_all_images():
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.arange(300) % 3
+    embedding = 4 * torch.eye(3)[truth] + torch.randn(300, 3, generator=generator)
+    labels = truth.clone()
+    labels[3:] = -1
+    every = torch.stack([embedding[truth == c].mean(0) for c in range(3)])
+    gaps = []
+    for refine in (0, 3):
+        loss = LocalKDLoss(centers="global", refine=refine)
+        loss.prepare(embedding, labels)
+        gaps.append((loss.class_centers - every).norm().item())
+    assert gaps[1] < 0.5 * gaps[0]
+
+
+def test_trust_is_measured_on_labelled_images():
+    _, embedding, labels = batch()
+    shares = []
+    for shown in (KNOWN, len(labels)):
+        trusted = Trusted(LocalKDLoss(centers="global"), worth=5.0)
+        trusted.prepare(embedding[:shown], labels[:shown])
+        shares.append((trusted.share.item(), trusted.prior.item()))
+    assert shares[0] == shares[1]
+    assert Term(trusted, teacher="embedding").sees_unlabelled
+
+
+def test_pseudo_labels_are_the_sure_guesses_of_unlabelled_images():
+    logits = torch.tensor([[9.0, 0], [9, 0], [0.1, 0], [0, 5]], requires_grad=True)
+    labels = torch.tensor([1, -1, -1, -1])
+    loss = PseudoLabelLoss(0.9)
+    value = loss(logits, labels)
+    sure = [-F.log_softmax(logits[1], 0)[0], -F.log_softmax(logits[3], 0)[1]]
+    assert value.item() == pytest.approx(sum(sure).item() / 3, rel=1e-5)
+    value.backward()
+    assert logits.grad[0].abs().max() == 0 == logits.grad[2].abs().max()
+    assert loss.statistics()["pseudo_labelled"].item() == pytest.approx(2 / 3)
+    assert loss(logits[:1], labels[:1]).item() == 0
+
+
+def test_bad_parameters_are_refused():
+    with pytest.raises(MethodError, match="threshold"):
+        PseudoLabelLoss(1.5)
+    with pytest.raises(MethodError, match="doubt"):
+        LocalKDLoss(doubt=-1)
