@@ -1,7 +1,6 @@
-"""Printed letters: an embedded data set of classes that no digit belongs to, for a teacher of the digits' students."""
+"""Printed letters: an embedded data set without any digit, for a teacher of students that read digits."""
 
-import io
-import string
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,21 +25,27 @@ _FONTS = (
     "DejaVuSansMono",
     "DejaVuSansMono-Bold",
 )
-_LIKE_DIGITS = frozenset("OoIlZSsqbgBzΟοОоЗзІб")
-_GREEK = [chr(code) for code in range(0x391, 0x3CA) if code != 0x3A2]  # 0x3A2 is no letter
-_CYRILLIC = [chr(code) for code in range(0x410, 0x450)]
-LETTERS = tuple([c for c in (*string.ascii_letters, *_GREEK, *_CYRILLIC) if c not in _LIKE_DIGITS][:128])
+LETTERS = tuple(
+    "acdefhkmnprtuvwxyACEFGHJKLMNPRTUVWXY"
+    "ΓΔΛΞΠΣΨΩαγηκλμνξπτυχψω"
+    "БДЖИЙЛУЦШЩЪЫЮЯгджийклмнптцшщъыюя"
+    "ЂЉЊЋЏЎђљњћџҐґҒғҔҕҖҗҚқҢңҤҥҪҫҬҭҰұҲҳҺӃӄӇӈ"
+)
+"""The classes. Letters that look like a digit (O, l, Z, З, Ч, S, б, B, g, ...) or like an earlier letter are left out."""
 
 _TRAIN, _TEST = 70, 10  # images per class
 _SIDE, _CANVAS, _POINTS = 8, 64, 40  # pixels of an image and of the canvas, height of a letter
-_VERSION = 1  # of the way they are drawn
+_VERSION = 2  # of the way they are drawn
+_CHECKSUM_BYTES = sha256().digest_size
 
 
 def open_letters() -> Source:
-    """Open the letters: Latin, Greek and Cyrillic letters of eight fonts, each turned, slanted and stretched at random.
+    """Open the letters: Latin, Greek and Cyrillic letters of eight fonts, each rotated, slanted and stretched at random.
 
-    Letters that look like a digit are left out. Which distortion an image has is a pure function of its class and its
-    number. The images are drawn once and kept in the cache.
+    The distortion of an image is a pure function of its class and its number. The images are drawn once, which takes
+    some seconds, and kept in the cache.
+
+    References: the DejaVu fonts, https://dejavu-fonts.github.io.
     """
     pixels = _drawn_once()
     parts = {}
@@ -61,20 +66,31 @@ def open_letters() -> Source:
 
 
 def _drawn_once() -> NDArray[np.uint8]:
-    """Return the images ``(C, N, S, S)`` from the cache, or draw them."""
-    path = cache_folder() / "letters" / f"{_key()}.npy"
-    if path.is_file():
-        return np.asarray(np.load(path, allow_pickle=False))
+    """Return the images ``(C, N, S, S)`` from the cache, or draw them and keep them there."""
+    path = cache_folder() / "letters" / f"{_key()}.bin"
+    shape = (len(LETTERS), _TRAIN + _TEST, _SIDE, _SIDE)
+    if (content := _whole_content(path)) is not None:
+        return np.frombuffer(content, dtype=np.uint8).reshape(shape)
     pixels = _draw_all()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, pixels, allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
+    content = pixels.tobytes()
+    with suppress(OSError):  # a cache that cannot be written costs time, not the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content + sha256(content).digest())
     return pixels
 
 
+def _whole_content(path: Path) -> bytes | None:
+    """Return what a file of the cache holds; None if it does not exist or its checksum does not match."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    content, checksum = stored[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:]
+    return content if sha256(content).digest() == checksum else None
+
+
 def _key() -> str:
-    """Identify what decides the images: this version, the fonts, and what draws them."""
+    """Identify what the images depend on: this version, the classes, the fonts, and the library that draws them."""
     import PIL
 
     fonts = b"".join(sha256(_font_file(name).read_bytes()).digest() for name in _FONTS)
@@ -110,7 +126,7 @@ def _print(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def _distort(image: Image.Image, chance: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Turn by up to 17 degrees, slant, stretch by 0.75 to 1.3, and scale what is left to the size of a digit.
+    """Rotate by up to 17 degrees, slant, stretch by 0.75 to 1.3, crop, and scale to the size of a digit.
 
     Args:
         image: The printed letter.
