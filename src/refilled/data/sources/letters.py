@@ -31,7 +31,7 @@ LETTERS = tuple(
     "БДЖИЙЛУЦШЩЪЫЮЯгджийклмнптцшщъыюя"
     "ЂЉЊЋЏЎђљњћџҐґҒғҔҕҖҗҚқҢңҤҥҪҫҬҭҰұҲҳҺӃӄӇӈ"
 )
-"""The classes. Letters that look like a digit (O, l, Z, З, Ч, S, б, B, g, ...) or like an earlier letter are left out."""
+"""The classes. Letters that look like a digit (O, l, Z, З, Ч, S, б, B, g) or like an earlier letter are left out."""
 
 _TRAIN, _TEST = 70, 10  # images per class
 _SIDE, _CANVAS, _POINTS = 8, 64, 40  # pixels of an image and of the canvas, height of a letter
@@ -40,7 +40,7 @@ _CHECKSUM_BYTES = sha256().digest_size
 
 
 def open_letters() -> Source:
-    """Open the letters: Latin, Greek and Cyrillic letters of eight fonts, each rotated, slanted and stretched at random.
+    """Open the letters: Latin, Greek and Cyrillic ones of eight fonts, each rotated, slanted and stretched at random.
 
     The distortion of an image is a pure function of its class and its number. The images are drawn once, which takes
     some seconds, and kept in the cache.
