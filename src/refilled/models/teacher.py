@@ -14,7 +14,9 @@ from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.user_file import load_user_file
 from refilled.models.weights import SUFFIXES, open_weights, why_no_weights
 
-_FORMS = "a student folder, refilled/letters, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
+_FORMS = (
+    "a student folder, refilled/letters, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
+)
 
 
 def load_teacher(
