@@ -253,13 +253,16 @@ def _heading(what: str, split: Split, classes: int | None = None) -> str:
 
 
 def _curves(rows: Sequence[Row], measure: str) -> Figure:
-    """Draw a measure of the log against the epoch of the whole run; stages and methods without it leave a gap."""
+    """Draw a measure of the log against the share of the run, since rows may differ in the number of their epochs.
+
+    Stages and methods without the measure leave a gap.
+    """
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for row, color in zip(rows, COLORS, strict=False):
         logs = [_log(folder) for folder in row.folders]
         points = [
-            (n, [e[measure] for e in entries])
+            (100 * n / len(logs[0]), [e[measure] for e in entries])
             for n, entries in enumerate(zip(*logs, strict=True), 1)
             if measure in entries[0]
         ]
@@ -268,7 +271,7 @@ def _curves(rows: Sequence[Row], measure: str) -> Figure:
         axes.plot(
             [n for n, _ in points], [mean(values) for _, values in points], color=color, label=row.name, linewidth=1.6
         )
-    axes.set_xlabel("epoch, all stages together")
+    axes.set_xlabel("percent of the training, all stages together")
     axes.grid(alpha=0.25)
     plain_text(axes.legend(frameon=False, fontsize=8))
     return figure

@@ -32,7 +32,7 @@ def load_teacher(
 
     ======================================  =====================================================================
     ``runs/teacher``                        a folder that a run of ours, or :func:`save_model`, wrote
-    ``refilled/letters``                    a small teacher that comes with the package; see :mod:`refilled.models.embedded`
+    ``refilled/letters``                    a small teacher of printed letters that comes with the package
     ``timm/resnet50``                       a timm model with its published weights
     ``timm/resnet50:weights.safetensors``   a timm model with weights from a file
     ``hf:folder``, ``hf:name``              an image network of transformers, with its image processor's mean, std, size
