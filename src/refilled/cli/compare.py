@@ -64,7 +64,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
 ) -> None:
-    """Distil a teacher of printed letters into students that read handwritten digits. Takes about a minute."""
+    """Distil a teacher of printed letters into students that read handwritten digits. Takes one to two minutes."""
     from importlib.resources import files
 
     from refilled.compare.comparison import Comparison
