@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check docs pages bench clean
+.PHONY: demo test check docs pages bench teacher clean
 
 demo: $(STAMP)
 	$(BIN)/refilled demo
@@ -33,6 +33,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mining.py --sizes 128 256 512 --runs 5
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/data.py
+
+# The teacher that comes with the package.
+teacher: $(STAMP)
+	$(BIN)/python docs/build_teacher.py
 
 # The stamp is older than pyproject.toml only when the dependencies may have changed.
 $(STAMP): pyproject.toml

@@ -150,8 +150,9 @@ class Run(Recipe):
         task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
         student: Architecture of the student, or weights to start from: a student folder, ``architecture:weights``. None
             where the method trains no student of its own.
-        teacher: A student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``, or
-            ``file.py:function``; variables of the environment, as in ``$REFILLED_DATA/teacher.py:load``, are filled in.
+        teacher: A student folder, ``refilled/letters``, ``timm/<name>``, ``hf:<folder or name>``,
+            ``architecture:weights``, or ``file.py:function``; variables of the environment, as in
+            ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
         shots: Training images a class; None for all.

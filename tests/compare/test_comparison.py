@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from refilled.compare.comparison import Comparison, compare
-from refilled.compare.page import Row, verdict
+from refilled.compare.page import Row, on_the_unlabelled, verdict
+from refilled.compare.pictures import examples
 from refilled.compare.summary import Gain
 from refilled.config import Run
 from refilled.errors import RunError
@@ -69,13 +71,26 @@ def test_the_page_shows_table_and_pictures_and_runs_nothing(page):
     tags = {tag for tag, _ in parsed.tags}
     assert not tags & {"script", "iframe", "object", "link", "b", "i"}
     pictures = [attributes["src"] for tag, attributes in parsed.tags if tag == "img"]
-    assert len(pictures) == 2
+    assert len(pictures) == 4
     assert all(source.startswith("data:image/svg+xml;base64,") for source in pictures)
     assert not re.search(r"https?://", page.read_text())
     policy = next(
         a["content"] for t, a in parsed.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy.startswith("default-src 'none'")
+
+
+def test_the_page_shows_the_images_of_teacher_and_student(page):
+    text = page.read_text()
+    assert "What the teacher was trained on, and what the student sees" in text
+    figures = page.parent / "figures"
+    assert sorted(path.name for path in figures.iterdir()) == [
+        "accuracy.svg",
+        "curves.svg",
+        "embeddings.svg",
+        "images.svg",
+    ]
+    assert (figures / "images.svg").read_text().count("<image") == 3  # of the teacher, labelled, test
 
 
 def test_raw_results_lie_beside_the_page(page):
@@ -204,6 +219,32 @@ class _Row:
 
     def differences_to(self, other):
         return self.differences
+
+
+def _found(tmp_path: Path, name: str, accuracies: list[float], unlabelled: bool, teacher: bool) -> Row:
+    data = {"unlabelled": {"source": "rest", "images": 70, "fingerprint": "f"}} if unlabelled else {}
+    rest = {"ncm_accuracy": 0.0, "class_accuracies": {}, "stages": {}, "seconds": 0.0, "parameters": 0}
+    about = {"teacher": {"name": "t"} if teacher else None, "versions": {}, "hardware": {}}
+    return Row(name, [Result(accuracy=a, data=data, **rest, **about) for a in accuracies], [tmp_path] * len(accuracies))
+
+
+def test_the_teacher_gets_no_credit_for_the_unlabelled_images(tmp_path):
+    alone = _found(tmp_path, "alone", [60.0, 62.0], unlabelled=False, teacher=False)
+    guesses = _found(tmp_path, "guesses", [65.0, 66.0], unlabelled=True, teacher=False)
+    both = _found(tmp_path, "both", [70.0, 72.0], unlabelled=True, teacher=True)
+    first, second = on_the_unlabelled([alone, guesses, both], alone, both)
+    assert first == "both also learned from 70 images without labels, which alone did not see."
+    assert "guesses reaches 65.5 %" in second
+    assert f"gain of both over it: {both.gain_over(guesses)} points" in second
+    assert on_the_unlabelled([guesses, both], guesses, both) == []  # the baseline saw them, too
+    assert on_the_unlabelled([alone, guesses], both, alone) == []
+
+
+def test_examples_show_each_class_in_turn():
+    labels = torch.tensor([2, 0, 0, 0, 1, 2])
+    assert examples(labels, 4).tolist() == [1, 2, 4, 0]
+    assert examples(labels, 99).tolist() == [1, 2, 3, 4, 0, 5]
+    assert examples(torch.full((9,), -1), 3).tolist() == [0, 4, 8]
 
 
 @pytest.mark.parametrize(

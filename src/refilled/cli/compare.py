@@ -64,14 +64,18 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
 ) -> None:
-    """Show the whole on digits: a teacher of 0-4 for students of 5-9. Takes about a minute."""
+    """Distil a teacher of printed letters into students that read handwritten digits. Takes one to two minutes."""
     from importlib.resources import files
 
     from refilled.compare.comparison import Comparison
     from refilled.grid.executors import processes
 
-    console.print("A teacher of the digits 0-4 and students of 5-9, which see 10 images of each; all at equal cost.")
     comparison = Comparison.from_toml((files("refilled.compare") / "demo.toml").read_text(encoding="utf-8"))
+    console.print(
+        "The teacher knows printed letters and no digit. The students learn handwritten digits from "
+        f"{comparison.run.shots} labelled images per class, all at equal cost.",
+        highlight=False,
+    )
     _compare(comparison, out, jobs, processes)
 
 

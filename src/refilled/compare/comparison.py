@@ -32,7 +32,15 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from refilled.compare.page import Row, on_the_cache, on_the_teacher, table, verdict, write_report
+from refilled.compare.page import (
+    Row,
+    on_the_cache,
+    on_the_teacher,
+    on_the_unlabelled,
+    table,
+    verdict,
+    write_report,
+)
 from refilled.compare.summary import count_of
 from refilled.config import Run
 from refilled.errors import RunError, unknown
@@ -122,7 +130,12 @@ def compare(
     lines = table(rows, baseline)
     seeds = count_of(len(comparison.seeds), "seed")
     console.print(_terminal_table(lines, f"{comparison.title}: {seeds}, last epoch, percent"))
-    sentences = [verdict(shown, baseline), on_the_teacher(shown, baseline), *on_the_cache(shown)]
+    sentences = [
+        verdict(shown, baseline),
+        *on_the_unlabelled(rows, baseline, shown),
+        on_the_teacher(shown, baseline),
+        *on_the_cache(shown),
+    ]
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     write_atomic(folder / "results.csv", _csv(rows, comparison.seeds).encode())

@@ -11,15 +11,28 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from refilled.compare.pictures import COLORS, address, draw_scatter, plain_text, svg, tsne
+from refilled.compare.pictures import (
+    COLORS,
+    address,
+    draw_images,
+    draw_scatter,
+    draw_seeds,
+    examples,
+    plain_text,
+    rows_to_project,
+    svg,
+    tsne,
+)
 from refilled.compare.summary import Gain, mean_and_spread, paired_gain
 from refilled.config import Recipe, Run
-from refilled.data import Split
+from refilled.data import Split, Task
 from refilled.files import write_atomic
 from refilled.models import Backbone
-from refilled.runs.inference import network_of, task_of, teacher_accuracy
+from refilled.runs.inference import network_of, task_of, teacher_accuracy, teacher_of, teacher_task_of
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
+
+_EXAMPLES = 40  # of each group of images
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,12 @@ class Row:
     def accuracies(self) -> list[float]:
         """Test accuracy of each seed, in percent."""
         return [result.accuracy for result in self.results]
+
+    @property
+    def unlabelled(self) -> Mapping[str, Any] | None:
+        """What the first seed's record says of its images without labels; None if it had none."""
+        found: Mapping[str, Any] | None = self.results[0].data.get("unlabelled")
+        return found
 
     def gain_over(self, other: "Row") -> Gain:
         """Compare with another row, seed by seed."""
@@ -89,6 +108,22 @@ def on_the_teacher(row: Row, baseline: Row) -> str:
     )
 
 
+def on_the_unlabelled(rows: Sequence[Row], baseline: Row, shown: Row) -> list[str]:
+    """State how much unlabelled images alone gain, where the row has some and the baseline has not."""
+    if shown.unlabelled is None or baseline.unlabelled is not None:
+        return []
+    without_teacher = [row for row in rows if row.unlabelled is not None and row.results[0].teacher is None]
+    return [
+        f"{shown.name} also learned from {shown.unlabelled['images']} images without labels, which {baseline.name} did "
+        "not see.",
+        *(
+            f"From the same images without a teacher, {row.name} reaches {mean(row.accuracies):.1f} %; gain of "
+            f"{shown.name} over it: {shown.gain_over(row)} points."
+            for row in without_teacher
+        ),
+    ]
+
+
 def on_the_cache(row: Row) -> list[str]:
     """Say how far the teacher's cached embeddings are from the live ones, where there was a cache."""
     cache = (row.results[0].teacher or {}).get("cache")
@@ -106,7 +141,9 @@ def on_the_cache(row: Row) -> list[str]:
 def write_report(
     path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, sentences: Sequence[str]
 ) -> None:
-    """Write the page: verdict, table, curves, and t-SNE of the test images in the embeddings of the first seed.
+    """Write the page: verdict, table, accuracies by seed, images, embeddings (t-SNE, first seed), and curves.
+
+    The figures are also written beside it, as ``figures/NAME.svg``.
 
     Args:
         path: The HTML file.
@@ -116,16 +153,28 @@ def write_report(
         shown: The method that the pictures are about.
         sentences: What there is to say above the table.
     """
-    test = task_of(shown.folders[0]).test
+    task = task_of(shown.folders[0])
     held_out = any("val_accuracy" in entry for row in rows for entry in _log(row.folders[0]))
     measure = "val_accuracy" if held_out else "ce"
     curves = "Accuracy on held-out images in percent" if held_out else "Cross-entropy on training images"
+    kept = rows_to_project(task.test.labels)
+    embedded = embeddings(baseline, shown, task, kept)
     pictures = {
-        f"{curves}, mean over seeds": _curves(rows, measure),
-        "Test images in the embedding, coloured by class (t-SNE, first seed)": draw_scatter(
-            tsne(embeddings(baseline, shown, test), test.labels), list(shown.results[0].class_accuracies)
+        "Test accuracy in percent, a line for each seed": (
+            "accuracy",
+            draw_seeds({row.name: row.accuracies for row in rows}, "test accuracy in percent"),
         ),
+        "What the teacher was trained on, and what the student sees": ("images", draw_images(_images(shown, task))),
+        "Test images in the embedding, coloured by class (t-SNE, first seed)": (
+            "embeddings",
+            draw_scatter(tsne(embedded, task.test.labels[kept]), list(shown.results[0].class_accuracies)),
+        ),
+        f"{curves}, mean over seeds": ("curves", _curves(rows, measure)),
     }
+    drawn = {caption: (name, svg(figure)) for caption, (name, figure) in pictures.items()}
+    (path.parent / "figures").mkdir(exist_ok=True)
+    for name, picture in drawn.values():
+        write_atomic(path.parent / "figures" / f"{name}.svg", picture)
     result, run = shown.results[0], _run(shown.folders[0])
     page = Environment(loader=PackageLoader("refilled.compare"), autoescape=True).get_template("comparison.html")
     text = page.render(
@@ -133,7 +182,7 @@ def write_report(
         sentences=sentences,
         rows=table(rows, baseline),
         shown=shown.name,
-        pictures={caption: address(svg(figure)) for caption, figure in pictures.items()},
+        pictures={caption: address(picture) for caption, (_, picture) in drawn.items()},
         provenance={
             "data": f"{result.data['task']}; {_listed(result.data['images'])} images",
             "data fingerprints": ", ".join(dict.fromkeys(r.data["fingerprint"][:16] for r in shown.results)),
@@ -163,28 +212,57 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
-    """Embed the test images by the first seed's students: alone, after the first stage, at the end."""
+def embeddings(baseline: Row, shown: Row, task: Task, rows: Tensor) -> dict[str, Tensor]:
+    """Embed some test images by the first seed's networks: baseline, after each stage, at the end, and the teacher.
+
+    Args:
+        baseline: The student without a teacher.
+        shown: The student with one.
+        task: The task of the two.
+        rows: Which test images, ``(N,)``.
+
+    Returns:
+        Embeddings ``(N, d)`` by the name of the network.
+    """
     folder = shown.folders[0]
-    found = {baseline.name: _embed(network_of(baseline.folders[0]), test)}
+    networks: dict[str, Backbone] = {f"student, {baseline.name}": network_of(baseline.folders[0])}
     for stage in sorted(path.stem for path in (folder / "stages").glob("*.safetensors")):
-        found[f"{shown.name}, after stage “{stage}”"] = _embed(network_of(folder, stage), test)
-    found[f"{shown.name}, at the end"] = _embed(network_of(folder), test)
-    return found
+        networks[f"student, {shown.name}, after stage “{stage}”"] = network_of(folder, stage)
+    networks[f"student, {shown.name}"] = network_of(folder)
+    if (teacher := teacher_of(folder, task.image_size)) is not None:
+        networks["teacher"] = teacher
+    pixels = task.test.pixels[rows]
+    return {name: embed(network, pixels) for name, network in networks.items()}
 
 
-def _embed(model: Backbone, test: Split) -> Tensor:
-    return embed(model, test.pixels)
+def _images(shown: Row, task: Task) -> dict[str, Tensor]:
+    """Choose images of each part of the task, and of the teacher's own if they can be found."""
+    parts: dict[str, Split] = {}
+    if (of_teacher := teacher_task_of(shown.folders[0])) is not None:
+        parts[_heading("The teacher's training images", of_teacher.train, len(of_teacher.classes))] = of_teacher.train
+    parts[_heading("The student's labelled images", task.train, len(task.classes))] = task.train
+    if task.unlabelled is not None:
+        parts[_heading("The student's images without labels", task.unlabelled)] = task.unlabelled
+    parts[_heading("The images that the student is scored on", task.test, len(task.classes))] = task.test
+    return {name: split.pixels[examples(split.labels, _EXAMPLES)] for name, split in parts.items()}
+
+
+def _heading(what: str, split: Split, classes: int | None = None) -> str:
+    of_classes = "" if classes is None else f" of {classes} classes"
+    return f"{what}: {min(len(split), _EXAMPLES)} of {len(split):,}{of_classes}"
 
 
 def _curves(rows: Sequence[Row], measure: str) -> Figure:
-    """Draw a measure of the log against the epoch of the whole run; stages and methods without it leave a gap."""
+    """Draw a measure of the log against the share of the run, since rows may differ in the number of their epochs.
+
+    Stages and methods without the measure leave a gap.
+    """
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for row, color in zip(rows, COLORS, strict=False):
         logs = [_log(folder) for folder in row.folders]
         points = [
-            (n, [e[measure] for e in entries])
+            (100 * n / len(logs[0]), [e[measure] for e in entries])
             for n, entries in enumerate(zip(*logs, strict=True), 1)
             if measure in entries[0]
         ]
@@ -193,7 +271,7 @@ def _curves(rows: Sequence[Row], measure: str) -> Figure:
         axes.plot(
             [n for n, _ in points], [mean(values) for _, values in points], color=color, label=row.name, linewidth=1.6
         )
-    axes.set_xlabel("epoch, all stages together")
+    axes.set_xlabel("percent of the training, all stages together")
     axes.grid(alpha=0.25)
     plain_text(axes.legend(frameon=False, fontsize=8))
     return figure

@@ -4,15 +4,21 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
+import torch
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from torch import Tensor
+from torch.nn import functional as F
+
+_GUTTER = 0.08  # between two images, as a share of their side
+_SHOWN_PIXELS = 64  # side length of an image in a picture, at most
 
 COLORS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3", "#937860", "#DA8BC3", "#8C8C8C", "#CCB974", "#64B5CD")
 
@@ -35,12 +41,17 @@ class Line:
     """Place, mean and standard deviation over seeds."""
 
 
-def tsne(embeddings: Mapping[str, Tensor], labels: Tensor, images: int = 1000) -> Scatter:
-    """Bring embeddings ``(N, d)`` to two dimensions; of many classes the first ten, of many images the first thousand.
+def rows_to_project(labels: Tensor, images: int = 1000) -> Tensor:
+    """Return which images of labels ``(N,)`` :func:`tsne` shows: of the first ten classes, the first thousand."""
+    return (labels < len(COLORS)).nonzero().squeeze(1)[:images]
+
+
+def tsne(embeddings: Mapping[str, Tensor], labels: Tensor) -> Scatter:
+    """Bring embeddings ``(N, d)`` to two dimensions, those of :func:`rows_to_project`.
 
     References: van der Maaten and Hinton, Visualizing Data using t-SNE, JMLR 2008.
     """
-    kept = (labels < len(COLORS)).nonzero().squeeze(1)[:images]
+    kept = rows_to_project(labels)
     project = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform
     points = {name: project(embedding[kept].numpy()) for name, embedding in embeddings.items()}
     return Scatter(points, labels[kept].tolist())
@@ -67,6 +78,59 @@ def draw_scatter(scatter: Scatter, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def draw_seeds(rows: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
+    """Draw one dot per row and seed, with a line for each seed and a bar at each row's mean."""
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    for seed in zip(*rows.values(), strict=True):
+        axes.plot(places, seed, color="#b8bfca", linewidth=0.8, zorder=1)
+    for place, (color, values) in enumerate(zip(_repeated(COLORS, len(rows)), rows.values(), strict=True)):
+        axes.scatter([place] * len(values), values, color=color, s=18, zorder=2)
+        center = mean(values)
+        axes.hlines(center, place - 0.28, place + 0.28, color=color, linewidth=2.5, zorder=3)
+        axes.annotate(f"{center:.1f}", (place + 0.3, center), va="center", fontsize=9, color=color)
+    axes.set_xticks(places, [fill(name, 18) for name in rows], fontsize=9, parse_math=False)
+    axes.set_xlim(-0.5, len(rows) - 0.3)
+    axes.set_ylabel(ylabel, parse_math=False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_images(groups: Mapping[str, Tensor], columns: int = 20) -> Figure:
+    """Draw images ``(N, 3, S, S)``, uint8, of several groups, one group below another.
+
+    Args:
+        groups: The images by the heading of their group.
+        columns: Images per line.
+    """
+    mosaics = {name: _mosaic(pixels, columns) for name, pixels in groups.items()}
+    lines = [-(-len(pixels) // columns) for pixels in groups.values()]
+    width = 7.2
+    figure = Figure(figsize=(width, sum(0.32 + count * width / columns for count in lines)), layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=lines)[:, 0]
+    for axes, (name, mosaic) in zip(panels, mosaics.items(), strict=True):
+        axes.imshow(mosaic.numpy(), interpolation="nearest")
+        axes.set_title(name, fontsize=9, loc="left", parse_math=False)
+        axes.set_axis_off()
+    return figure
+
+
+def examples(labels: Tensor, count: int) -> Tensor:
+    """Return ``count`` rows of labels ``(N,)`` to show: an image of each class in turn, until there are enough.
+
+    Images without a label, -1, count as one class, and are spread evenly.
+    """
+    if (labels < 0).all():
+        return torch.linspace(0, len(labels) - 1, min(count, len(labels))).round().long()
+    order = torch.argsort(labels, stable=True)
+    ordered = labels[order]
+    turn = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)  # how many of its class came before
+    rows = order[torch.argsort(turn, stable=True)][:count]
+    return rows[torch.argsort(labels[rows], stable=True)]
+
+
 def draw_lines(lines: Sequence[Line], places: Sequence[str], xlabel: str, ylabel: str) -> Figure:
     """Draw each line over the places, which stand at equal distances."""
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
@@ -89,6 +153,24 @@ def plain_text(legend: Legend) -> None:
     """Show names as they are: a class may be called $x$."""
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _repeated(values: Sequence[str], count: int) -> list[str]:
+    return [values[place % len(values)] for place in range(count)]
+
+
+def _mosaic(pixels: Tensor, columns: int) -> Tensor:
+    """Lay images ``(N, 3, S, S)`` side by side on white, to ``(H, W, 3)``, uint8."""
+    size = pixels.shape[-1]
+    if size > _SHOWN_PIXELS:
+        pixels = F.interpolate(pixels.float(), (_SHOWN_PIXELS, _SHOWN_PIXELS), mode="area").round().to(torch.uint8)
+        size = _SHOWN_PIXELS
+    step = size + max(1, round(_GUTTER * size))
+    canvas = torch.full((-(-len(pixels) // columns) * step, columns * step, 3), 255, dtype=torch.uint8)
+    for place, image in enumerate(pixels):
+        down, right = (step * part for part in divmod(place, columns))
+        canvas[down : down + size, right : right + size] = image.permute(1, 2, 0)
+    return canvas
 
 
 def svg(figure: Figure) -> bytes:

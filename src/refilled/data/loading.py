@@ -25,13 +25,14 @@ from refilled.data.partition import (
 )
 from refilled.data.selection import select_classes
 from refilled.data.source import Names, Part, Rows, Source, pool, stamp_of
-from refilled.data.sources import cifar100, cub, digits
+from refilled.data.sources import cifar100, cub, digits, letters
 from refilled.data.sources.cifar100 import open_cifar100
 from refilled.data.sources.csv_folder import is_csv_folder, is_list, open_csv_folder
 from refilled.data.sources.cub import open_cub
 from refilled.data.sources.digits import open_digits
 from refilled.data.sources.hub import open_hub
 from refilled.data.sources.image_folder import open_image_folder, open_loose_images
+from refilled.data.sources.letters import open_letters
 from refilled.data.sources.parquet import is_parquet, open_parquet
 from refilled.data.sources.webdataset import open_webdataset
 from refilled.data.store import Pixels, StoredImages, free_memory, stored_images
@@ -54,6 +55,7 @@ def list_datasets() -> list[tuple[str, str]]:
     """Return what a task's text can begin with, and a line on each."""
     return [
         ("digits", digits.SUMMARY),
+        ("letters", letters.SUMMARY),
         ("cifar100", cifar100.SUMMARY),
         ("cub", cub.SUMMARY),
         ("cifar_fs, fc100", "CIFAR-100 with its classes split for few-shot learning, as in cifar_fs:seen"),
@@ -320,6 +322,8 @@ def open_source(wanted: TaskText, data_root: Path, *, labelled: bool = True) -> 
         raise TaskError(f"'{wanted.source}' is no table and has no columns; leave out @image= and @label=")
     if wanted.kind == "digits":
         return open_digits()
+    if wanted.kind == "letters":
+        return open_letters()
     if wanted.kind == "cub":
         return open_cub(data_root)
     if not Path(wanted.source).is_dir():

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from refilled.data.transforms import Augmentation
 from refilled.errors import TaskError, unknown
 
-NAMED = ("digits", "cifar100", "cub", "cifar_fs", "fc100")
+NAMED = ("digits", "letters", "cifar100", "cub", "cifar_fs", "fc100")
 """Sources that are known by name alone."""
 
 _PATHS = {"folder": "path", "wds": "wds"}

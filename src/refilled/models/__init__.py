@@ -2,6 +2,7 @@
 
 from refilled.models.architectures import create_model, describe, from_description, list_models
 from refilled.models.backbone import Backbone, freeze, trainable_copy
+from refilled.models.embedded import embedded_folder
 from refilled.models.folder import load_model, save_model
 from refilled.models.probe import PROBE_IMAGES, probe, refuse_non_finite
 from refilled.models.teacher import load_teacher
@@ -14,6 +15,7 @@ __all__ = [
     "create_model",
     "create_student",
     "describe",
+    "embedded_folder",
     "freeze",
     "from_description",
     "list_models",

@@ -7,13 +7,16 @@ from pathlib import Path
 from refilled.errors import ModelError
 from refilled.models.architectures import is_architecture
 from refilled.models.backbone import Backbone, Pooling, freeze
+from refilled.models.embedded import PREFIX, embedded_folder, embedded_teachers
 from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.hugging_face import load_hugging_face
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.user_file import load_user_file
 from refilled.models.weights import SUFFIXES, open_weights, why_no_weights
 
-_FORMS = "a student folder, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
+_FORMS = (
+    "a student folder, refilled/letters, timm/<name>, hf:<folder or name>, <architecture>:WEIGHTS, or FILE.py:FUNCTION"
+)
 
 
 def load_teacher(
@@ -29,6 +32,7 @@ def load_teacher(
 
     ======================================  =====================================================================
     ``runs/teacher``                        a folder that a run of ours, or :func:`save_model`, wrote
+    ``refilled/letters``                    a small teacher of printed letters that comes with the package
     ``timm/resnet50``                       a timm model with its published weights
     ``timm/resnet50:weights.safetensors``   a timm model with weights from a file
     ``hf:folder``, ``hf:name``              an image network of transformers, with its image processor's mean, std, size
@@ -60,8 +64,8 @@ def load_teacher(
         teacher = load_user_file(
             Path(path), function, argument, mean=mean, std=std, input_size=input_size, image_size=image_size
         )
-    elif (Path(text) / DESCRIPTION).is_file():
-        teacher = load_model(Path(text))
+    elif ((folder := embedded_folder(text) or Path(text)) / DESCRIPTION).is_file():
+        teacher = load_model(folder)
         teacher.set_preprocessing(mean, std, input_size)
         return _with_pooling(teacher, pooling or teacher.pooling)
     elif text.startswith("hf:"):
@@ -99,6 +103,8 @@ def _load(text: str, known_normalization: bool) -> Backbone:
 
 
 def _why_not(text: str) -> str:
+    if text.startswith(PREFIX):
+        return f"the package comes with {', '.join(embedded_teachers())} only"
     path = Path(text)
     if path.is_dir():
         return f"the folder holds no {DESCRIPTION}"

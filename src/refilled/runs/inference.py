@@ -14,8 +14,8 @@ from refilled.config import Run
 from refilled.data import GreyRange, Task
 from refilled.data.decode import read_pixels
 from refilled.data.walking import list_images
-from refilled.errors import RunError, TaskError
-from refilled.models import Backbone, load_model
+from refilled.errors import RefilledError, RunError, TaskError
+from refilled.models import Backbone, embedded_folder, load_model
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
@@ -101,11 +101,10 @@ def teacher_accuracy(folder: Path) -> float | None:
     It says how much the teacher has to teach: its embedding knows the student's classes from the training images alone.
     None for a run without a teacher.
     """
-    run = RunFolder(folder).run()
-    if run.teacher is None:
+    task = task_of(folder)
+    teacher = teacher_of(folder, task.image_size)
+    if teacher is None:
         return None
-    task = load_task_of(run)
-    teacher = _placed(load_teacher_of(run, task.image_size))
     train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
     mean = train.mean(0)  # what all images share says nothing about them
     return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
@@ -114,6 +113,27 @@ def teacher_accuracy(folder: Path) -> float | None:
 def task_of(folder: Path) -> Task:
     """Load the images of a run's task."""
     return load_task_of(RunFolder(folder).run())
+
+
+def teacher_of(folder: Path, image_size: int) -> Backbone | None:
+    """Load the teacher of a run, for images of this size in pixels; None for a run without a teacher."""
+    run = RunFolder(folder).run()
+    return None if run.teacher is None else _placed(load_teacher_of(run, image_size))
+
+
+def teacher_task_of(folder: Path) -> Task | None:
+    """Load the images that the teacher of a run was trained on.
+
+    None if the run has no teacher, if nothing says what the teacher was trained on, or if those images are gone.
+    """
+    teacher = RunFolder(folder).run().teacher
+    if teacher is None:
+        return None
+    trained = RunFolder(embedded_folder(teacher) or Path(teacher))
+    try:
+        return load_task_of(trained.run()) if trained.begun else None
+    except RefilledError:  # a page is complete without a picture of them
+        return None
 
 
 def network_of(folder: Path, stage: str | None = None) -> Backbone:
