@@ -32,6 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right.
     "good": {
         "method": "refilled",
+        "guard": True,
         "settings": {**_STEADY, "regression_weight": 10.0, "right_only": True, "worth": 100.0},
     },
     # What won there with few images and much time: more to see, of which the teacher says what it sees itself.
