@@ -3,8 +3,8 @@
 A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``data.json`` and
 ``images.safetensors`` (which images it uses), ``teacher.json`` (whether its teacher has anything to teach),
 ``log.jsonl``, ``result.json``, the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student after
-each stage but the last), ``last.ckpt`` while unfinished, and ``DONE`` when whole. A method that trains nothing leaves no
-student.
+each stage but the last), ``last.ckpt`` while unfinished, and ``DONE`` when whole. A method that trains nothing leaves
+no student.
 """
 
 import shutil
