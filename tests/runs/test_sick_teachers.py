@@ -165,7 +165,10 @@ def test_what_cannot_be_used_is_explained_without_a_traceback(here, tmp_path, te
 def test_grayscale_teachers_and_names_in_an_array_are_accepted(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
     assert code == 0
-    assert not [note for note in notes(tmp_path) if "teacher" in note]
+    said = [
+        note for note in notes(tmp_path) if "tells your classes apart" not in note
+    ]  # what it knows is another matter
+    assert not [note for note in said if "teacher" in note]
 
 
 @pytest.mark.parametrize("teacher", ["dropout", "batch_statistics"])
