@@ -29,7 +29,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "schedule": "step",
         "warmup": 0.0,
     },
-    # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right, if it has anything to teach.
+    # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right, or no teacher at all.
     "good": {
         "method": "refilled",
         "guard": True,
