@@ -21,7 +21,7 @@ WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 """Fields that say where and how a run is carried out, and not what it is: they change its result by rounding alone."""
 
 
-YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0}
+YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0, "guard": False}
 """Fields that older records lack, with the value that those runs had without naming it."""
 
 _SGD_ONLY_LR = 0.05
@@ -155,6 +155,8 @@ class Run(Recipe):
             ``$REFILLED_DATA/teacher.py:load``, are filled in.
         method: Name of a method, or the path of a file that defines one.
         settings: The method's own parameters.
+        guard: Ignore a teacher whose embedding tells the classes apart no better than chance or than the plain pixels,
+            and train as ``vanilla`` does.
         shots: Training images a class; None for all.
         unlabelled: Images whose labels are unknown or not to be used, for the terms of a method that need none:
             ``rest`` for the training images that ``shots`` left out, a folder with images at any depth, or a task such
@@ -184,6 +186,7 @@ class Run(Recipe):
     teacher: str | None = None
     method: str = "vanilla"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    guard: bool = False
     shots: int | None = None
     unlabelled: str | None = None
     val: float = 0.1

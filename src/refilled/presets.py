@@ -29,9 +29,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "schedule": "step",
         "warmup": 0.0,
     },
-    # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right.
+    # What won in docs/results.md: stage 2 alone, on the images that the teacher gets right, or no teacher at all.
     "good": {
         "method": "refilled",
+        "guard": True,
         "settings": {**_STEADY, "regression_weight": 10.0, "right_only": True, "worth": 100.0},
     },
     # What won there with few images and much time: more to see, of which the teacher says what it sees itself.
@@ -60,8 +61,8 @@ def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
         raise RunError(unknown("preset", name, PRESETS))
     preset = PRESETS[name]
     fields_ = {**preset, **values}
-    if fields_.get("method") == preset.get("method"):  # another method has other parameters
+    if fields_.get("method") == preset.get("method"):
         fields_["settings"] = {**preset.get("settings", {}), **values.get("settings", {})}
-    elif "settings" not in values:
-        fields_.pop("settings", None)
-    return fields_
+        return fields_
+    of_the_method = {"settings", "guard"} - values.keys()  # another method has other parameters
+    return {name: value for name, value in fields_.items() if name not in of_the_method}

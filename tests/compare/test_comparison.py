@@ -211,7 +211,10 @@ def test_the_teacher_takes_no_part_where_the_method_has_none():
 
 
 class _Row:
-    def __init__(self, gain: Gain, seeds: int = 3, differences: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, gain: Gain, seeds: int = 3, differences: tuple[str, ...] = (), ignored_teacher: bool = False
+    ) -> None:
+        self.ignored_teacher = ignored_teacher
         self.name, self.gain, self.results, self.differences = "ReFilled", gain, [None] * seeds, differences
 
     def gain_over(self, other):
@@ -264,6 +267,11 @@ def test_the_verdict_gives_the_teacher_no_credit_for_another_recipe():
     said = verdict(_Row(Gain(9, 8, 10), differences=("cutmix 1.0 against 0.0",)), _Row(Gain(9, 8, 10)))
     assert said.startswith("It is not established that the teacher helped")
     assert "cutmix 1.0 against 0.0" in said
+
+
+def test_the_verdict_says_that_a_teacher_was_ignored():
+    said = verdict(_Row(Gain(0, 0, 0), ignored_teacher=True), _Row(Gain(0, 0, 0)))
+    assert said.startswith("The teacher was ignored in all runs of ReFilled, since it has nothing to teach: +0.00")
 
 
 def test_recipes_are_compared_by_what_the_runs_were_trained_with(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from refilled.errors import MethodError
 from refilled.losses.local_kd import LocalKDLoss
-from refilled.losses.trust import Trusted, label_information
+from refilled.losses.trust import Trusted, held_out_information, is_at_chance, knows_less, label_information
 
 
 def embeddings(classes: int, each: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,3 +117,44 @@ def test_trust_must_be_measured_and_its_power_make_sense():
         Trusted(nn.MSELoss(), -1.0)
     with pytest.raises(MethodError, match="worth must be greater than 0"):
         Trusted(nn.MSELoss(), worth=0.0)
+
+
+def test_held_out_information_agrees_with_a_loop():
+    embedding, labels = embeddings(4, 9, 2.0)
+    train, held_out = torch.arange(36) % 3 > 0, torch.arange(36) % 3 == 0
+    mean = embedding[train].mean(0)
+    rows = F.normalize(embedding - mean, dim=1)
+    means = torch.stack([rows[train & (labels == c)].mean(0) for c in range(4)])
+    best = math.inf
+    for step in range(14):
+        scores = -torch.stack([(rows[held_out] - m).square().sum(1) for m in means], 1) / (0.02 * 2 ** (step / 2))
+        best = min(best, F.cross_entropy(scores, labels[held_out]).item())
+    found = held_out_information(embedding[train], labels[train], embedding[held_out], labels[held_out])
+    assert found == pytest.approx(1 - best / math.log(4), abs=1e-9)
+
+
+def test_an_embedding_that_learned_images_by_heart_knows_nothing_of_others():
+    embedding, labels = embeddings(5, 20, 0.1)
+    noise = torch.randn(100, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert label_information(embedding, labels) > 0.9
+    assert held_out_information(embedding, labels, embedding, labels) > 0.9
+    assert is_at_chance(lambda order: held_out_information(embedding, labels, noise, order), labels)
+    assert not is_at_chance(lambda order: held_out_information(embedding, labels, embedding, order), labels)
+
+
+def test_which_of_two_embeddings_knows_less_needs_evidence():
+    good, labels = embeddings(5, 20, 0.5)
+    poor = good + 8 * torch.randn(good.shape, generator=torch.Generator().manual_seed(1), dtype=good.dtype)
+    assert knows_less(poor, good, labels)
+    assert not knows_less(good, poor, labels)
+    assert not knows_less(good, good, labels)
+    few = torch.tensor([0, 1, 20, 21])
+    assert not knows_less(poor[few], poor[few].flip(1) + 0.01, labels[few])  # a difference that is mere chance
+    assert not knows_less(poor, good, torch.arange(100))  # no class has two images
+
+
+def test_a_constant_embedding_is_at_chance_and_knows_less_than_any_other():
+    good, labels = embeddings(5, 20, 0.5)
+    constant = torch.ones(100, 3)
+    assert is_at_chance(lambda order: label_information(constant, order), labels)
+    assert knows_less(constant, good, labels)

@@ -69,7 +69,7 @@ def test_what_is_given_wins_over_the_preset_and_joins_its_settings():
     assert with_preset(None, {"epochs": 3}) == {"epochs": 3}
     assert with_preset("good", {}) == PRESETS["good"]
     joined = with_preset("good", {"epochs": 3, "settings": {"kd_temperature": 0.1}})
-    assert joined == {"method": "refilled", "epochs": 3, "settings": {**good, "kd_temperature": 0.1}}
+    assert joined == {"method": "refilled", "guard": True, "epochs": 3, "settings": {**good, "kd_temperature": 0.1}}
     assert with_preset("good", {"method": "rkd"}) == {"method": "rkd"}
     assert with_preset("good", {"method": "rkd", "settings": {"weight": 1}})["settings"] == {"weight": 1}
     with pytest.raises(RunError, match=r"preset 'goood'.*good"):

@@ -165,7 +165,10 @@ def test_what_cannot_be_used_is_explained_without_a_traceback(here, tmp_path, te
 def test_grayscale_teachers_and_names_in_an_array_are_accepted(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
     assert code == 0
-    assert not [note for note in notes(tmp_path) if "teacher" in note]
+    said = [
+        note for note in notes(tmp_path) if "tells your classes apart" not in note
+    ]  # what it knows is another matter
+    assert not [note for note in said if "teacher" in note]
 
 
 @pytest.mark.parametrize("teacher", ["dropout", "batch_statistics"])
@@ -180,7 +183,7 @@ def test_train_mode_left_on_is_said(here, tmp_path, teacher):
 def test_a_teacher_that_knows_nothing_of_the_classes_is_said_to(here, tmp_path, more):
     code, _ = distill(here, tmp_path, "noise", *more)
     assert code == 0
-    assert any("says no more than chance does about the classes" in note for note in notes(tmp_path))
+    assert any("tells your classes apart no better than chance" in note for note in notes(tmp_path))
 
 
 @pytest.mark.parametrize(("pooling", "width"), [("token", 6), ("mean", 6), ("both", 12)])

@@ -26,6 +26,7 @@ from refilled.errors import NonFiniteError, RankError, RunError
 from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model
 from refilled.models.backbone import freeze
+from refilled.presets import with_preset
 from refilled.runs.experiment import begin, distill, resume
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared, resolve
@@ -409,6 +410,31 @@ def test_a_stopped_run_of_two_processes_goes_on_to_the_bit(two, teacher, tmp_pat
         for stop in stops:
             assert two(carried_out, run, folder, stop) == [signal.SIGTERM if stop else 0] * 2
         digests.append([(folder / file).read_bytes() for file in ("model.safetensors", "log.jsonl")])
+    assert digests[0] == digests[1]
+
+
+NOISE = """
+import torch
+
+class Noise(torch.nn.Module):
+    def forward(self, x):
+        seeds = (1000 * x.double().abs().sum((1, 2, 3))).long().tolist()
+        return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+def noise():
+    return Noise(), {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+"""
+
+
+def test_all_processes_ignore_a_teacher_with_nothing_to_teach(two, tmp_path):
+    (tmp_path / "noise.py").write_text(NOISE)
+    taught = replace(QUICK, **with_preset("good", {"teacher": f"{tmp_path}/noise.py:noise"}))
+    alone = replace(QUICK, method="vanilla", teacher=None, settings={})
+    for name, run in (("a", taught), ("b", alone)):
+        (tmp_path / name).mkdir()
+        assert two(carried_out, run, tmp_path / name, None) == [0, 0]
+    assert json.loads((tmp_path / "a" / "teacher.json").read_text())["ignored"] is True
+    digests = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert digests[0] == digests[1]
 
 

@@ -60,6 +60,7 @@ def test_the_folder_explains_itself(teacher, tmp_path):
         "run.toml",
         "data.json",
         "images.safetensors",
+        "teacher.json",
         "log.jsonl",
         "result.json",
         "model.safetensors",

@@ -88,7 +88,8 @@ def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "execu
 
 def _row(name: str) -> dict[str, Any]:
     method, _, preset = name.partition(":")
-    return {"method": method, "settings": with_preset(preset or None, {"method": method}).get("settings", {})}
+    fields = with_preset(preset or None, {"method": method})
+    return {"method": method, "settings": fields.get("settings", {}), "guard": fields.get("guard", False)}
 
 
 def _read(path: Path) -> str:

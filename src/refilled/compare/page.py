@@ -54,6 +54,11 @@ class Row:
         found: Mapping[str, Any] | None = self.results[0].data.get("unlabelled")
         return found
 
+    @property
+    def ignored_teacher(self) -> bool:
+        """Whether all of its runs ignored their teacher, as ``guard`` has it."""
+        return all((result.teacher or {}).get("ignored", False) for result in self.results)
+
     def gain_over(self, other: "Row") -> Gain:
         """Compare with another row, seed by seed."""
         return paired_gain(self.accuracies, other.accuracies)
@@ -85,6 +90,11 @@ def verdict(row: Row, baseline: Row) -> str:
         return (
             f"It is not established that the teacher helped: {row.name} and {baseline.name} differ by {gain} points, "
             f"but also in their training ({', '.join(differences)}). Compare with a baseline that is trained alike."
+        )
+    if row.ignored_teacher:
+        return (
+            f"The teacher was ignored in all runs of {row.name}, since it has nothing to teach: {gain.mean:+.2f} "
+            f"points against {baseline.name}. The notes of each run say why."
         )
     if seeds < 2:
         return f"{row.name} differs by {gain.mean:+.2f} points from {baseline.name}; a single seed establishes nothing."

@@ -6,7 +6,7 @@ teacher says should have. No held-out images are needed, and no student.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from refilled.losses.mining import check_batch
 from refilled.stages import Prepares
 
 _SHUFFLES = 19  # of which none is better, at chance, once in 20 times
+
+_Z = 1.645  # one-sided test at the level of 5 %
 
 _TEMPERATURES = tuple(0.02 * 2 ** (step / 2) for step in range(14))  # 0.02 to 1.8, of squared distances up to 4
 
@@ -40,31 +42,87 @@ def label_information(embedding: Tensor, labels: Tensor) -> float:
     Returns:
         In [0, 1]; 0 where there are fewer than two classes with two images each.
     """
+    losses = _leave_one_out_losses(embedding, labels)
+    if len(losses) == 0:
+        return 0.0
+    _, counts = labels.unique(return_counts=True)
+    return _share(losses, int((counts > 1).sum()))
+
+
+def held_out_information(embedding: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor) -> float:
+    """Share of the entropy of held-out images' labels that the class means of the training images take away.
+
+    As :func:`label_information`, but of images whose labels were not looked at.
+
+    Args:
+        embedding: Of the training images, ``(N, d)``.
+        labels: Their class ids ``(N,)``.
+        held_out: Embedding of the held-out images, ``(M, d)``.
+        held_out_labels: Their class ids ``(M,)``, each of which is one of ``labels``.
+
+    Returns:
+        In [0, 1].
+    """
+    check_batch(labels, embedding)
+    check_batch(held_out_labels, held_out)
+    embedding, held_out = (at_least_float32(part.detach()) for part in (embedding, held_out))
+    mean = embedding.mean(0)
+    means, classes = class_centers(unit_rows(embedding - mean), labels)
+    targets = (held_out_labels[:, None] == classes).int().argmax(1)
+    return _share(_best_losses(squared_distances(unit_rows(held_out - mean), means), targets), len(classes))
+
+
+def knows_less(embedding: Tensor, other: Tensor, labels: Tensor) -> bool:
+    """Whether an embedding ``(N, d)`` says less about the labels ``(N,)`` than another embedding ``(N, e)`` does.
+
+    It is a one-sided z test at the level of 5 % of the difference, image by image, of the leave-one-out losses that
+    :func:`label_information` averages.
+    """
+    excess = _leave_one_out_losses(embedding, labels) - _leave_one_out_losses(other, labels)
+    if len(excess) == 0:
+        return False
+    return excess.mean().item() > _Z * excess.std().item() / math.sqrt(len(excess))
+
+
+def _leave_one_out_losses(embedding: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image that is not the only one of its class; none if there is one class."""
     check_batch(labels, embedding)
     _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     paired = counts[labels] > 1
     embedding, labels = at_least_float32(embedding.detach())[paired], labels[paired]
     if labels.unique().numel() < 2:
-        return 0.0
+        return embedding.new_empty(0)
     rows = unit_rows(embedding - embedding.mean(0))
     means, classes = class_centers(rows, labels)
     own = labels[:, None] == classes
     n = own.sum(0, dtype=rows.dtype)
     # The mean without x lies n / (n - 1) times as far from x as the mean with it.
     squared = squared_distances(rows, means) * torch.where(own, (n / (n - 1)).square(), 1)
-    targets = own.int().argmax(1)
-    losses = [F.cross_entropy(-squared / temperature, targets).item() for temperature in _TEMPERATURES]
-    return max(0.0, 1 - min(losses) / math.log(len(classes)))
+    return _best_losses(squared, own.int().argmax(1))
 
 
-def is_at_chance(embedding: Tensor, labels: Tensor) -> bool:
-    """Whether an embedding ``(N, d)`` says no more about the labels ``(N,)`` than it does about shuffled ones.
+def _best_losses(squared: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each image at the temperature that suits all of them best."""
+    losses = [F.cross_entropy(-squared / temperature, targets, reduction="none") for temperature in _TEMPERATURES]
+    return min(losses, key=lambda loss: loss.mean().item())
 
-    It is a permutation test of :func:`label_information` at the level of 5 %, always with the same 19 shuffles.
+
+def _share(losses: Tensor, classes: int) -> float:
+    return max(0.0, 1 - losses.mean().item() / math.log(classes))
+
+
+def is_at_chance(information: Callable[[Tensor], float], labels: Tensor) -> bool:
+    """Whether what is known of the labels ``(N,)`` is no more than what is known of shuffled ones.
+
+    It is a permutation test at the level of 5 %, always with the same 19 shuffles.
+
+    Args:
+        information: Returns how much is known of labels ``(N,)``, as :func:`label_information` of an embedding does.
+        labels: The labels.
     """
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(_SHUFFLES))
-    return label_information(embedding, labels) <= max(label_information(embedding, order) for order in shuffled)
+    return information(labels) <= max(information(order) for order in shuffled)
 
 
 class Trusted(nn.Module):

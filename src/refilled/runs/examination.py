@@ -1,44 +1,128 @@
-"""What a teacher knows of the classes at hand, found from a sample before training."""
+"""What a teacher knows of the classes at hand, found from a sample before training, and whether it is ignored."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refilled.data import Split
-from refilled.losses.trust import is_at_chance, label_information
+from refilled.errors import RunError
+from refilled.files import write_atomic
+from refilled.losses.trust import held_out_information, is_at_chance, knows_less, label_information
+from refilled.models import Backbone
 from refilled.runs.prepared import Prepared
 from refilled.runs.scoring import finite_embedding
 
-_CLASSES, _PER_CLASS = 20, 10  # of the sample
+_CLASSES, _PER_CLASS = 20, 25  # of the sample
+_ENOUGH = 5  # images of a class, where there are classes with so many
+_FEWEST = 12  # images; of two classes of 5, a shuffle is as good as the labels in every 126th case
+_FEWEST_HELD_OUT = 40
 _NEXT_TO_NOTHING = 0.02  # untrained networks reach 0.009 to 0.022 on photographs (CUB, CIFAR-100, Tiny-ImageNet)
+_WELL_KNOWN = 0.2  # a teacher that knows so much is found to be better than chance on 40 held-out images
+_SIDE = 32  # pixels to which larger images are averaged down
 
 
-def label_notes(prepared: Prepared, device: torch.device) -> tuple[str, ...]:
-    """Warn of a teacher that knows nothing of the classes at hand, by a sample of the training images."""
-    teacher, images = prepared.teacher, prepared.task.train
-    rows = _sample(images.labels)
-    labels = images.labels[rows]
-    if teacher is None or labels.unique().numel() < 2:
-        return ()
-    sample = Split(images.pixels[rows], labels, [images.sources[row] for row in rows.tolist()])
-    embedding = finite_embedding(teacher, sample, device)
+@dataclass(frozen=True)
+class Verdict:
+    """What is thought of a teacher before training; a resumed run keeps it.
+
+    Attributes:
+        ignored: Whether the student is trained without the teacher.
+        notes: What a user should know.
+    """
+
+    ignored: bool
+    notes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """Read the verdict in a run's folder; None where the run has none yet."""
+        path = folder / "teacher.json"
+        if not path.exists():
+            return None
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            return cls(bool(read["ignored"]), tuple(read["notes"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{path} is damaged ({error}); train anew with --overwrite") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the verdict to a run's folder."""
+        write_atomic(folder / "teacher.json", (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def verdict_on(prepared: Prepared, folder: Path, device: torch.device) -> Verdict:
+    """Return the verdict in the run's folder, or judge the teacher and write it there."""
+    found = Verdict.load(folder)
+    if found is None:
+        found = judge(prepared, device)
+        found.save(folder)
+    return found
+
+
+def judge(prepared: Prepared, device: torch.device) -> Verdict:
+    """Warn of a teacher that has nothing to teach, by a sample of the training images and of the held-out ones.
+
+    It has nothing to teach if its embedding tells the classes apart no better than chance, or less well than the
+    pixels themselves, or only in the images that are trained on. A run with ``guard`` then ignores it. The test images
+    are not looked at.
+    """
+    fault = None if prepared.teacher is None else _fault(prepared.teacher, prepared, device)
+    if fault is None:
+        return Verdict(ignored=False, notes=())
+    ignored = prepared.run.guard and any(stage.needs_teacher for stage in prepared.stages)
+    ending = ": it will be ignored" if ignored else ". Such a teacher can hardly help"
+    return Verdict(ignored, (f"the teacher tells your classes apart {fault}{ending}",))
+
+
+def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> str | None:
+    train = _sample(prepared.task.train)
+    if len(train) < _FEWEST or train.labels.unique().numel() < 2:
+        return None
+    embedding, labels = finite_embedding(teacher, train, device), train.labels
     known = label_information(embedding, labels)
-    if is_at_chance(embedding, labels):
-        what = "no more than chance does"
-    elif known < _NEXT_TO_NOTHING:
-        what = "next to nothing"
-    else:
-        return ()
-    return (
-        f"the teacher's embedding says {what} about the classes: on {len(rows)} of the training images it takes a "
-        f"share of {known:.3f} of the labels' entropy away. Such a teacher can hardly help",
-    )
+    if is_at_chance(partial(label_information, embedding), labels):
+        return f"no better than chance (label information {known:.2f})"
+    if known < _NEXT_TO_NOTHING:
+        return f"hardly better than chance (label information {known:.2f})"
+    pixels = _pixels(train)
+    if knows_less(embedding, pixels, labels):
+        of_pixels = label_information(pixels, labels)
+        return f"less well than the plain pixels do (label information {known:.2f}, of the pixels {of_pixels:.2f})"
+    held_out = _sample(prepared.task.val, labels.unique())
+    if known < _WELL_KNOWN or len(held_out) < _FEWEST_HELD_OUT:
+        return None
+    unseen = finite_embedding(teacher, held_out, device)
+    on_held_out = partial(held_out_information, embedding, labels, unseen)
+    if is_at_chance(on_held_out, held_out.labels):
+        return (
+            f"in the training images (label information {known:.2f}), but not in the held-out images "
+            f"({on_held_out(held_out.labels):.2f}), as if it had learned these very images by heart"
+        )
+    return None
 
 
-def _sample(labels: Tensor) -> Tensor:
-    """Choose a few images of each of some classes, spread evenly over the classes."""
-    classes, counts = labels.unique(return_counts=True)
-    classes = classes[counts >= _PER_CLASS // 2]
-    if len(classes) == 0:
-        return torch.empty(0, dtype=torch.long)
-    chosen = classes[torch.linspace(0, len(classes) - 1, min(_CLASSES, len(classes))).round().long()]
-    return torch.cat([(labels == number).nonzero().flatten()[:_PER_CLASS] for number in chosen])
+def _sample(images: Split, classes: Tensor | None = None) -> Split:
+    """Choose a few images of each of some classes: of those given, or of some that are spread evenly over all."""
+    labels = images.labels
+    if classes is None:
+        classes, counts = labels.unique(return_counts=True)
+        classes = classes[counts >= max(2, min(_ENOUGH, int(counts.max())))] if len(classes) else classes
+        if len(classes) > _CLASSES:
+            classes = classes[torch.linspace(0, len(classes) - 1, _CLASSES).round().long()]
+    chosen = [(labels == number).nonzero().flatten()[:_PER_CLASS] for number in classes]
+    rows = torch.cat([torch.empty(0, dtype=torch.long), *chosen])
+    return Split(images.pixels[rows], labels[rows], [images.sources[row] for row in rows.tolist()])
+
+
+def _pixels(images: Split) -> Tensor:
+    """Return the images themselves as an embedding ``(N, d)``; large ones are averaged down."""
+    pixels = images.pixels[torch.arange(len(images))].float()
+    if max(pixels.shape[-2:]) > _SIDE:
+        pixels = F.adaptive_avg_pool2d(pixels, _SIDE)
+    return pixels.flatten(1)

@@ -13,7 +13,7 @@ from refilled.data import Task, task_stamp
 from refilled.errors import RunError
 from refilled.models import save_model
 from refilled.runs.determinism import give_memory_back
-from refilled.runs.examination import label_notes
+from refilled.runs.examination import verdict_on
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import Prepared, load_task_of, resolve, runs_code, with_absolute_paths
@@ -153,16 +153,20 @@ def carry_out(
     prepared: Prepared, folder: RunFolder, display: Display, seconds_between_saves: float, world: World = ALONE
 ) -> Result:
     """Train from the newest saved state, or from the beginning, and score."""
-    run, student, teacher = prepared.run, prepared.student, prepared.teacher
+    run, teacher = prepared.run, prepared.teacher
     fabric = fabric_of(run, world)
     prepared.task = task = prepared.task.near(fabric.device)
     if world.size > 1:
-        models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(student)}
+        models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(prepared.student)}
         world.check_same(images=task.seen_fingerprint, **models)
     journal = RunJournal(folder.path, display, seconds_between_saves, world)
     if teacher is not None:
         teacher.to(fabric.device)
-        prepared.notes += label_notes(prepared, fabric.device)
+        verdict = world.lead(lambda: verdict_on(prepared, folder.path, fabric.device))
+        prepared.notes += verdict.notes
+        if verdict.ignored:
+            prepared.ignore_teacher()
+    student = prepared.student
     for note in prepared.notes:
         display.message(f"note: {note}")
     try:

@@ -1,9 +1,10 @@
 """The folder of a run: what lies in it, who may write to it, and what the run was begun as.
 
 A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``data.json`` and
-``images.safetensors`` (which images it uses), ``log.jsonl``, ``result.json``, the student (``model.safetensors`` and
-``model.json``), ``stages/`` (the student after each stage but the last), ``last.ckpt`` while unfinished, and ``DONE``
-when whole. A method that trains nothing leaves no student.
+``images.safetensors`` (which images it uses), ``teacher.json`` (whether its teacher has anything to teach),
+``log.jsonl``, ``result.json``, the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student after
+each stage but the last), ``last.ckpt`` while unfinished, and ``DONE`` when whole. A method that trains nothing leaves
+no student.
 """
 
 import shutil
@@ -22,6 +23,7 @@ _FILES = (
     "run.toml",
     "data.json",
     "images.safetensors",
+    "teacher.json",
     "log.jsonl",
     "result.json",
     "model.safetensors",

@@ -11,6 +11,7 @@ from refilled.config import Run
 from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
 from refilled.errors import RunError
 from refilled.methods import load_method
+from refilled.methods.vanilla import vanilla
 from refilled.models import (
     PROBE_IMAGES,
     Backbone,
@@ -143,6 +144,7 @@ class Prepared:
         torch.manual_seed(run.seed)
         student = None if run.student is None else self._begin_with(run.student)
         plan = method.build(student, self.teacher, run.settings)
+        self.ignores_teacher = False
         self.stages: list[Stage] = []
         self.readout: Readout | None = None
         if isinstance(plan, Readout):
@@ -163,6 +165,15 @@ class Prepared:
     def scored(self) -> Split:
         """The images that the result is about."""
         return self.task.test if self.run.score == "test" else self.task.val
+
+    def ignore_teacher(self) -> None:
+        """Begin anew as ``vanilla`` does: with its stage, its initial weights and its random numbers."""
+        assert self.run.student is not None  # there are stages that need a teacher, so a student is trained
+        notes = self.notes
+        torch.manual_seed(self.run.seed)
+        self.student = self._begin_with(self.run.student)
+        self.notes, self.ignores_teacher = notes, True  # those on the student's weights are there already
+        self.stages = vanilla(self.student, None)
 
     def _begin_with(self, text: str) -> Backbone:
         if not starts_from_weights(text):

@@ -72,7 +72,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             ],
             **_unlabelled(run, task),
         },
-        teacher=None if teacher is None else _about_teacher(run, teacher, task.image_size),
+        teacher=None if teacher is None else _about_teacher(prepared, teacher),
         versions=versions(),
         hardware={
             "device": device_name(device),
@@ -83,11 +83,12 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
     )
 
 
-def _about_teacher(run: Run, teacher: Backbone, image_size: int) -> dict[str, Any]:
+def _about_teacher(prepared: Prepared, teacher: Backbone) -> dict[str, Any]:
     return {
-        "name": run.teacher,
+        "name": prepared.run.teacher,
+        "ignored": prepared.ignores_teacher,
         "fingerprint": fingerprint(teacher),
-        "image_size": teacher.input_size or image_size,
+        "image_size": teacher.input_size or prepared.task.image_size,
         "embedding": teacher.pooling,
         "embedding_dim": teacher.embedding_dim,
     }
@@ -123,7 +124,8 @@ def _unseen(prepared: Prepared) -> list[str]:
     """Return a note where there are unlabelled images that no loss has a use for."""
     if prepared.task.unlabelled is None or any(stage.sees_unlabelled for stage in prepared.stages):
         return []
-    return [f"the method '{prepared.run.method}' has no use for unlabelled images: none were seen"]
+    method = "vanilla" if prepared.ignores_teacher else prepared.run.method
+    return [f"the method '{method}' has no use for unlabelled images: none were seen"]
 
 
 def _few_steps(run: Run, task: Task) -> list[str]:
