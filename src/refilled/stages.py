@@ -29,7 +29,7 @@ def exponential(start: float, rate: float) -> Weight:
 
 
 def warm_up(weight: float, epochs: int) -> Weight:
-    """Return a weight that rises linearly over the first ``epochs``, then is constant; 0 epochs: no rise."""
+    """Return a weight that rises linearly over the first ``epochs`` and then is constant; 0: no rise."""
     return lambda epoch: weight * min(1.0, (epoch + 1) / max(epochs, 1))
 
 

@@ -181,7 +181,7 @@ def _curious(stages: Sequence[Stage]) -> int:
 
 
 def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
-    """Return how often each training image passes the teacher outside the steps, to fill the cache and prepare losses."""
+    """Return how often the teacher embeds each training image outside the steps, for the cache and for losses."""
     views = run.views or 0
     return _curious(stages) + views * any(_is_cached(stage, run) for stage in stages)
 

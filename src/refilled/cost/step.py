@@ -82,7 +82,7 @@ class Network:
         return (ranks - 1) * size / ranks / self.bandwidth + math.ceil(math.log2(ranks)) * self.latency
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        """Return the seconds until every rank has the sum of all ranks' ``size`` bytes, by reduce-scatter and gather."""
+        """Return the seconds until every rank has the sum of all ranks' ``size`` bytes."""
         return 2 * self.all_gather(size, ranks)
 
 

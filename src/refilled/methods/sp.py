@@ -36,7 +36,7 @@ class SimilarityPreservingLoss(nn.Module):
     def forward(
         self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...], labels: Tensor
     ) -> Tensor:
-        """Return the scalar loss of activations ``(N, ...)``, the last if there are several; the labels are not used."""
+        """Return the scalar loss of (the last of) the activations ``(N, ...)``; the labels are not used."""
         seen, taught = (last if isinstance(last, Tensor) else last[-1] for last in (student, teacher))
         target = similarities(taught.detach())
         return F.mse_loss(similarities(seen), target)
@@ -55,7 +55,8 @@ def sp(
         student: The student.
         teacher: The teacher; its classes may be any.
         weight: Factor of the loss.
-        of: Output to compare: ``features``, the last feature map (the paper), or ``embedding``, which every teacher has.
+        of: Output to compare: ``features``, the last feature map (the paper), or ``embedding``, which all teachers
+            have.
     """
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),
