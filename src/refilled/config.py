@@ -165,8 +165,8 @@ class Run(Recipe):
         pretrained: Whether a ``timm/`` student starts from published weights.
         teacher_mean: Channel means that the teacher expects on the scale [0, 1], if they are not known.
         teacher_std: Channel standard deviations that the teacher expects, on the same scale.
-        teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images. Vision
-            transformers then take 224 or the size of the images, but no more than they were trained at.
+        teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.
+            Vision transformers then take 224 or the size of the images, but no more than they were trained at.
         teacher_embedding: Output of the teacher that is its embedding: ``token`` (the class token), ``mean`` (of the
             patches), ``both``, or ``pooled`` (the input of its own classifier). None: chosen by its family.
         data_root: Folder that contains the data sets.
@@ -246,8 +246,8 @@ class FewShotRun:
         image_size: Side length in pixels that images are resized to; None: chosen by the data.
         teacher_mean: Channel means that the teacher expects on the scale [0, 1], if they are not known.
         teacher_std: Channel standard deviations that the teacher expects, on the same scale.
-        teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images. Vision
-            transformers then take 224 or the size of the images, but no more than they were trained at.
+        teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.
+            Vision transformers then take 224 or the size of the images, but no more than they were trained at.
         teacher_embedding: Output of the teacher that is its embedding: ``token`` (the class token), ``mean`` (of the
             patches), ``both``, or ``pooled`` (the input of its own classifier). None: chosen by its family.
         allow_bad: Leave out unreadable images even if they are more than 1 % of all.

@@ -24,7 +24,7 @@ def constant(weight: float) -> Weight:
 
 
 def exponential(start: float, rate: float) -> Weight:
-    r"""Return a weight that decays: :math:`\mathrm{start}\cdot e^{-\mathrm{rate}\cdot\mathrm{epoch}}`, epochs from 0."""
+    r"""Return a decaying weight: :math:`\mathrm{start}\cdot e^{-\mathrm{rate}\cdot\mathrm{epoch}}`, epochs from 0."""
     return lambda epoch: start * exp(-rate * epoch)
 
 

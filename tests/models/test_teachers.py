@@ -326,7 +326,7 @@ class TestUserFile:
             ),
             (
                 "class M(Net):\n    def embed(self, x): return self.maps(x)\ndef make(): return M(3), INFO",
-                "4 names of classes for the 3",
+                "4 class names for the 3",
             ),
         ],
     )
@@ -338,7 +338,7 @@ class TestUserFile:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("wrn_40_2", "write wrn_40_2:WEIGHTS"),
+        ("wrn_40_2", "give wrn_40_2:WEIGHTS"),
         ("some/weights.safetensors", "write <architecture>:some/weights.safetensors"),
         ("mine.py", "mine.py:FUNCTION"),
         ("absent.py:make", "no file absent.py"),

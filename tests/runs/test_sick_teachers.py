@@ -194,7 +194,7 @@ def test_the_embedding_is_chosen_on_the_command_line(here, tmp_path, pooling, wi
 def test_what_a_teacher_does_not_have_is_refused_on_the_command_line(here, tmp_path):
     code, said = distill(here, tmp_path, "plain", "--teacher-embedding", "token")
     assert code == 2
-    assert "take 'pooled'" in said
+    assert "use 'pooled'" in said
 
 
 def notes(tmp_path):

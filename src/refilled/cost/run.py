@@ -275,7 +275,7 @@ def _size_of(run: Run) -> TaskSize:
 
 
 def duration(seconds: float) -> str:
-    """Say a time in the unit that suits it."""
+    """Return a time as text in a suitable unit."""
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.1f} {name}"

@@ -66,8 +66,8 @@ def processes(jobs: int) -> Iterator[Pool]:
             yield pool
         except BrokenProcessPool as error:
             raise RunError(
-                "the system ended a process, usually because memory ran out; repeat the command to resume, if necessary "
-                "with fewer --jobs"
+                "the system ended a process, usually because memory ran out; repeat the command to resume, with fewer "
+                "--jobs if necessary"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)

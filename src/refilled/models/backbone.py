@@ -24,9 +24,9 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 class Backbone(nn.Module):
     """An image classifier: an embedding and a linear classifier on it.
 
-    A family implements :meth:`embed`; this class has everything else. Images are RGB ``(N, 3, H, W)``, uint8 or float in
-    [0, 1], in the size of the data. Each model resizes and normalises them itself, so that a teacher and a student with
-    different inputs get the same view.
+    A family implements :meth:`embed`; this class has everything else. Images are RGB ``(N, 3, H, W)``, uint8 or float
+    in [0, 1], in the size of the data. Each model resizes and normalises them itself, so that a teacher and a student
+    with different inputs get the same view.
 
     Args:
         embedding_dim: Size d of the embedding.
@@ -49,7 +49,7 @@ class Backbone(nn.Module):
     size_step: int | None = None
     """The step between possible side lengths, of a model that is built for one side length at a time."""
     pooling: Pooling = "pooled"
-    """The kind of embedding: the model's own pooled output, its class token, the mean of its patches, or both."""
+    """The kind of embedding: the model's pooled output, its class token, the mean of its patches, or both."""
 
     def __init__(
         self,

@@ -7,14 +7,14 @@ from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, global_average_pool, initialize_convolutions
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
-"""The depths 6n + 2 in use. The list is closed, so that the ImageNet ResNet-50 is never confused with one of these."""
+"""The depths 6n + 2 in use. The list is closed, so that ImageNet's ResNet-50 is not confused with one of these."""
 
 
 class CifarResNet(Backbone):
     """ResNet-depth for CIFAR: three stages of basic blocks with 16, 32 and 64 channels, total stride 4.
 
-    Where the shape changes, the shortcut is a 1×1 convolution with batch norm, as in the distillation literature, and not
-    the zero padding ("option A") of the original paper. The feature maps are the outputs of the three stages, after
+    Where the shape changes, the shortcut is a 1×1 convolution with batch norm, as in the distillation literature, and
+    not the zero padding ("option A") of the original paper. The feature maps are the outputs of the three stages, after
     ReLU.
 
     Raises:

@@ -24,8 +24,8 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 def save_model(model: Backbone, folder: Path) -> None:
     """Write the model to the folder, which is created if necessary.
 
-    Each of the two files is written atomically. The description is written last and contains the SHA-256 of the weights,
-    so that files of two different models are never combined.
+    Each of the two files is written atomically. The description is written last and contains the SHA-256 of the
+    weights, so that files of two different models are never combined.
 
     Raises:
         ModelError: The model was not built by name, or the folder cannot be written.

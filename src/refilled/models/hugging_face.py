@@ -15,7 +15,7 @@ from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.module_outputs import describe_output, find_last_linear, linear_calls, read_embedding
 
 _BY_PATCHES = ("vit_mae", "beit", "data2vec-vision", "ijepa")
-"""Types trained by prediction of masked patches. Without a trained pooled output, the embedding is the patches' mean."""
+"""Types trained by prediction of masked patches. Without a trained pooled output, they use the mean of patches."""
 
 _NOT_NEEDED = ("pooler", "mask_token", "position_ids", "decoder")
 """Parts of the names of tensors that may be missing, because their output is then not used."""

@@ -15,11 +15,13 @@ STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 class MobileNet(Backbone):
     """MobileNet (version 1) with ``width`` times its channels, rounded to multiples of 8.
 
-    The total stride depends on the image size. It is 32, as published, for 64 pixels and more. Below, it is 8: the first
-    two strides are left out, so that 32 pixels end in a 4×4 map. The feature maps are the outputs of the five stages.
+    The total stride depends on the image size. It is 32, as published, for 64 pixels and more. Below, it is 8: the
+    first two strides are left out, so that 32 pixels end in a 4×4 map. The feature maps are the outputs of the five
+    stages.
 
     The initial weights are PyTorch's defaults. With those of He et al. training starts more slowly: on 100 bird species
-    at 84 pixels, width 0.25 reached 16 % accuracy in 20 epochs with them and 20 % with the defaults (one seed, float32).
+    at 84 pixels, width 0.25 reached 16 % accuracy in 20 epochs with them and 20 % with the defaults (one seed,
+    float32).
 
     Args:
         width: Multiplier of all channels, above 0 and at most 4; the paper uses 1, 0.75, 0.5 and 0.25.

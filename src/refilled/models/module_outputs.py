@@ -35,11 +35,11 @@ class LinearCall(NamedTuple):
 def read_embedding(output: Any, pooling: Pooling = "pooled", prefix: int | None = None) -> Tensor:
     """Return the embedding ``(N, d)`` from the output of a network for N images.
 
-    The output may be a row per image, tokens ``(N, T, d)`` or maps ``(N, d, H, W)`` or ``(N, H, W, d)``, alone or in a tuple or
-    dict, which includes :class:`transformers.ModelOutput`. In a dict, ``pooler_output`` and similar names come first,
-    then the tokens of ``last_hidden_state``, then the only entry. In a tuple of rows and tokens or maps, the rows are the
-    embedding. Maps are averaged over their pixels. From tokens, ``pooled`` and ``mean`` average those of the patches,
-    ``token`` takes the first, and ``both`` concatenates the two.
+    The output may be a row per image, tokens ``(N, T, d)`` or maps ``(N, d, H, W)`` or ``(N, H, W, d)``, alone or in a
+    tuple or dict, which includes :class:`transformers.ModelOutput`. In a dict, ``pooler_output`` and similar names come
+    first, then the tokens of ``last_hidden_state``, then the only entry. In a tuple of rows and tokens or maps, the
+    rows are the embedding. Maps are averaged over their pixels. From tokens, ``pooled`` and ``mean`` average those of
+    the patches, ``token`` takes the first, and ``both`` concatenates the two.
 
     Args:
         output: The output of the network.

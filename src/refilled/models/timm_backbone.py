@@ -23,14 +23,14 @@ class TimmBackbone(Backbone):
     """A timm model, called through ``forward_intermediates`` and ``forward_head(pre_logits=True)``.
 
     The embedding is the input of timm's classifier; :meth:`set_pooling` chooses another output. The feature maps are
-    timm's intermediates; some models have none. Mean and std are those of the training of timm's weights. The input size
-    is timm's if the classifier is kept, and for models that are built for one size, such as plain vision transformers.
-    Most of these can change to another size, which resamples their position embeddings.
+    timm's intermediates; some models have none. Mean and std are those of the training of timm's weights. The input
+    size is timm's if the classifier is kept, and for models that are built for one size, such as plain vision
+    transformers. Most of these can change to another size, which resamples their position embeddings.
 
     Args:
         body: The timm model. Its classifier is removed.
-        num_classes: Number of classes of a fresh classifier. None: keep the classifier of ``body``, or have none if that
-            is not a single linear layer, or is CLIP's projection.
+        num_classes: Number of classes of a fresh classifier. None: keep the classifier of ``body``, or have none if
+            that is not a single linear layer, or is CLIP's projection.
     """
 
     def __init__(self, body: Any, num_classes: int | None = None) -> None:
@@ -81,9 +81,9 @@ class TimmBackbone(Backbone):
     def set_pooling(self, pooling: Pooling) -> None:
         """Choose which output of a vision transformer is the embedding.
 
-        ``pooled`` is the input of timm's classifier, ``token`` the class token, ``mean`` the mean of the patches' tokens,
-        and ``both`` the concatenation of the two, each after the last norm. The classifier is removed unless this is its
-        input.
+        ``pooled`` is the input of timm's classifier, ``token`` the class token, ``mean`` the mean of the patches'
+        tokens, and ``both`` the concatenation of the two, each after the last norm. The classifier is removed unless
+        this is its input.
 
         Raises:
             ModelError: The model has no tokens, or no class token.

@@ -157,8 +157,8 @@ def load_user_file(
 ) -> Backbone:
     """Call ``function``, with ``argument`` as a string if there is one, and return a teacher from its result.
 
-    The function returns a module, or a module and a dict. Values that are None here are read from the module's attributes
-    ``mean``, ``std`` and ``input_size``, or from these keys of the dict. The class names are the attribute
+    The function returns a module, or a module and a dict. Values that are None here are read from the module's
+    attributes ``mean``, ``std`` and ``input_size``, or from these keys of the dict. The class names are the attribute
     ``class_names`` or the key ``labels``. A timm model becomes a :class:`TimmBackbone`, and timm's mean, std and input
     size are the defaults.
 

@@ -67,9 +67,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Return the tensors of a weight file by name, without the wrappers of training scripts.
 
-    The bytes of the file determine its format, not its name. Dicts around the state dict and prefixes shared by all names
-    are removed repeatedly. If there are several sets of weights, averaged ones (exponential moving average, DINO's
-    teacher) are preferred to the latest ones, as timm and DINO do in evaluation.
+    The bytes of the file determine its format, not its name. Dicts around the state dict and prefixes shared by all
+    names are removed repeatedly. If there are several sets of weights, averaged ones (exponential moving average,
+    DINO's teacher) are preferred to the latest ones, as timm and DINO do in evaluation.
 
     Args:
         path: A safetensors file, or a file that :func:`torch.save` wrote. Pickled code is refused.
@@ -83,8 +83,8 @@ def read_weights(
         Tensors on the CPU; floating-point tensors are float32.
 
     Raises:
-        ModelError: The file cannot be read, contains no state dict, contains several without a clear choice, or contains
-            values that are not finite.
+        ModelError: The file cannot be read, contains no state dict, contains several without a clear choice, or
+            contains values that are not finite.
     """
     content = _read(path)
     weights = _in_float32(_unwrapped(content, path, branch, say, network), path, say)
@@ -289,7 +289,7 @@ def _other_archive(names: list[str]) -> str | None:
 def _why_refused(error: str) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", error)
     if found is None:
-        return "holds no weights that PyTorch can read: its bytes are another format, or are damaged"
+        return "holds no weights that PyTorch can read: its bytes are in another format or damaged"
     return (
         f"holds more than tensors: a Python object of {found[1]}. Opening it would run code, which is refused. Where "
         "you trust the file, save the state dict alone: torch.save(model.state_dict(), FILE)"
@@ -297,7 +297,7 @@ def _why_refused(error: str) -> str:
 
 
 def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: Collection[str]) -> dict[str, Tensor]:
-    """Take dicts and prefixes off until neither is left."""
+    """Remove dicts and prefixes around the state dict repeatedly."""
     wanted = branch.split(".") if branch else []
     taken: list[str] = []
     whole = content
@@ -305,7 +305,7 @@ def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: 
         key = _choice(options, path, wanted, taken)
         others = [name for name in options if name != key]
         if others and not wanted:
-            say(f"{path}: '{key}' was taken and {', '.join(others)} left; {path}#NAME takes another")
+            say(f"{path}: '{key}' is used and {', '.join(others)} not; {path}#NAME chooses another")
         if wanted and key == wanted[0]:
             wanted.pop(0)
         taken.append(key)
@@ -318,7 +318,7 @@ def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: 
 
 
 def _options(content: Any, wanted: str | None, network: Collection[str]) -> dict[str, Any]:
-    """Return the sets of weights that lie in ``content`` under a key or a prefix; none where it is one itself."""
+    """Return the sets of weights in ``content`` by key or prefix; empty if it is itself a state dict."""
     if not isinstance(content, Mapping):
         return {}
     if not _is_state_dict(content):
@@ -338,7 +338,7 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def _leads_to_weights(content: Any) -> bool:
-    if not isinstance(content, Mapping) or "param_groups" in content:  # those belong to an optimizer
+    if not isinstance(content, Mapping) or "param_groups" in content:  # the state of an optimizer
         return False
     return _is_state_dict(content) or any(_leads_to_weights(value) for value in content.values())
 
@@ -351,7 +351,7 @@ def _choice(options: Mapping[str, Any], path: Path, wanted: list[str], taken: li
         return (known or list(options))[0]
     example = ".".join([*taken, next(iter(options))])
     raise ModelError(
-        f"{path} holds several sets of weights: {', '.join(options)}. Name one behind a #, as in {path}#{example}"
+        f"{path} holds several sets of weights: {', '.join(options)}. Choose one with #, as in {path}#{example}"
     )
 
 
@@ -374,7 +374,7 @@ def _refuse_non_finite(weights: Mapping[str, Tensor], path: Path) -> None:
         shown = _first(f"{name} ({count} of {weights[name].numel()} numbers)" for name, count in counts.items())
         raise ModelError(
             f"{path} holds weights that are NaN or infinite, in {len(counts)} of {len(weights)} tensors: {shown}. The "
-            "training that wrote it had failed; take an earlier state of it"
+            "training that wrote it had failed; use an earlier checkpoint of it"
         )
 
 
