@@ -201,7 +201,7 @@ class Run(Recipe):
     cuda_graphs: bool = True
 
     def to_toml(self) -> str:
-        """Write the configuration down; what is None is left out."""
+        """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
 
     @classmethod
@@ -281,7 +281,7 @@ class FewShotRun:
         _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, seed=0, batch=1)
 
     def to_toml(self) -> str:
-        """Write the configuration down; what is None is left out."""
+        """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
 
 
@@ -337,7 +337,7 @@ class MetaRun:
             raise RunError(f"lr = {self.lr} is out of range")
 
     def to_toml(self) -> str:
-        """Write the configuration down; what is None is left out."""
+        """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
 
 

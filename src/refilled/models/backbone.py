@@ -189,7 +189,7 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
         raise ModelError("a grayscale model cannot be fine-tuned, because students take RGB images")
     if teacher.architecture is None:
         raise ModelError(
-            "a network from a Python file or from transformers cannot be fine-tuned, because it has no name to rebuild it by. "
+            "a network from a Python file or from transformers cannot be fine-tuned: it has no name to rebuild it by. "
             "Give the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
         )
     model = deepcopy(teacher).requires_grad_(True)

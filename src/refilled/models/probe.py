@@ -109,8 +109,8 @@ def _refuse_wrong_shape(outputs: Outputs, teacher: Backbone, count: int) -> None
     ):
         if tuple(rows.shape) != (count, width):
             raise ModelError(
-                f"the teacher must return one row of {width} numbers per image as its {what}; for {count} images it returned "
-                f"a tensor of shape {tuple(rows.shape)}"
+                f"the teacher must return one row of {width} numbers per image as its {what}; for {count} images it "
+                f"returned a tensor of shape {tuple(rows.shape)}"
             )
         if not rows.is_floating_point():
             raise ModelError(f"the teacher's {what} must be floating-point numbers, but is {rows.dtype}")
@@ -138,8 +138,8 @@ def _unsteady(teacher: Backbone, images: Tensor, embedding: Tensor) -> tuple[str
     if difference <= _STEADY * spread:
         return ()
     return (
-        "the teacher returns different embeddings for the same image, by chance or depending on the other images of the "
-        f"batch (difference {100 * (difference / spread).item():.0f} % of the spread over images): dropout or batch "
+        "the teacher returns different embeddings for the same image, by chance or depending on the other images of "
+        f"the batch (difference {100 * (difference / spread).item():.0f} % of the spread over images): dropout or batch "
         "normalisation is in training mode",
     )
 
@@ -165,8 +165,8 @@ def _misnormalized(teacher: Backbone, images: Tensor) -> tuple[str, ...]:
     if others[best] * _BETTER > found:
         return ()
     return (
-        "the teacher seems to expect another normalisation: the input of its first batch normalisation differs from that "
-        f"of its training (divergence {found:.2g}), but less with {best} ({others[best]:.2g}); see --teacher-mean and "
+        "the teacher seems to expect another normalisation: the input of its first batch normalisation differs from "
+        f"that of its training (divergence {found:.2g}), but less with {best} ({others[best]:.2g}); see --teacher-mean and "
         "--teacher-std",
     )
 

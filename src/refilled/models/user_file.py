@@ -61,12 +61,12 @@ class UserBackbone(Backbone):
         if last is not None:
             self.notes += (
                 f"the teacher's module ends in a linear layer of {last.layer.out_features} outputs; the embedding is "
-                f"the input of this layer, {embedding.shape[1]} numbers. To use another embedding, give the module a method 'embed'",
+                f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module sets another one",
             )
         if last is None and isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
             self.notes += (
-                f"the teacher's compiled program cannot be inspected: its output of {embedding.shape[1]} numbers is the "
-                "embedding. If these are class scores, compile a module that returns the input of the classifier",
+                f"the teacher's compiled program cannot be inspected: its output of {embedding.shape[1]} numbers is "
+                "the embedding. If these are class scores, compile a module that returns the input of the classifier",
             )
         self.notes += tuple(
             f"the teacher's module was {str(d).removeprefix('torch.')}; it runs in float32" for d in halved
