@@ -70,7 +70,7 @@ def test_of_tokens_each_part_can_be_chosen(output):
         ({}, "pooled", "not clear .* got dict"),
         (None, "pooled", "got NoneType"),
         (torch.rand(2), "pooled", r"got shape \(2,\)"),
-        (ROWS, "token", "of tokens .* none"),
+        (ROWS, "token", "needs tokens .* none"),
         (PATCHES, "token", "no class token"),
     ],
 )

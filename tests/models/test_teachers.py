@@ -339,7 +339,7 @@ class TestUserFile:
     ("text", "hint"),
     [
         ("wrn_40_2", "give wrn_40_2:WEIGHTS"),
-        ("some/weights.safetensors", "write <architecture>:some/weights.safetensors"),
+        ("some/weights.safetensors", "give <architecture>:some/weights.safetensors"),
         ("mine.py", "mine.py:FUNCTION"),
         ("absent.py:make", "no file absent.py"),
         ("nothing/of/the/kind", "there is no such file or folder"),

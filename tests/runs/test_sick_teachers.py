@@ -118,7 +118,7 @@ def test_nan_for_one_image_names_that_image_and_never_the_learning_rate(here, tm
     code, said = distill(here, tmp_path, "one_image", *more)
     assert code == 2
     assert "teacher's embedding is not finite (NaN or infinite) for 1 of" in said
-    assert ".png. The fault lies in the teacher" in said
+    assert ".png. The cause is the teacher" in said
     assert "--lr" not in said
 
 
@@ -137,7 +137,7 @@ def test_nan_for_one_image_is_found_in_few_shot_tests(here, tmp_path):
         "fewshot", "--data", data, "--teacher", f"{here}/t.py:one_image", "--out", tmp_path / "o", *fixed
     )
     assert code == 2
-    assert ".png. The fault lies in the teacher" in said
+    assert ".png. The cause is the teacher" in said
     code, said = refilled(
         "fewshot", "--data", data, "--teacher", f"{here}/t.py:constant", "--out", tmp_path / "p", *fixed
     )
@@ -173,7 +173,7 @@ def test_train_mode_left_on_is_said(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
     assert code == 0
     (note,) = [note for note in notes(tmp_path) if "training mode" in note]
-    assert "depending on chance or on the other images" in note
+    assert "by chance or depending on the other images" in note
 
 
 @pytest.mark.parametrize("more", [(), ("--preset", "good"), ("--views", 2)], ids=str)

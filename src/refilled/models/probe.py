@@ -139,8 +139,8 @@ def _unsteady(teacher: Backbone, images: Tensor, embedding: Tensor) -> tuple[str
         return ()
     return (
         "the teacher returns different embeddings for the same image, by chance or depending on the other images of "
-        f"the batch (difference {100 * (difference / spread).item():.0f} % of the spread over images): dropout or batch "
-        "normalisation is in training mode",
+        f"the batch (difference {100 * (difference / spread).item():.0f} % of the spread over images): dropout or "
+        "batch normalisation is in training mode",
     )
 
 
@@ -166,8 +166,8 @@ def _misnormalized(teacher: Backbone, images: Tensor) -> tuple[str, ...]:
         return ()
     return (
         "the teacher seems to expect another normalisation: the input of its first batch normalisation differs from "
-        f"that of its training (divergence {found:.2g}), but less with {best} ({others[best]:.2g}); see --teacher-mean and "
-        "--teacher-std",
+        f"that of its training (divergence {found:.2g}), but less with {best} ({others[best]:.2g}); see "
+        "--teacher-mean and --teacher-std",
     )
 
 

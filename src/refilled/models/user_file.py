@@ -61,7 +61,7 @@ class UserBackbone(Backbone):
         if last is not None:
             self.notes += (
                 f"the teacher's module ends in a linear layer of {last.layer.out_features} outputs; the embedding is "
-                f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module sets another one",
+                f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module sets another",
             )
         if last is None and isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
             self.notes += (
