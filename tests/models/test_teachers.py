@@ -46,7 +46,7 @@ class TestStudentFolder:
         assert teacher.input_size == 16
 
     def test_needs_its_description(self, tmp_path):
-        with pytest.raises(ModelError, match=r"holds no model\.json"):
+        with pytest.raises(ModelError, match=r"contains no model\.json"):
             load_teacher(str(tmp_path))
 
 

@@ -264,7 +264,7 @@ def test_a_wrong_normalisation_is_recognized_by_the_first_batch_normalisation(tr
             assert found == ()
         else:
             (name,) = [name for name, values in names.items() if values == trained]
-            assert f"but not so with {name}" in found[0]
+            assert f"but less with {name}" in found[0]
 
 
 def test_an_untrained_batch_normalisation_says_nothing_of_the_normalisation():
