@@ -1,6 +1,6 @@
 """refilled: distil a strong vision model trained on other classes into a small model for your own.
 
-The losses need torch alone:
+The losses need only torch:
 
 >>> import torch
 >>> from refilled import TripletAlignmentLoss
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from refilled.losses.triplet_alignment import TripletAlignmentLoss
     from refilled.outputs import Outputs
 
-# Where each public name lives. It is loaded when it is first asked for: the command line starts without torch.
+# The module of each public name. It is imported on first access, so that the command line starts without torch.
 _HOMES = {
     "LocalKDLoss": "refilled.losses.local_kd",
     "Outputs": "refilled.outputs",

@@ -1,4 +1,4 @@
-"""``python -m refilled``, and so ``torchrun -m refilled``, is the command line."""
+"""Run the command line by ``python -m refilled`` or ``torchrun -m refilled``."""
 
 from refilled.cli import main
 

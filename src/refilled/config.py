@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen plain data, and all there is.
+"""The complete configuration of a run, as frozen plain data.
 
-Every field is a key of ``run.toml`` and a flag of the command line, and its line in the docstring is the flag's help.
-This module loads nothing heavy, so that ``refilled --help`` answers at once.
+Every field is a key of ``run.toml`` and a flag of the command line. Its line in the docstring is the flag's help.
+This module has no heavy imports, so that ``refilled --help`` is quick.
 """
 
 import math
@@ -18,56 +18,56 @@ from refilled.errors import RunError, unknown
 Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
 
 WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
-"""Fields that say where and how a run is carried out, and not what it is: they change its result by rounding alone."""
+"""Fields that determine where and how a run is executed. They change its result only by rounding."""
 
 
 YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0, "guard": False}
-"""Fields that older records lack, with the value that those runs had without naming it."""
+"""Fields that are missing from older records, and their implicit values in those runs."""
 
 _SGD_ONLY_LR = 0.05
 
 
 def what(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a configuration's fields that say what is carried out."""
+    """Return the fields of a configuration that determine the result."""
     return {name: value for name, value in values.items() if name not in WHERE}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a student is optimised. The defaults suit short runs; ``PRESETS["paper"]`` is what the paper did.
+    """The optimisation of a student. The defaults suit short runs; ``PRESETS["paper"]`` is the recipe of the paper.
 
     Attributes:
-        epochs: Passes over the training images, all stages together: methods compare at equal cost. With unlabelled
-            images, passes over those or over the labelled ones, whichever takes more steps; the others are repeated.
-        least_steps: Take more epochs where images are few, so that there are at least so many steps. The command line
-            takes 1000 where neither epochs nor a preset that has them is given.
-        batch_size: Images a step, at most; an epoch is cut into batches of nearly equal size.
-        lr: Learning rate at its highest.
+        epochs: Passes over the training images, in all stages together, so that methods compare at equal cost. With
+            unlabelled images, an epoch is a pass over the kind that takes more steps; the other kind is repeated.
+        least_steps: Minimum number of steps; with few images, epochs are added. The command line uses 1000 if neither
+            epochs nor a preset with epochs is given.
+        batch_size: Maximum number of images per step; an epoch is split into batches of nearly equal size.
+        lr: Peak learning rate.
         optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001.
         momentum: Momentum of SGD; the first beta of AdamW.
-        nesterov: Whether SGD's momentum is Nesterov's.
+        nesterov: Whether SGD uses Nesterov momentum.
         weight_decay: Weight decay.
-        ema: Decay of an exponential moving average of the student's weights, such as 0.99; the student of each stage
-            is that average. It rises to this value over the first steps. 0 for no average.
+        ema: Decay of an exponential moving average of the student's weights, such as 0.99. The student of each stage
+            is this average. The decay rises to this value over the first steps. 0: no average.
         schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage (the
             paper); ``late-step``: times 0.1 after 62.5, 75 and 87.5 % of it (Tian et al., ICLR 2020).
-        warmup: Epochs of linear warm-up at the beginning of each stage.
-        sampler: ``shuffle``: all images in random order; ``balanced``: P classes with K images each in every batch.
+        warmup: Epochs of linear warm-up at the start of each stage.
+        sampler: ``shuffle``: all images in random order; ``balanced``: K images of each of P classes in every batch.
         images_per_class: K of the balanced sampler.
-        augmentation: ``auto`` takes what suits the data: ``crop`` pads and crops, ``crop-flip`` also mirrors;
+        augmentation: ``auto`` chooses by the data; ``crop`` pads and crops; ``crop-flip`` also mirrors;
             ``resized-crop-flip`` enlarges a random part, for long runs with few images.
-        views: Replay so many augmented views of each image in turn, and keep the teacher's embeddings of them on disk,
-            computed once; None for a new view in every epoch, which the teacher sees live.
-        mixup: Blend each image with another one, by a share drawn from Beta(mixup, mixup), and its labels likewise; the
-            teacher sees the mixture. 0 for not at all (Zhang et al., ICLR 2018).
-        cutmix: Put a square patch of another image in its place instead, the share of the area being drawn likewise
-            (Yun et al., ICCV 2019). With ``mixup`` too, each is done in half of the views.
-        unlabelled_share: Share of a batch that unlabelled images take, where a run has some. With few labelled images
-            it is more: a batch never holds a labelled image twice.
-        unlabelled_span: Share of each stage during which unlabelled images are seen; the rest of the stage sees only
-            labelled ones.
-        precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
-        seed: Of the initial weights, the order, the augmentation and the choice of shots.
+        views: Number of augmented views per image to cycle through; the teacher's embeddings of them are computed once
+            and cached on disk. None: a new view in every epoch, with the teacher run live.
+        mixup: Blend each image and its label with another image, with a share drawn from Beta(mixup, mixup). The
+            teacher embeds the mixed images. 0: off (Zhang et al., ICLR 2018).
+        cutmix: Replace a square patch with that of another image; its share of the area is drawn from
+            Beta(cutmix, cutmix) (Yun et al., ICCV 2019). With ``mixup`` also, each applies to half of the views.
+        unlabelled_share: Share of unlabelled images in a batch, if a run has some. With few labelled images the share
+            is larger, because a batch never contains a labelled image twice.
+        unlabelled_span: Share of each stage, from its start, that uses unlabelled images; the rest of the stage uses
+            only labelled ones.
+        precision: ``auto`` uses bfloat16 if the processor supports it in hardware, otherwise float32.
+        seed: Seed of the initial weights, the order, the augmentation and the choice of shots.
     """
 
     epochs: int = 60
@@ -116,22 +116,22 @@ class Recipe:
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise RunError("nesterov needs a momentum above 0")
         if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
-            raise RunError(f"lr = {self.lr} is a rate for SGD; AdamW needs about 0.001")
+            raise RunError(f"lr = {self.lr} is a learning rate for SGD; AdamW needs about 0.001")
 
     def epochs_over(self, images: int, unlabelled: int = 0) -> int:
-        """Return how many epochs there are with so many labelled and unlabelled training images."""
+        """Return the number of epochs with this many labelled and unlabelled training images."""
         return max(self.epochs, math.ceil(self.least_steps / self.steps_over(images, unlabelled)))
 
     def steps_over(self, images: int, unlabelled: int = 0) -> int:
-        """Return the number of steps in an epoch: a pass over the kind of images that takes more of them."""
+        """Return the number of steps per epoch, which is a pass over the kind of images that takes more steps."""
         known, others = self.batch_over(images, unlabelled)
         return max(math.ceil(images / known), math.ceil(unlabelled / others) if others else 0)
 
     def batch_over(self, images: int, unlabelled: int = 0) -> tuple[int, int]:
-        """Return how many labelled and how many unlabelled images a step takes, at most.
+        """Return the maximum numbers of labelled and unlabelled images per step.
 
         Raises:
-            RunError: a batch has no room for both kinds.
+            RunError: A batch is too small for both kinds.
         """
         if not unlabelled:
             return min(self.batch_size, images), 0
@@ -144,41 +144,41 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Recipe):
-    """The configuration of a run: plain data, and all there is.
+    """The complete configuration of a run, as plain data.
 
     Attributes:
-        task: Which images of which classes, for example ``cifar100:50-99`` or a folder of class folders.
+        task: Images and classes, for example ``cifar100:50-99`` or a folder of class folders.
         student: Architecture of the student, or weights to start from: a student folder, ``architecture:weights``. None
-            where the method trains no student of its own.
+            if the method trains no student.
         teacher: A student folder, ``refilled/letters``, ``timm/<name>``, ``hf:<folder or name>``,
-            ``architecture:weights``, or ``file.py:function``; variables of the environment, as in
-            ``$REFILLED_DATA/teacher.py:load``, are filled in.
-        method: Name of a method, or the path of a file that defines one.
+            ``architecture:weights``, or ``file.py:function``; environment variables are expanded, as in
+            ``$REFILLED_DATA/teacher.py:load``.
+        method: Name of a method, or path of a file that defines one.
         settings: The method's own parameters.
         guard: Ignore a teacher whose embedding tells the classes apart no better than chance or than the plain pixels,
             and train as ``vanilla`` does.
-        shots: Training images a class; None for all.
-        unlabelled: Images whose labels are unknown or not to be used, for the terms of a method that need none:
-            ``rest`` for the training images that ``shots`` left out, a folder with images at any depth, or a task such
-            as ``cifar100:0-49``, ``photos.parquet`` or ``wds:shards``, whose training images are taken.
-        val: Part of the training images that is held out by class to watch the progress; never trained on.
-        score: Which images the result is about; with ``val`` the test images are not looked at, so that one may choose
-            between runs by it.
-        image_size: Side length that images are brought to; None for what suits them.
+        shots: Training images per class; None: all.
+        unlabelled: Images without labels, for the loss terms that need none: ``rest`` for the training images that
+            ``shots`` left out, a folder with images at any depth, or a task such as ``cifar100:0-49``,
+            ``photos.parquet`` or ``wds:shards``, whose training images are used. Their labels are never read.
+        val: Share of the training images of each class that is held out for validation; never trained on.
+        score: Images that the result is computed on. With ``val`` the test images are not read, so the result can be
+            used to choose between runs.
+        image_size: Side length in pixels that images are resized to; None: chosen by the data.
         pretrained: Whether a ``timm/`` student starts from published weights.
-        teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
-        teacher_std: Standard deviations likewise.
-        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come. Vision
-            transformers then see 224, or the size of the images, but not more than they were trained at.
-        teacher_embedding: Which output of the teacher is its embedding: ``token`` (the class token), ``mean`` (of the
-            patches), ``both``, or ``pooled`` (what its own classifier reads); None for what suits its family.
-        data_root: Folder that holds the data sets.
-        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
-        image_memory: GiB of decoded images that a part of the task may hold in memory; a larger part lies on disk,
-            decoded once for all runs, and nothing else changes. None for a quarter of the memory that is free.
+        teacher_mean: Channel means that the teacher expects on the scale [0, 1], if they are not known.
+        teacher_std: Channel standard deviations that the teacher expects, on the same scale.
+        teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.
+            Vision transformers then take 224 or the size of the images, but no more than they were trained at.
+        teacher_embedding: Output of the teacher that is its embedding: ``token`` (the class token), ``mean`` (of the
+            patches), ``both``, or ``pooled`` (the input of its own classifier). None: chosen by its family.
+        data_root: Folder that contains the data sets.
+        allow_bad: Leave out unreadable images even if they are more than 1 % of all.
+        image_memory: GiB of decoded images that a part of the task may hold in memory. A larger part is decoded to
+            disk once for all runs, with equal results. None: a quarter of the free memory.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        threads: Processor threads; None for as many as torch chooses. Results are bit-identical at equal threads.
-        cuda_graphs: On an NVIDIA GPU, record the passes of networks once and replay them: the same, but faster.
+        threads: CPU threads; None: torch's choice. Results are bit-identical with equal threads.
+        cuda_graphs: On an NVIDIA GPU, record the passes of networks once and replay them, for speed. Results are equal.
     """
 
     task: str
@@ -205,15 +205,15 @@ class Run(Recipe):
     cuda_graphs: bool = True
 
     def to_toml(self) -> str:
-        """Write the configuration down; what is None is left out."""
+        """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
-        """Read what :meth:`to_toml` wrote.
+        """Return the configuration that :meth:`to_toml` wrote.
 
         Raises:
-            RunError: the text is no TOML, or a key is unknown, missing or of the wrong type.
+            RunError: The text is not TOML, or a key is unknown, missing or of the wrong type.
         """
         try:
             values = tomllib.loads(text)
@@ -232,32 +232,32 @@ class Run(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotRun:
-    """The configuration of a few-shot test: many tasks of unseen classes, and a method that learns each anew.
+    """The configuration of a few-shot test: many tasks of unseen classes, and a method that learns each task.
 
     Attributes:
         data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
-        method: A few-shot method, or any distillation method, which then trains a student for each task.
+        method: A few-shot method, or any distillation method, which trains a student per task.
         settings: The method's own parameters.
         teacher: The frozen model: a student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``,
             or ``file.py:function``.
-        n_way: Classes of a task.
-        n_shot: Support images a class.
-        n_query: Query images a class, at most: fewer where the smallest class has fewer left.
-        n_episodes: Tasks.
-        side: Classes that the tasks are of: ``unseen``; ``val`` while anything is still being decided.
-        seed: Of the tasks.
-        batch: Tasks handed to the method at a time.
-        image_size: Side length that images are brought to; None for what suits them.
-        teacher_mean: Channel means that the teacher expects on the scale [0, 1], where they are not known.
-        teacher_std: Standard deviations likewise.
-        teacher_size: Side length in pixels that the teacher sees; None for its own, or the images as they come. Vision
-            transformers then see 224, or the size of the images, but not more than they were trained at.
-        teacher_embedding: Which output of the teacher is its embedding: ``token`` (the class token), ``mean`` (of the
-            patches), ``both``, or ``pooled`` (what its own classifier reads); None for what suits its family.
-        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
-        data_root: Folder that holds the data sets.
+        n_way: Classes per task.
+        n_shot: Support images per class.
+        n_query: Maximum number of query images per class; fewer if the smallest class has fewer left.
+        n_episodes: Number of tasks.
+        side: Classes of the tasks: ``unseen``, or ``val`` to choose between methods or settings.
+        seed: Seed of the tasks.
+        batch: Number of tasks that the method processes at once.
+        image_size: Side length in pixels that images are resized to; None: chosen by the data.
+        teacher_mean: Channel means that the teacher expects on the scale [0, 1], if they are not known.
+        teacher_std: Channel standard deviations that the teacher expects, on the same scale.
+        teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.
+            Vision transformers then take 224 or the size of the images, but no more than they were trained at.
+        teacher_embedding: Output of the teacher that is its embedding: ``token`` (the class token), ``mean`` (of the
+            patches), ``both``, or ``pooled`` (the input of its own classifier). None: chosen by its family.
+        allow_bad: Leave out unreadable images even if they are more than 1 % of all.
+        data_root: Folder that contains the data sets.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        threads: Processor threads; None for as many as torch chooses.
+        threads: CPU threads; None: torch's choice.
     """
 
     data: str
@@ -285,7 +285,7 @@ class FewShotRun:
         _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, seed=0, batch=1)
 
     def to_toml(self) -> str:
-        """Write the configuration down; what is None is left out."""
+        """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
 
 
@@ -296,23 +296,23 @@ class MetaRun:
     Attributes:
         data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
         method: A few-shot method that is meta-trained: ``protonet``, ``feat``, ``maml``.
-        settings: Its own parameters.
+        settings: The method's own parameters.
         model: Architecture of the backbone.
-        start: A folder with a model to start from, say of the seen classes; its architecture counts.
-        n_way: Classes of a task.
-        n_shot: Support images a class.
-        n_query: Query images a class.
-        n_episodes: Tasks in all.
-        tasks: Tasks a step.
-        lr: Learning rate of Adam for the backbone; what else is learned has ten times as much. It halves ten times.
-        validate_every: Tasks between two looks at the validation classes; the best weights are kept.
-        n_validation: Validation tasks.
-        seed: Of the initial weights and of the tasks.
-        image_size: Side length that images are brought to; None for what suits them.
-        allow_bad: Leave out images that cannot be read even if they are more than 1 % of all.
-        data_root: Folder that holds the data sets.
+        start: Folder of a model to start from, for example one of the seen classes; it determines the architecture.
+        n_way: Classes per task.
+        n_shot: Support images per class.
+        n_query: Query images per class.
+        n_episodes: Total number of tasks.
+        tasks: Tasks per step.
+        lr: Learning rate of Adam for the backbone; other parameters have ten times this rate. It is halved ten times.
+        validate_every: Tasks between two validations; the best weights are kept.
+        n_validation: Number of validation tasks.
+        seed: Seed of the initial weights and the tasks.
+        image_size: Side length in pixels that images are resized to; None: chosen by the data.
+        allow_bad: Leave out unreadable images even if they are more than 1 % of all.
+        data_root: Folder that contains the data sets.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        threads: Processor threads; None for as many as torch chooses.
+        threads: CPU threads; None: torch's choice.
     """
 
     data: str
@@ -341,7 +341,7 @@ class MetaRun:
             raise RunError(f"lr = {self.lr} is out of range")
 
     def to_toml(self) -> str:
-        """Write the configuration down; what is None is left out."""
+        """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, for people: every message says what, where and how to mend it.
+"""Errors for users. Every message says what is wrong, where, and how to fix it.
 
 ::
 
@@ -7,7 +7,7 @@
     ├── ModelError       an architecture, a weight file, a teacher
     ├── MethodError      a method, its parameters, or label spaces that it cannot work with
     ├── RunError         a run's configuration or folder
-    │   ├── InUseError        another process is at the run
+    │   ├── InUseError        another process holds the lock of the run
     │   ├── CheckpointError   a saved training state that cannot be used
     │   └── RankError         another process of a run under torchrun has ended
     └── NonFiniteError   a loss or gradient became NaN or infinite
@@ -18,7 +18,7 @@ from difflib import get_close_matches
 
 
 class RefilledError(Exception):
-    """The root of all errors that a user can mend."""
+    """The base class of all errors that a user can fix."""
 
 
 class TaskError(RefilledError):
@@ -38,7 +38,7 @@ class RunError(RefilledError):
 
 
 class InUseError(RunError):
-    """Another process is at the run."""
+    """Another process holds the lock of the run."""
 
 
 class CheckpointError(RunError):
@@ -54,7 +54,7 @@ class NonFiniteError(RefilledError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Say that ``name`` is no known ``kind``, with the nearest known name and the list of all.
+    """Return a message that ``name`` is not a known ``kind``, with the nearest known name and all known names.
 
     >>> unknown("method", "rdk", ["rkd", "vanilla"])
     "unknown method 'rdk'; did you mean 'rkd'? known: rkd, vanilla"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written, and folders for one process at a time."""
+"""Atomic writing of files, and exclusive locks on folders."""
 
 import fcntl
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where things lie that can be made again: $REFILLED_CACHE, else ``~/.cache/refilled``."""
+    """Return the folder of data that can be recomputed: $REFILLED_CACHE, or ``~/.cache/refilled``."""
     return Path(os.environ.get("REFILLED_CACHE") or "~/.cache/refilled").expanduser()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a machine that loses power, finds the old bytes or the new, never a mixture.
+    """Write a file atomically: readers see the old or the new bytes, also after a loss of power.
 
     Raises:
-        OSError: the disk is full or not writable; the old file is then untouched.
+        OSError: The disk is full or not writable; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -42,7 +42,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block with this folder; the system lets go when a process ends."""
+    """Wait for and hold an exclusive lock on the folder; the OS releases it when the process ends."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

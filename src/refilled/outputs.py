@@ -1,4 +1,4 @@
-"""What a model says about a batch of images."""
+"""The outputs of a model for a batch of images."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,10 +6,9 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """What any model says about N images.
+    """The outputs of any model for N images.
 
-    A named tuple and not a dataclass: Lightning Fabric maps over the outputs of a forward pass, and it
-    knows tuples.
+    This is a named tuple, because Lightning Fabric maps over the outputs of a forward pass and supports tuples.
     """
 
     logits: Tensor
@@ -19,11 +18,11 @@ class Outputs(NamedTuple):
     """The penultimate, pooled representation ``(N, d)``, not normalised."""
 
     features: tuple[Tensor, ...] = ()
-    """Feature maps ``(N, C_l, H_l, W_l)``, shallow to deep; empty unless they were asked for."""
+    """Feature maps ``(N, C_l, H_l, W_l)``, shallow to deep; empty unless requested."""
 
 
 class ModelShape(Protocol):
-    """What a method may ask about a model in order to build its losses."""
+    """The properties of a model from which a method builds its losses."""
 
     embedding_dim: int
     feature_channels: tuple[int, ...]

@@ -1,8 +1,8 @@
 """A method as data: stages of training, each a sum of weighted loss terms.
 
-The training loop never asks which method it runs. It reads the stages: which losses, with what weight in
-which epoch, and which parts of the :class:`~refilled.outputs.Outputs` each loss looks at. Two kinds of method have no
-student of their own: a :class:`Readout` trains none, and :class:`FineTuning` trains the teacher's network.
+The training loop does not depend on the method. It reads the stages, which give the losses, their weight per epoch,
+and the parts of the :class:`~refilled.outputs.Outputs` that each loss reads. Two kinds of plan have no student: a
+:class:`Readout` trains nothing, and :class:`FineTuning` trains the teacher's network.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,38 +19,38 @@ Weight = Callable[[int], float]
 
 
 def constant(weight: float) -> Weight:
-    """The same weight in every epoch."""
+    """Return a weight that is the same in every epoch."""
     return lambda epoch: weight
 
 
 def exponential(start: float, rate: float) -> Weight:
-    r"""A weight that decays: :math:`\mathrm{start}\cdot e^{-\mathrm{rate}\cdot\mathrm{epoch}}`, epochs from 0."""
+    r"""Return a decaying weight: :math:`\mathrm{start}\cdot e^{-\mathrm{rate}\cdot\mathrm{epoch}}`, epochs from 0."""
     return lambda epoch: start * exp(-rate * epoch)
 
 
 def warm_up(weight: float, epochs: int) -> Weight:
-    """A weight that rises in equal steps over the first ``epochs`` and then stays; with 0 epochs it is constant."""
+    """Return a weight that rises linearly over the first ``epochs`` and then is constant; 0: no rise."""
     return lambda epoch: weight * min(1.0, (epoch + 1) / max(epochs, 1))
 
 
 @runtime_checkable
 class Prepares(Protocol):
-    """A loss that may look at the teacher's embedding of the whole training set before its stage begins."""
+    """A loss that may use the teacher's embedding of the whole training set before its stage starts."""
 
     @property
     def needs_training_set(self) -> bool:
-        """Whether it wants to: embedding the whole training set costs time."""
+        """Whether :meth:`prepare` must be called; to embed the whole training set costs time."""
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take ``(N, d)`` embeddings of the training images, not augmented, and their ``(N,)`` class ids.
+        """Use the embeddings ``(N, d)`` of the training images, not augmented, and their class ids ``(N,)``.
 
-        A loss that sees unlabelled images gets theirs too, after the labelled ones and with class id -1.
+        A loss that sees unlabelled images also gets theirs, after the labelled ones and with class id -1.
         """
 
 
 @runtime_checkable
 class Reports(Protocol):
-    """A loss that has more to tell about its last batch than its value."""
+    """A loss that reports statistics of its last batch in addition to its value."""
 
     def statistics(self) -> Mapping[str, Tensor]:
         """Return scalars by name, for the log and the progress display."""
@@ -60,8 +60,8 @@ class Reports(Protocol):
 class Term:
     """One loss, its weight, and the outputs that it reads.
 
-    ``loss(student_tensor, teacher_tensor, labels)`` is called with the named parts; with ``teacher=None`` it
-    is ``loss(student_tensor, labels)``, the call shape of :class:`torch.nn.CrossEntropyLoss`.
+    ``loss(student_tensor, teacher_tensor, labels)`` is called with the named parts. With ``teacher=None`` the
+    call is ``loss(student_tensor, labels)``, as for :class:`torch.nn.CrossEntropyLoss`.
     """
 
     loss: nn.Module
@@ -71,27 +71,27 @@ class Term:
 
     @property
     def reads_labels(self) -> bool:
-        """Whether the loss looks at its labels; one that does not says so by an attribute ``reads_labels = False``."""
+        """Whether the loss reads the labels; a loss that does not has an attribute ``reads_labels = False``."""
         return bool(getattr(self.loss, "reads_labels", True))
 
     @property
     def sees_unlabelled(self) -> bool:
-        """Whether the loss has a use for images without labels, whose class id is -1.
+        """Whether the loss uses images without labels, whose class id is -1.
 
-        A loss that does not look at its labels does. One that does, where there are some, says so by an attribute
-        ``sees_unlabelled = True``.
+        A loss that does not read the labels uses them. A loss that reads the labels and also uses unlabelled images
+        has an attribute ``sees_unlabelled = True``.
         """
         return bool(getattr(self.loss, "sees_unlabelled", not self.reads_labels))
 
     def __call__(self, seen: Outputs, taught: Outputs | None, labels: Tensor, labelled: int | None = None) -> Tensor:
-        """Return the scalar loss, not yet weighted.
+        """Return the scalar loss before weighting.
 
         Args:
             seen: The student's outputs for a batch.
-            taught: The teacher's.
+            taught: The teacher's outputs.
             labels: Class ids ``(N,)``; -1 for an image without a label.
-            labelled: Number of images with labels, which come first; None if all have one. A loss that has no use for
-                the others is called without them.
+            labelled: Number of labelled images, which come first; None if all are labelled. A loss that does not use
+                unlabelled images is called without them.
         """
         tensors = [getattr(seen, self.student)]
         if self.teacher is not None:
@@ -103,16 +103,16 @@ class Term:
 
 
 def _first(part: Tensor | tuple[Tensor, ...], count: int) -> Tensor | tuple[Tensor, ...]:
-    """Return the first rows of an output, or of each of several feature maps."""
+    """Return the first rows of an output, or of each feature map."""
     return part[:count] if isinstance(part, Tensor) else tuple(rows[:count] for rows in part)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with its own terms and its own learning-rate schedule from the top.
+    """A stage of training with its own terms and a learning-rate schedule that starts from the top.
 
-    ``share`` is this stage's part of the run's epochs, relative to the shares of the other stages.
-    ``classifier="fresh"`` draws the classifier anew when the stage begins.
+    ``share`` is the stage's share of the run's epochs, relative to the shares of the other stages.
+    ``classifier="fresh"`` re-initialises the classifier when the stage starts.
     """
 
     name: str
@@ -124,27 +124,27 @@ class Stage:
 
     @property
     def sees_unlabelled(self) -> bool:
-        """Whether some term has a use for images without labels."""
+        """Whether any term uses images without labels."""
         return any(term.sees_unlabelled for term in self.terms.values())
 
     def reads(self, part: Part) -> bool:
-        """Whether some term reads this part of the teacher's outputs."""
+        """Return whether any term reads this part of the teacher's outputs."""
         return any(term.teacher == part for term in self.terms.values())
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether some term reads anything of the teacher's."""
+        """Whether any term reads an output of the teacher."""
         return any(term.teacher is not None for term in self.terms.values())
 
     @property
     def embedding_suffices(self) -> bool:
-        """Whether what terms read of the teacher follows from its embedding, which can be kept on disk; logits do."""
+        """Whether the teacher outputs that terms read follow from its embedding, which can be cached; logits do."""
         return self.needs_teacher and not self.reads("features")
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Classification in the frozen teacher's embedding, in place of training.
+    """Classification in the frozen teacher's embedding, instead of training.
 
     ``classify(train_embedding (N, d), train_labels (N,), embedding (M, d))`` returns the class ids ``(M,)``.
     """
@@ -154,10 +154,10 @@ class Readout:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Stages that train a copy of the teacher's own network, with a fresh classifier, in the student's place."""
+    """Stages that train a copy of the teacher's network, with a fresh classifier, instead of a student."""
 
     stages: Sequence[Stage]
 
 
 Plan = Sequence[Stage] | Readout | FineTuning
-"""What a method's function returns."""
+"""The return type of a method's function."""

@@ -220,7 +220,7 @@ def test_every_field_of_a_run_is_a_flag_with_help():
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "200"}).output)
     for flag in ("--epochs", "--teacher-mean", "--views", "--data-root", "--no-nesterov", "--set"):
         assert flag in shown
-    assert "Learning rate at its highest" in shown
+    assert "Peak learning rate" in shown
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):

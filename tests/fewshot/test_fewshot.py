@@ -572,7 +572,7 @@ def test_every_method_scores_every_query(pool, teacher, name):
         ("refilled", {"stps": 1}, "unknown parameter 'stps'; did you mean 'steps'"),
         ("feat", {}, "needs a model that was trained with it"),
         ("maml", {}, "as many classes as a task has, 3, but the model was trained for 6"),
-        ("kd", {"steps": 1}, "not known which classes the teacher has; use refilled or rkd"),
+        ("kd", {"steps": 1}, "the classes of the teacher are not known; use refilled or rkd"),
     ],
 )
 def test_what_cannot_work_is_explained(pool, teacher, name, settings, message):

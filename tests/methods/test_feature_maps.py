@@ -259,7 +259,7 @@ def test_kd_vid_is_the_sum_of_both():
 def test_a_model_without_feature_maps_is_refused_before_training(name, silent):
     shapes = list(pair_of_shapes())
     shapes[silent] = SimpleNamespace(**{**vars(shapes[silent]), "feature_channels": ()})
-    with pytest.raises(MethodError, match=f"the {['student', 'teacher'][silent]} gives none: .*use refilled, rkd"):
+    with pytest.raises(MethodError, match=f"the {['student', 'teacher'][silent]} has none: .*use refilled, rkd"):
         load_method(name).build(*shapes, {})
 
 

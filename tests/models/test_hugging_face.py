@@ -193,7 +193,7 @@ def test_missing_weights_are_refused(tmp_path):
 def test_a_network_of_texts_is_refused(tmp_path):
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     saved(tmp_path, "BertModel", settings)
-    with pytest.raises(ModelError, match="no network of images"):
+    with pytest.raises(ModelError, match="is not an image network"):
         load_teacher(f"hf:{tmp_path}")
 
 
@@ -209,7 +209,7 @@ def test_code_in_a_repository_is_never_run(tmp_path):
 
 def test_without_a_network_the_way_out_is_said(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="write hf:FOLDER"):
+    with pytest.raises(ModelError, match="give hf:FOLDER"):
         load_teacher("hf:facebook/dinov2-small")
 
 

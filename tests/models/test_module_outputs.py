@@ -70,7 +70,7 @@ def test_of_tokens_each_part_can_be_chosen(output):
         ({}, "pooled", "not clear .* got dict"),
         (None, "pooled", "got NoneType"),
         (torch.rand(2), "pooled", r"got shape \(2,\)"),
-        (ROWS, "token", "of tokens .* none"),
+        (ROWS, "token", "needs tokens .* none"),
         (PATCHES, "token", "no class token"),
     ],
 )
@@ -180,7 +180,7 @@ def test_an_exported_program_runs_and_stays_as_it_was_exported(tmp_path):
     with torch.no_grad():
         one, both = teacher(IMAGES[:1]), teacher.train()(IMAGES)
     torch.testing.assert_close(one.embedding, both.embedding[:1])
-    assert "cannot be looked into" in teacher.notes[0]
+    assert "cannot be inspected" in teacher.notes[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # newer versions of torch discourage TorchScript
@@ -192,7 +192,7 @@ def test_a_torch_script_program_from_a_function_runs(tmp_path):
             return torch.jit.trace(net, torch.rand(2, 3, 32, 32)), ABOUT
         """
     teacher = load(tmp_path, code)
-    assert "cannot be looked into" in teacher.notes[0]
+    assert "cannot be inspected" in teacher.notes[0]
     with torch.no_grad():
         assert teacher(IMAGES).embedding.shape == (2, 9)
 

@@ -46,7 +46,7 @@ class TestStudentFolder:
         assert teacher.input_size == 16
 
     def test_needs_its_description(self, tmp_path):
-        with pytest.raises(ModelError, match=r"holds no model\.json"):
+        with pytest.raises(ModelError, match=r"contains no model\.json"):
             load_teacher(str(tmp_path))
 
 
@@ -326,7 +326,7 @@ class TestUserFile:
             ),
             (
                 "class M(Net):\n    def embed(self, x): return self.maps(x)\ndef make(): return M(3), INFO",
-                "4 names of classes for the 3",
+                "4 class names for the 3",
             ),
         ],
     )
@@ -338,8 +338,8 @@ class TestUserFile:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("wrn_40_2", "write wrn_40_2:WEIGHTS"),
-        ("some/weights.safetensors", "write <architecture>:some/weights.safetensors"),
+        ("wrn_40_2", "give wrn_40_2:WEIGHTS"),
+        ("some/weights.safetensors", "give <architecture>:some/weights.safetensors"),
         ("mine.py", "mine.py:FUNCTION"),
         ("absent.py:make", "no file absent.py"),
         ("nothing/of/the/kind", "there is no such file or folder"),

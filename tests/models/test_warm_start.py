@@ -67,7 +67,7 @@ def test_tensors_under_another_librarys_names_are_matched_by_their_order(tmp_pat
     torch.save({f"layer{number}": value for number, value in enumerate(weights.values())}, tmp_path / "w.pth")
     student, notes = start(f"{TIMM}:{tmp_path / 'w.pth'}")
     assert same(body(student), {f"body.{n}": v for n, v in weights.items() if not n.startswith("classifier.")})
-    assert "matched by their order and shapes" in notes[0]
+    assert "matched by order and shape" in notes[0]
 
 
 def test_what_is_missing_or_left_over_is_named(teacher, tmp_path):
@@ -76,8 +76,8 @@ def test_what_is_missing_or_left_over_is_named(teacher, tmp_path):
     del weights[gone]
     save_file({**weights, "queue.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     _, notes = start(f"wrn_10_1:{tmp_path / 'w.safetensors'}")
-    assert f"drawn anew: 1 tensors, {gone}" in notes[0]
-    assert "not used of" in notes[1]
+    assert f"initialised at random: 1 tensors, {gone}" in notes[0]
+    assert "not used from" in notes[1]
     assert "queue.weight" in notes[1]
 
 
@@ -88,7 +88,7 @@ def test_names_of_architectures_are_no_weights(text):
 
 def test_what_cannot_be_started_from_is_refused_with_the_remedy(teacher, tmp_path):
     save_file(create_model("convnet4", 5, image_size=32).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"other.safetensors does not fit wrn_10_1: it holds 0 of its"):
+    with pytest.raises(ModelError, match=r"other.safetensors does not fit wrn_10_1: it contains 0 of its"):
         start(f"wrn_10_1:{tmp_path / 'other.safetensors'}")
     with pytest.raises(ModelError, match="there is no weight file"):
         start(f"wrn_10_1:{tmp_path / 'none.pth'}")

@@ -118,7 +118,7 @@ def test_nan_for_one_image_names_that_image_and_never_the_learning_rate(here, tm
     code, said = distill(here, tmp_path, "one_image", *more)
     assert code == 2
     assert "teacher's embedding is not finite (NaN or infinite) for 1 of" in said
-    assert ".png. The fault lies in the teacher" in said
+    assert ".png. The cause is the teacher" in said
     assert "--lr" not in said
 
 
@@ -137,7 +137,7 @@ def test_nan_for_one_image_is_found_in_few_shot_tests(here, tmp_path):
         "fewshot", "--data", data, "--teacher", f"{here}/t.py:one_image", "--out", tmp_path / "o", *fixed
     )
     assert code == 2
-    assert ".png. The fault lies in the teacher" in said
+    assert ".png. The cause is the teacher" in said
     code, said = refilled(
         "fewshot", "--data", data, "--teacher", f"{here}/t.py:constant", "--out", tmp_path / "p", *fixed
     )
@@ -176,7 +176,7 @@ def test_train_mode_left_on_is_said(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
     assert code == 0
     (note,) = [note for note in notes(tmp_path) if "training mode" in note]
-    assert "depending on chance or on the other images" in note
+    assert "by chance or depending on the other images" in note
 
 
 @pytest.mark.parametrize("more", [(), ("--preset", "good"), ("--views", 2)], ids=str)
@@ -197,7 +197,7 @@ def test_the_embedding_is_chosen_on_the_command_line(here, tmp_path, pooling, wi
 def test_what_a_teacher_does_not_have_is_refused_on_the_command_line(here, tmp_path):
     code, said = distill(here, tmp_path, "plain", "--teacher-embedding", "token")
     assert code == 2
-    assert "take 'pooled'" in said
+    assert "use 'pooled'" in said
 
 
 def notes(tmp_path):
@@ -267,7 +267,7 @@ def test_a_wrong_normalisation_is_recognized_by_the_first_batch_normalisation(tr
             assert found == ()
         else:
             (name,) = [name for name, values in names.items() if values == trained]
-            assert f"but not so with {name}" in found[0]
+            assert f"but less with {name}" in found[0]
 
 
 def test_an_untrained_batch_normalisation_says_nothing_of_the_normalisation():

@@ -117,7 +117,7 @@ def test_a_run_begun_before_the_fields_existed_is_continued(tmp_path):
 
 
 def test_a_rate_for_sgd_is_refused_for_adamw():
-    with pytest.raises(RunError, match=r"lr = 0\.1 is a rate for SGD; AdamW needs about 0\.001"):
+    with pytest.raises(RunError, match=r"lr = 0\.1 is a learning rate for SGD; AdamW needs about 0\.001"):
         Recipe(optimizer="adamw")
     with pytest.raises(RunError, match="ema = 1"):
         Recipe(ema=1.0)

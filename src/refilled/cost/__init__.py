@@ -1,1 +1,1 @@
-"""How long will it take, and how much memory: estimates before anything starts."""
+"""Estimates of time and memory, before any work starts."""

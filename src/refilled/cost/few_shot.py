@@ -1,7 +1,7 @@
-"""How long few-shot tests and meta-trainings will take: some tasks of made-up images, timed before anything starts.
+"""Estimates of the time of few-shot tests and meta-training, from tasks of random images timed before any work starts.
 
-The images carry no information and the networks are not trained, which changes nothing about what a task costs, but for
-the classifiers that go on until they have arrived: these are fast in any case.
+The images carry no information and the networks are not trained. This does not change the cost of a task, except for
+classifiers that iterate until convergence, which are fast in any case.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ from refilled.models import Backbone, create_model
 from refilled.models.backbone import freeze
 from refilled.runs.environment import find_device
 
-_SOON, _LONG = 0.1, 1.0  # seconds: less is timed for many tasks, more is not done again to warm up
+_SOON, _LONG = 0.1, 1.0  # seconds; shorter tasks are timed in a batch, longer ones are not repeated for warm-up
 _FEW_STEPS = 5
 
 
 @dataclass(frozen=True)
 class FewShotWork:
-    """What the time of a few-shot task depends on."""
+    """The properties that the time of a few-shot task depends on."""
 
     method: str
     network: str
-    """Architecture of the frozen model, or of what is meta-trained."""
+    """Architecture of the frozen or the meta-trained model."""
     shots: int
     image_size: int
 
@@ -43,18 +43,18 @@ class FewShotWork:
 
 
 def tasks_per_second(run: FewShotRun, network: str, student: str | None, image_size: int) -> float:
-    """Time the tasks of a test whose embeddings by the frozen model are known.
+    """Return the measured tasks per second of a test, given the embeddings of the frozen model.
 
     Args:
         run: The test.
         network: Architecture of the frozen model.
-        student: Architecture of the network that is trained for each task, if the method says so.
+        student: Architecture of the network that is trained per task; None if the method trains none.
         image_size: Side length of the images.
     """
     start = {} if student is None else {"student": student}
     run = resolve(replace(run, settings={**run.settings, **start}))
     steps: int = run.settings.get("steps", 0)
-    if steps > _FEW_STEPS:  # each costs the same
+    if steps > _FEW_STEPS:  # all steps cost the same
         one, few = (_seconds_a_task(_with_steps(run, number), network, image_size) for number in (1, _FEW_STEPS))
         return 1 / (one + (steps - 1) * max(0.0, few - one) / (_FEW_STEPS - 1))
     return 1 / _seconds_a_task(run, network, image_size)
@@ -83,7 +83,7 @@ def _seconds_a_task(run: FewShotRun, network: str, image_size: int) -> float:
 
 
 def meta_tasks_per_second(run: MetaRun, network: str, image_size: int) -> float:
-    """Time meta-training from a network of this architecture, its looks at the validation classes included."""
+    """Return the measured tasks per second of meta-training of this architecture, with validation included."""
     backbone = create_model(network, run.n_way, image_size=image_size)
     learner, device = _meta_learner(run.method, backbone, **run.settings), find_device(run.device)
     learner.to(device).to(memory_format=torch.channels_last)
@@ -115,7 +115,7 @@ def _meta_learner(method: str, backbone: Backbone, **settings: Any) -> MetaLearn
 
 
 def _seconds(work: Callable[[int], object], together: int) -> float:
-    """Seconds a task; of so many together where a single one is soon done."""
+    """Return the seconds per task, from a batch of ``together`` tasks if a single one is short."""
     with one_thread():
         taken = _time(work, 1)
         if taken < _LONG:

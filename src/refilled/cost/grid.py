@@ -1,4 +1,4 @@
-"""How long the runs of a grid will take: a few steps of each kind of work are timed before anything starts."""
+"""Estimates of the time of a grid of runs, from a few timed steps of each kind of work."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from refilled.data import TaskSize, task_size
 from refilled.grid.jobs import FewShotTest, Job
 from refilled.runs.teacher_caches import find_cache
 
-_SHORT = 3  # seconds; what takes less is not told one by one
+_SHORT = 3  # seconds; shorter work is not listed individually
 
 
 class Grid(Protocol):
-    """Jobs by name, and which others each of them needs."""
+    """Jobs by name, and the jobs that each of them needs."""
 
     @property
     def runs(self) -> Mapping[str, Job]:
@@ -28,11 +28,11 @@ class Grid(Protocol):
 
     @property
     def needs(self) -> Mapping[str, Sequence[str]]:
-        """Names of the jobs that must be finished before a job can begin."""
+        """Names of the jobs that must finish before a job can start."""
 
 
 def estimate(grid: Grid, missing: Mapping[str, Job], jobs: int) -> list[str]:
-    """Return lines on how long the missing runs of a grid will take on this machine, from a few steps of each kind.
+    """Return lines with the estimated time of the missing runs on this machine, from a few steps of each kind.
 
     Raises:
         TaskError: The images of a run are missing or damaged.
@@ -49,13 +49,13 @@ def estimate(grid: Grid, missing: Mapping[str, Job], jobs: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Work of a kind that is still to be done."""
+    """The remaining work of one kind."""
 
     what: Work | FewShotWork
     number: int
     speed: str
     seconds: float
-    """Of all of it, one after the other."""
+    """Seconds of all of it in sequence."""
 
     def __str__(self) -> str:
         return f"  {self.number} x {self.what}: {self.speed}, {duration(self.seconds / self.number)} each"
@@ -65,11 +65,11 @@ def _trainings(grid: Grid, missing: Mapping[str, Job]) -> list[_Kind]:
     runs: Counter[Work] = Counter()
     images: Counter[Work] = Counter()
     trainings = {name: job for name, job in missing.items() if isinstance(job, Run)}
-    kept = set()  # what teachers say once for all runs
+    kept = set()  # teachers' embeddings, computed once for all runs
     for name, run in trainings.items():
         size = _size_of(run)
         teacher = None if run.teacher is None else _network(grid, run.teacher)
-        # A method without a student of its own trains the teacher's network, or nothing: that costs no more.
+        # A method without a student trains the teacher's network or nothing, which costs no more.
         network, taught_by = (run.student, teacher) if run.student else (teacher, None)
         assert network is not None  # every run has one of the two
         if taught_by is not None and keeps_embeddings(run, network, taught_by):
@@ -90,7 +90,7 @@ def _trainings(grid: Grid, missing: Mapping[str, Job]) -> list[_Kind]:
 
 
 def _few_shot(grid: Grid, missing: Mapping[str, Job]) -> list[_Kind]:
-    """Tests and meta-trainings; for tests it is left out that each image goes through the frozen model once."""
+    """Return tests and meta-trainings; the single embedding of each image by the frozen model is not counted."""
     number: Counter[FewShotWork] = Counter()
     tasks: Counter[FewShotWork] = Counter()
     rates: dict[FewShotWork, float] = {}
@@ -112,11 +112,11 @@ def _few_shot(grid: Grid, missing: Mapping[str, Job]) -> list[_Kind]:
             if work not in rates:
                 rates[work] = meta_tasks_per_second(job, network, size)
         number[work] += 1
-    return [_Kind(w, number[w], f"{1 / rates[w]:.2g} seconds a task", tasks[w] / rates[w]) for w in number]
+    return [_Kind(w, number[w], f"{1 / rates[w]:.2g} seconds per task", tasks[w] / rates[w]) for w in number]
 
 
 def left_to_embed(run: Run) -> float:
-    """Return the share of the teacher's embeddings that is not on disk yet; 1 where the teacher is not trained."""
+    """Return the share of the teacher's embeddings that is not yet on disk; 1 if the teacher is not trained yet."""
     if run.teacher is None or not (Path(run.teacher) / "DONE").exists():
         return 1.0
     cache = find_cache(run)
@@ -124,19 +124,19 @@ def left_to_embed(run: Run) -> float:
 
 
 def _network(grid: Grid, folder: str) -> str:
-    """Find the architecture of the model that a job leaves in its folder."""
+    """Return the architecture of the model that a job writes to its folder."""
     student = _training(grid, folder).student
-    assert student is not None  # or there would be no model
+    assert student is not None  # otherwise there would be no model
     return student
 
 
 def _training(grid: Grid, folder: str) -> Run:
-    """Find the training behind a model, which meta-training may have gone on from."""
+    """Return the training of a model, which may be the start of a meta-training."""
     job = grid.runs[Path(folder).name]
     if isinstance(job, MetaRun):
         assert job.start is not None  # as in every table
         return _training(grid, job.start)
-    assert isinstance(job, Run)  # nothing else leaves a model for others
+    assert isinstance(job, Run)  # no other job writes a model
     return job
 
 

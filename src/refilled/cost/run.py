@@ -1,4 +1,4 @@
-"""What a run will cost, said before anything is trained: ``--dry-run``."""
+"""The predicted cost of a run (``--dry-run``)."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,37 +23,37 @@ from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import share_epochs, views_of
 
 _FLOAT = 4  # bytes
-_IMAGES = 32  # made up, to build the run on
+_IMAGES = 32  # random, to build the run with
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What a stage of training will cost."""
+    """The predicted cost of a stage of training."""
 
     name: str
     epochs: int
     steps: int
-    """In an epoch."""
+    """Steps per epoch."""
     seconds: float
-    """A step."""
+    """Seconds per step."""
     communication: float
-    """Seconds of these that pass between several processes."""
+    """Part of these seconds that is communication between processes."""
     sees_unlabelled: bool = False
-    """Whether its batches hold unlabelled images too."""
+    """Whether its batches contain unlabelled images also."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will cost.
+    """The predicted cost of a run.
 
     Attributes:
-        run: The run with everything settled.
-        size: Its task.
-        rates: Images a second of parts of the work on their own.
+        run: The run with all settings resolved.
+        size: The size of its task.
+        rates: Images per second of individual parts of the work.
         stages: The stages of training.
-        seconds: Of loading, training and scoring.
-        memory: Bytes at the peak, of the accelerator or of the process; None where they cannot be asked for.
-        ranks: Processes.
+        seconds: Seconds of loading, training and scoring.
+        memory: Peak memory in bytes, of the accelerator or of the process; None if it cannot be measured.
+        ranks: Number of processes.
     """
 
     run: Run
@@ -66,11 +66,11 @@ class Forecast:
 
     @property
     def total(self) -> float:
-        """Seconds in all."""
+        """Total seconds."""
         return sum(self.seconds.values())
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Say it in words, as pairs of a heading and a text."""
+        """Yield the forecast as pairs of a heading and a text."""
         size, run = self.size, self.run
         extra = f" and {size.unlabelled} without labels" if size.unlabelled else ""
         counts = f"{size.train} images to train on{extra}, {size.val} to validate, {size.test} to test"
@@ -83,10 +83,10 @@ class Forecast:
         for stage in (stage for stage in self.stages if stage.epochs > 0):
             rate = sum(run.batch_over(size.train, size.unlabelled if stage.sees_unlabelled else 0)) / stage.seconds
             epochs = f"{stage.epochs} epochs of {stage.steps} steps"
-            yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms a step, {rate:,.0f} images/s"
+            yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms per step, {rate:,.0f} images/s"
             if self.ranks > 1:
-                share = f"{1000 * stage.communication:.3g} ms of a step between {self.ranks} processes"
-                yield "", f"{share}, modelled and not measured"
+                share = f"{1000 * stage.communication:.3g} ms per step between {self.ranks} processes"
+                yield "", f"{share}, modelled, not measured"
         for name, seconds in self.seconds.items():
             yield name, duration(seconds)
         threads = "one thread" if run.threads == 1 else f"{run.threads} threads"
@@ -95,18 +95,18 @@ class Forecast:
         yield "memory", "cannot be predicted here" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at most"
 
     def to_dict(self) -> dict[str, Any]:
-        """Turn it into plain data."""
+        """Return the forecast as plain data."""
         return {**asdict(self), "total": self.total}
 
 
 def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Forecast:
-    """Predict what a run will cost; its names, settings and data are looked up and checked, and nothing is written.
+    """Predict the cost of a run. Its names, settings and data are checked, and nothing is written.
 
-    The images of a batch are shared out among the ranks, as are those that are scored. A method that trains nothing
-    has no stages, and what it does with the embeddings is not predicted.
+    The images of a batch are divided among the ranks, and so are the scored images. A method that trains nothing has
+    no stages, and the cost of its readout is not predicted.
 
     Raises:
-        RefilledError: anything in the run that cannot work, as far as it can be found before training.
+        RefilledError: The run has a fault that can be found before training.
     """
     run, network = resolve(run), network or Network()
     size = _size_of(run)
@@ -144,22 +144,22 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
 
 @dataclass(frozen=True)
 class _Costs:
-    """What was measured of a run's parts: looking at images with either network, and a step of each stage."""
+    """The measured costs of scoring with either network, and of a step of each stage."""
 
     student: Cost
-    """In full precision, as for the result."""
+    """In float32, as for the result."""
     validation: Cost
     teacher: Cost | None
     steps: tuple[Cost, ...]
 
     def rates(self) -> dict[str, float]:
-        """Images a second of each network on its own, without gradients."""
+        """Return the images per second of each network, without gradients."""
         networks = {"student, scoring": self.student, "teacher": self.teacher}
         return {name: 1 / _each(cost) for name, cost in networks.items() if cost is not None}
 
 
 def _largest_batch(stages: Sequence[Stage], run: Run, size: TaskSize, ranks: int) -> int:
-    """Return the number of images that a process sees in a step, in the stage that sees most."""
+    """Return the largest number of images per step and process, over the stages."""
     unlabelled = size.unlabelled if any(stage.sees_unlabelled for stage in stages) else 0
     return math.ceil(sum(run.batch_over(size.train, unlabelled)) / ranks)
 
@@ -173,7 +173,7 @@ def _is_cached(stage: Stage, run: Run) -> bool:
 
 
 def _curious(stages: Sequence[Stage]) -> int:
-    """How many stages have losses that look at the whole training set."""
+    """Return the number of stages whose losses use the whole training set."""
     return sum(
         any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in stage.terms.values())
         for stage in stages
@@ -181,7 +181,7 @@ def _curious(stages: Sequence[Stage]) -> int:
 
 
 def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
-    """How often each training image goes through the teacher besides the steps: for a cache, and to prepare losses."""
+    """Return how often the teacher embeds each training image outside the steps, for the cache and for losses."""
     views = run.views or 0
     return _curious(stages) + views * any(_is_cached(stage, run) for stage in stages)
 
@@ -201,10 +201,10 @@ def _seconds(
 
 
 def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, looks: int, width: int) -> float | None:
-    """Find the peak of training or of scoring, whichever is higher, besides what lies in memory all the while.
+    """Return the higher peak of training and scoring, plus the data that stays in memory.
 
-    That is the images, and embeddings of ``width`` of the training images, once in batches and once in one piece: for
-    readouts, and for losses that look at all of them.
+    This data is the images, and the embeddings of dimension ``width`` of the training images, once in batches and once
+    in one tensor, for readouts and for losses that use the whole training set.
     """
     scored = min(SCORING_BATCH, size.train)
     passes = [costs.student] + ([costs.teacher] if costs.teacher is not None and looks else [])
@@ -229,10 +229,10 @@ def _image_limit(run: Run) -> float:
 def communication(
     student: Backbone, teacher: Backbone | None, stage: Stage, batch: int, ranks: int, network: Network
 ) -> float:
-    """Model the seconds of a step that pass between ranks.
+    """Return the modelled seconds per step of communication between ranks.
 
-    The outputs that the losses read are gathered, but feature maps are not counted; statistics of batch norm are summed
-    on the way there and back; and so are the gradients.
+    The outputs that the losses read are gathered; feature maps are not counted. The statistics of batch norm are
+    summed in the forward and backward pass. The gradients are also summed.
     """
     read = 0
     for model, parts in (
@@ -252,7 +252,7 @@ def communication(
 
 
 def _pipeline_rate(size: TaskSize, run: Run) -> float:
-    """Images a second that are gathered, augmented and mixed."""
+    """Return the images per second that are gathered, augmented and mixed."""
     task, taken = made_up_task(size, _IMAGES), []
     views = views_of(run, task)
     for _ in range(4):
@@ -275,7 +275,7 @@ def _size_of(run: Run) -> TaskSize:
 
 
 def duration(seconds: float) -> str:
-    """Say a time in the unit that suits it."""
+    """Return a time as text in a suitable unit."""
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.1f} {name}"

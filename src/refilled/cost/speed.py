@@ -1,4 +1,4 @@
-"""How fast runs will be: a few steps of the training loop are timed on made-up images before anything starts."""
+"""Estimates of the speed of runs, from a few steps of the training loop timed on random images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,15 +24,15 @@ _CLASSES = tuple(map(str, range(10)))
 
 @dataclass(frozen=True)
 class Work:
-    """What the time of a step depends on most."""
+    """The properties that the time of a step depends on most."""
 
     student: str
     teacher: str | None
-    """Its architecture; None for a student alone, or one whose teacher's embeddings lie on disk."""
+    """Architecture of the teacher; None if there is no teacher, or if its embeddings are on disk."""
     image_size: int
     batch_size: int
     trains: bool = True
-    """Whether the student is trained; else, as a teacher, it embeds images that are kept."""
+    """Whether the student is trained. Otherwise it is a teacher that embeds images for the cache."""
 
     def __str__(self) -> str:
         taught = f" taught by {self.teacher}" if self.teacher else " alone"
@@ -40,7 +40,7 @@ class Work:
 
 
 def keeps_embeddings(run: Run, student: str, teacher: str) -> bool:
-    """Say whether all that a run asks of its teacher comes from embeddings on disk."""
+    """Return whether cached embeddings on disk replace the teacher in this run."""
     return run.views is not None and not _reads_maps(run.method, tuple(run.settings.items()), student, teacher)
 
 
@@ -53,9 +53,9 @@ def _reads_maps(method: str, settings: tuple[tuple[str, Any], ...], student: str
 
 
 def images_per_second(work: Work, device: str = "auto") -> float:
-    """Time the training loop on made-up images, on one thread of a processor or on an accelerator.
+    """Return the images per second of the training loop on random images, on one CPU thread or on an accelerator.
 
-    With a teacher, the loss has the terms of one-stage ReFilled, which stand for those of any method.
+    With a teacher, the loss has the terms of one-stage ReFilled, which represent those of any method.
     """
     run = resolve(Run(task="made up", student=work.student, device=device, batch_size=work.batch_size))
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def images_per_second(work: Work, device: str = "auto") -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread for a while, as the jobs of a table do."""
+    """Compute on one thread within this block, as the jobs of a table do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,8 +1,8 @@
-"""What a step costs, in time and memory, found from a few smaller ones.
+"""The cost of a step in time and memory, extrapolated from smaller steps.
 
-The loop of training itself is timed on made-up images, at two sizes of batch. Its cost is a fixed part, such as the
-optimiser's, and a part that grows with the images; the line through the two sizes is followed to the size that is asked
-for. Of memory the same holds. What passes between several processes cannot be timed in one, and is modelled.
+The training loop is timed on random images at two batch sizes. Its cost has a fixed part, such as the optimiser, and a
+part that is proportional to the number of images. The line through the two sizes gives the cost at any size. Memory is
+estimated in the same way. Communication between processes cannot be timed in one process, and is modelled.
 """
 
 import math
@@ -28,23 +28,23 @@ from refilled.stages import Stage
 from refilled.training.evaluation import SCORING_BATCH, predict
 from refilled.training.loop import Journal, Position, fit
 
-_BATCHES_ON_A_CPU = (8, 32)  # images a step; more are timed on an accelerator only, which few do not fill
-_STEPS = 3  # timed, after one that warms up
+_BATCHES_ON_A_CPU = (8, 32)  # images per step; an accelerator is timed with more, because few do not fill it
+_STEPS = 3  # timed, after one for warm-up
 _FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cost that is ``fixed`` and, besides, ``each`` for every image."""
+    """A cost of ``fixed`` plus ``each`` per image."""
 
     fixed: float
     each: float
 
     @classmethod
     def through(cls, small: tuple[int, float], large: tuple[int, float]) -> Self:
-        """Draw the line through two measurements, (images, cost).
+        """Return the line through two measurements, (images, cost).
 
-        Neither part is below 0, whatever the noise; one size twice gives a cost in proportion.
+        Neither part is below 0, even with noise. Two equal sizes give a proportional cost.
         """
         (fewer, less), (images, cost) = small, large
         slope = (cost - less) / (images - fewer) if images > fewer else math.inf
@@ -52,37 +52,37 @@ class Line:
         return cls(max(cost - each * images, 0.0), each)
 
     def __call__(self, images: int) -> float:
-        """Follow the line to so many images."""
+        """Return the cost of this many images."""
         return self.fixed + self.each * images
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an amount of work costs, by the images that are worked on at a time."""
+    """The cost of a piece of work, as a function of the number of images processed at once."""
 
     seconds: Line
     memory: Line | None
-    """Bytes at the peak: of the accelerator, or of the whole process on a processor; None where they are not told."""
+    """Peak bytes of the accelerator, or of the process on a CPU; None if they cannot be measured."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What lies between processes. The default, a good 100 Gbit/s link, is an assumption and no measurement."""
+    """The network between processes. The default, a 100 Gbit/s link, is an assumption, not a measurement."""
 
     bandwidth: float = 10e9
-    """Bytes a second, in each direction."""
+    """Bytes per second, in each direction."""
     latency: float = 20e-6
-    """Seconds a message."""
+    """Seconds per message."""
 
     def all_gather(self, size: float, ranks: int) -> float:
-        """Seconds until every rank has all of ``size`` bytes of which each had its part.
+        """Return the seconds until every rank has all of ``size`` bytes, of which each had a part.
 
-        Large parts travel around a ring, all but a rank's own to each; small ones along a tree.
+        Large messages travel around a ring, small ones along a tree.
         """
         return (ranks - 1) * size / ranks / self.bandwidth + math.ceil(math.log2(ranks)) * self.latency
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        """Seconds until every rank has the sum of ``size`` bytes that each has: parts are summed, then gathered."""
+        """Return the seconds until every rank has the sum of all ranks' ``size`` bytes."""
         return 2 * self.all_gather(size, ranks)
 
 
@@ -95,18 +95,18 @@ def step_cost(
     fabric: Fabric,
     batches: tuple[int, int],
 ) -> Cost:
-    """Measure a step of a stage, as the training loop takes it; the student's weights change.
+    """Measure a step of a stage in the training loop; the student's weights change.
 
     Args:
         student: The student.
-        teacher: The teacher, frozen; None for a stage that needs none.
+        teacher: The frozen teacher; None if the stage needs none.
         stage: The stage.
         size: The task's classes and image size.
         run: The run, resolved.
         fabric: The device and precision.
-        batches: The two sizes of batch, in images, to draw the line through; see :func:`probe_batches`.
+        batches: The two batch sizes to measure, in images; see :func:`probe_batches`.
     """
-    # Made-up images teach nothing; so as not to let the loss explode, the steps are tiny.
+    # The learning rate is tiny, because the loss could diverge on random images.
     recipe = replace(run, epochs=1, least_steps=0, lr=1e-9, warmup=0.0, sampler="shuffle", views=None)
 
     def take_steps(images: int) -> float:
@@ -119,15 +119,15 @@ def step_cost(
 
 
 def probe_batches(device: str, most: int) -> tuple[int, int]:
-    """Choose the two sizes of batch to measure; none of one image, which batch normalisation may refuse."""
+    """Return the two batch sizes to measure, both above 1 image, which batch norm may refuse."""
     small, large = _BATCHES_ON_A_CPU if device == "cpu" else (math.ceil(most / 2), most)
     return min(small, max(2, most // 2), most), min(large, most)
 
 
 def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric, fully: bool = False) -> Cost:
-    """Measure a network's forward pass as it is done to score images: without gradients, not augmented.
+    """Measure a forward pass as in scoring, without gradients or augmentation.
 
-    It computes in the run's precision, or ``fully`` in float32 as for the result.
+    It computes in the run's precision, or in float32 as for the result if ``fully``.
     """
     network.to(fabric.device)
 
@@ -136,7 +136,7 @@ def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric, fu
         for _ in range(1 + _STEPS):
             start = perf_counter()
             with nullcontext() if fully else fabric.autocast():
-                predict(network, pixels, fabric.device)  # its outputs come to the processor: the device is done then
+                predict(network, pixels, fabric.device)  # copies outputs to the CPU, so the device has finished
             taken.append(perf_counter() - start)
         return median(taken[1:])
 
@@ -144,7 +144,7 @@ def scoring_cost(network: Backbone, size: TaskSize, run: Run, fabric: Fabric, fu
 
 
 def made_up_task(size: TaskSize, images: int) -> Task:
-    """Make a task of noise with the classes and the image size of another one, and so many images to train on."""
+    """Return a task of noise with the given classes and image size, and this many training images."""
     shape = (images, size.image_size, size.image_size, 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.arange(images) % len(size.class_names)
@@ -173,26 +173,26 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
-        give_memory_back()  # or what was kept for steps before would count
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak alone
+        give_memory_back()  # otherwise memory kept from earlier steps would count
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets only the peak
 
 
 def _peak(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if not Path("/proc/self/clear_refs").exists():  # without it the peak may be of long ago
+    if not Path("/proc/self/clear_refs").exists():  # without a reset, the peak may be older
         return None
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     return None if found is None else 1024.0 * int(found[1])
 
 
 class _Clock(Journal):
-    """A journal that keeps nothing but the time after each step."""
+    """A journal that records only the time after each step."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
     def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
         for value in values.values():
-            value.item()  # an accelerator is done with the step only now
+            value.item()  # waits until the accelerator has finished the step
         self.ticks.append(perf_counter())

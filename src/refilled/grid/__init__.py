@@ -1,1 +1,1 @@
-"""Many runs, carried out in processes or on a cluster."""
+"""Grids of many runs, executed in processes or on a cluster."""

@@ -1,4 +1,4 @@
-"""A teacher's cache built in several places at once."""
+"""Parallel building of a teacher's cache."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from refilled.training.teacher_cache import TeacherCache
 
 
 def build_cache_together(run: Run, jobs: int, executor: Executor) -> TeacherCache:
-    """Build the cache that a run would use in ``jobs`` places, which share its shards among them.
+    """Build the cache that a run would use with ``jobs`` workers, which divide its shards among them.
 
-    A shard is whole or absent, so whoever takes the place of a lost process goes on where that one stood.
+    A shard is complete or absent, so the replacement of a lost worker resumes from the shards on disk.
 
     Raises:
-        RefilledError: as :func:`~refilled.runs.teacher_caches.build_cache`, or a process was lost too often.
+        RefilledError: As :func:`~refilled.runs.teacher_caches.build_cache`, or a worker was lost too often.
     """
     with executor(jobs) as pool:
         futures = [pool.submit(_build, run) for _ in range(jobs)]

@@ -1,6 +1,6 @@
-"""Where many runs are carried out: in processes of this machine, or by Ray on this machine or a cluster.
+"""Executors of many runs: processes on this machine, or Ray on this machine or a cluster.
 
-An executor is a function that, given how many runs at a time, opens a :class:`Pool`. Ray is loaded if it is asked for.
+An executor is a function that opens a :class:`Pool` for a given number of concurrent runs. Ray is imported on demand.
 """
 
 import multiprocessing
@@ -18,31 +18,31 @@ from typing import Any, Protocol
 from refilled.errors import RunError, unknown
 
 NAMES = ("local", "ray")
-RETRIES = 3  # of a run whose worker Ray lost; a run goes on where its last saved state stood
+RETRIES = 3  # of a run whose worker Ray lost; a run resumes from its last saved state
 
 _SECONDS_TO_SAVE = 10
 
 
 class Pool(Protocol):
-    """Takes calls and carries them out elsewhere."""
+    """A pool of workers that execute calls."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Have a call carried out, and hand out where its result will be."""
+        """Schedule a call and return its future."""
 
 
 Executor = Callable[[int], AbstractContextManager[Pool]]
 
 
 def find_executor(name: str, cpus: float = 1.0, gpus: float = 0.0) -> Executor:
-    """Find an executor by its name.
+    """Return an executor by its name.
 
     Args:
         name: One of :data:`NAMES`.
-        cpus: Processor cores that Ray sets aside for a run.
-        gpus: Accelerators likewise; half of one lets two runs share it.
+        cpus: CPU cores that Ray reserves per run.
+        gpus: Accelerators that Ray reserves per run; with 0.5, two runs share one.
 
     Raises:
-        RunError: There is none of this name, or Ray is not installed.
+        RunError: The name is unknown, or Ray is not installed.
     """
     if name not in NAMES:
         raise RunError(unknown("executor", name, NAMES))
@@ -54,20 +54,20 @@ def find_executor(name: str, cpus: float = 1.0, gpus: float = 0.0) -> Executor:
 
 @contextmanager
 def processes(jobs: int) -> Iterator[Pool]:
-    """Open a pool of ``jobs`` processes of one thread each; they save their runs and end when this process does.
+    """Open a pool of ``jobs`` single-threaded processes, which save their runs and exit when this process does.
 
     Raises:
-        RunError: the system ended a process, most often for want of memory.
+        RunError: The system ended a process, usually because memory ran out.
     """
-    # Not forked: torch's threads do not survive a fork.
+    # spawn, because torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
             raise RunError(
-                "a process was ended by the system, most often for want of memory; the same command goes on where it "
-                "stood, with fewer --jobs if need be"
+                "the system ended a process, usually because memory ran out; repeat the command to resume, with fewer "
+                "--jobs if necessary"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -76,10 +76,10 @@ def processes(jobs: int) -> Iterator[Pool]:
 
 @contextmanager
 def ray_workers(jobs: int, cpus: float = 1.0, gpus: float = 0.0) -> Iterator[Pool]:
-    """Open a pool of Ray's workers: of the cluster at ``RAY_ADDRESS``, or of a Ray of one's own on this machine.
+    """Open a pool of Ray workers, on the cluster at ``RAY_ADDRESS`` or in a new Ray instance on this machine.
 
-    On a cluster its resources say how many runs there are at a time, and the folders must lie on a disk that all
-    machines share. On this machine ``jobs`` says it; nothing listens but on the loopback address, and there is no
+    On a cluster, its resources determine the number of concurrent runs, and the folders must be on a disk that all
+    machines share. On this machine, ``jobs`` determines it; Ray listens only on the loopback address and starts no
     dashboard.
     """
     ray = _import_ray()
@@ -96,7 +96,7 @@ def ray_workers(jobs: int, cpus: float = 1.0, gpus: float = 0.0) -> Iterator[Poo
 
 
 class _RayPool:
-    """Hands calls to Ray; a worker that is lost is replaced, and its call is made again."""
+    """A pool of Ray workers. Ray replaces a lost worker and repeats its call."""
 
     def __init__(self, ray: Any, cpus: float, gpus: float) -> None:
         self._ray = ray
@@ -112,13 +112,13 @@ class _RayPool:
         def pass_on(done: Future[Any]) -> None:
             try:
                 outcome.set_result(done.result())
-            except exceptions.RayTaskError as error:  # the call's own error, which Ray has wrapped
+            except exceptions.RayTaskError as error:  # the error of the call, wrapped by Ray
                 outcome.set_exception(error.cause)
             except exceptions.RayError as error:
                 outcome.set_exception(
                     RunError(
-                        f"its worker was lost {1 + RETRIES} times ({type(error).__name__}), most often for want of "
-                        "memory; the same command goes on where it stood, with more --cpus for a run if need be"
+                        f"its worker was lost {1 + RETRIES} times ({type(error).__name__}), usually because memory ran "
+                        "out; repeat the command to resume, if necessary with more --cpus per run"
                     )
                 )
 
@@ -127,7 +127,7 @@ class _RayPool:
 
 
 def _call_in(folder: Path, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Make a call from the folder that relative paths start at."""
+    """Execute a call in the folder that relative paths refer to."""
     os.chdir(folder)
     return function(*arguments)
 
@@ -141,12 +141,12 @@ def _import_ray() -> Any:
 
 
 def _begin_worker() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, which has not happened yet
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which has not happened yet
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Save the run under way and end when the parent is gone; else a killed grid would leave its workers behind."""
+    """Save the current run and exit when the parent exits; otherwise a killed grid would leave its workers running."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
     parent.join()

@@ -1,7 +1,7 @@
-"""What tables are filled from: trainings, meta-trainings and few-shot tests, each in a folder of its own.
+"""The jobs behind the tables: trainings, meta-trainings and few-shot tests, each in its folder.
 
-A folder is named after a digest of the configuration, with the names of the folders that it reads. So backbones are
-trained once, equal cells of several tables are one job, and a changed setting is another job instead of a wrong one.
+The name of a folder contains a digest of the configuration, including the names of the folders that it reads.
+Therefore backbones are trained once, equal cells of several tables share a job, and a changed setting is a new job.
 """
 
 import json
@@ -24,16 +24,16 @@ from refilled.tuning.few_shot import tune
 
 @dataclass(frozen=True)
 class FewShotTest:
-    """A few-shot test, and the choice of hyper-parameters on the validation classes that comes before it.
+    """A few-shot test, preceded by the choice of hyper-parameters on the validation classes.
 
     Attributes:
-        run: The test; which models it takes is said here.
-        search: What to try for parameters of the method, as :func:`~refilled.tuning.few_shot.tune` reads it; all other
-            settings are those of ``run``.
-        trials: Settings to try.
-        tune_tasks: Tasks of the validation classes to try each on.
+        run: The test without its models, which are given here.
+        search: Search space of the method's parameters, in the format of :func:`~refilled.tuning.few_shot.tune`; all
+            other settings are those of ``run``.
+        trials: Number of settings to try.
+        tune_tasks: Number of tasks of the validation classes per setting.
         teacher: Folder of the frozen model.
-        student: Folder of the model from which the student of each task starts; None where the method trains none.
+        student: Folder of the model from which the student of each task starts; None if the method trains none.
     """
 
     run: FewShotRun
@@ -55,11 +55,11 @@ Found = Result | MetaResult | FewShotResult
 
 
 def carry_out(job: Job, folder: Path) -> Found:
-    """Begin a job, or go on with it where it stands; a finished one gives its result.
+    """Start or resume a job and return its result; a finished job is not repeated.
 
     Raises:
-        InUseError: another process is at it.
-        RefilledError: anything in the job that cannot work.
+        InUseError: Another process holds the lock of the folder.
+        RefilledError: The job has a fault.
     """
     match job:
         case Run():
@@ -71,7 +71,7 @@ def carry_out(job: Job, folder: Path) -> Found:
 
 
 def load(job: Job, folder: Path) -> Found:
-    """Read the result of a finished job."""
+    """Return the result of a finished job."""
     match job:
         case Run():
             return Result.load(folder)
@@ -82,12 +82,12 @@ def load(job: Job, folder: Path) -> Found:
 
 
 def accuracy(found: Found) -> float:
-    """What a job reached, in percent; in meta-training, on the validation classes."""
+    """Return the accuracy of a job in percent; for meta-training, that on the validation classes."""
     return found.val_accuracy if isinstance(found, MetaResult) else found.accuracy
 
 
 def name_of(job: Job) -> str:
-    """Name a job after what it is, with a digest of all that decides its outcome; not of where it takes place.
+    """Return a job's name, with a digest of all settings that affect its result but not of where it runs.
 
     Raises:
         MethodError: The method or one of its parameters is unknown.
@@ -106,7 +106,7 @@ def name_of(job: Job) -> str:
 
 
 def _decisive(run: Run) -> dict[str, Any]:
-    """Leave defaults out, so that a parameter that is added later does not rename the runs before it."""
+    """Return the settings without defaults, so that parameters added later do not rename earlier runs."""
     method = load_method(run.method)
     settings = method.settle(run.settings)
     unusual = {key: value for key, value in settings.items() if value != method.parameters[key]}
@@ -127,7 +127,7 @@ def _test(job: FewShotTest, folder: Path) -> FewShotResult:
         return evaluate_few_shot(job.filled, folder)
     search = folder.with_name(f"{folder.name}.tuning")
     search.mkdir(parents=True, exist_ok=True)
-    with hold(search):  # one process chooses, or two would test different choices
+    with hold(search):  # one process chooses; two would test different choices
         settings = tune(
             job.filled,
             job.search,

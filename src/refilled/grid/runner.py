@@ -1,4 +1,4 @@
-"""Carry out many runs, some at a time; a second start does only what is still missing."""
+"""Execution of many runs, several at a time; a second start executes only the missing ones."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from refilled.errors import InUseError, RunError
 from refilled.grid.executors import Executor, Pool, processes
 from refilled.grid.jobs import Found, Job, carry_out
 
-_SECONDS_BETWEEN_TRIES = 2.0  # at a run that another process is at
+_SECONDS_BETWEEN_TRIES = 2.0  # to start a run that another process holds
 
 
 def run_grid(
@@ -22,28 +22,28 @@ def run_grid(
     needs: Mapping[str, Sequence[str]] | None = None,
     executor: Executor = processes,
 ) -> dict[str, Found]:
-    """Carry out the runs, each in ``folder/<its name>``, ``jobs`` at a time.
+    """Execute the runs, each in ``folder/<its name>``, ``jobs`` at a time.
 
-    Finished runs are not repeated, interrupted ones go on where they stood. Runs that another process is at are left
-    to it: those that nobody is at are done first, then the others' results are waited for. Small models are trained
-    fastest by processes of one thread each; set ``threads=1`` in the runs.
+    Finished runs are not repeated; interrupted ones resume. Runs that another process holds are left to it: free runs
+    are executed first, then the results of the others are awaited. Small models train fastest in processes of one
+    thread each; set ``threads=1`` in the runs.
 
     Args:
         runs: The runs by name.
-        folder: Where their folders lie, or will.
-        jobs: Runs at a time.
-        on_result: Told of each result as it comes.
-        on_failure: Told of each run that fails, and of those that need it; the others go on. Without it, the first
-            failure ends all.
-        needs: For a run that reads the models of others, the names of those, which are carried out first.
-        executor: Where they are carried out.
+        folder: Parent of their folders.
+        jobs: Number of concurrent runs.
+        on_result: Called with each result.
+        on_failure: Called with each run that fails, and each run that needs it; the others continue. None: the first
+            failure ends all runs.
+        needs: The names of the runs whose models a run reads; they are executed first.
+        executor: Opens the pool of workers.
 
     Returns:
         The results of the runs that did not fail, in the order of ``runs``.
 
     Raises:
-        RefilledError: what a run raised, where there is no ``on_failure``; the others are ended first.
-        RunError: the system ended a process, most often for want of memory.
+        RefilledError: A run raised it and ``on_failure`` is None; the other runs are ended first.
+        RunError: The system ended a process, usually because memory ran out.
     """
     grid = _Grid(runs, folder, needs or {}, on_result, on_failure)
     with executor(jobs) as pool:
@@ -52,7 +52,7 @@ def run_grid(
 
 
 class _Grid:
-    """Runs under way: which wait, which are being carried out, and what came of the others."""
+    """The state of a grid: waiting and running runs, results and failures."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class _Grid:
         self.on_result, self.on_failure = on_result, on_failure
         self.results: dict[str, Found] = {}
         self.failed: set[str] = set()
-        self._waiting = dict.fromkeys(runs, 0.0)  # not before this time
+        self._waiting = dict.fromkeys(runs, 0.0)  # earliest time to start
         self._under_way: dict[Future[Found], str] = {}
 
     def carry_out(self, pool: Pool) -> None:
@@ -96,7 +96,7 @@ class _Grid:
             self._waiting[name] = time.monotonic() + _SECONDS_BETWEEN_TRIES
         except BrokenProcessPool:
             raise
-        except Exception as error:  # of any kind: one run must not take the others with it
+        except Exception as error:  # any kind: one failed run must not end the others
             self._fail(name, error)
         else:
             self.results[name] = result

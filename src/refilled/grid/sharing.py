@@ -1,4 +1,4 @@
-"""The tasks of one few-shot test, shared by several processes."""
+"""The tasks of one few-shot test, divided among several processes."""
 
 from collections.abc import Generator, Sequence
 
@@ -8,9 +8,9 @@ from refilled.grid.executors import Executor
 
 
 def shared_testing(jobs: int, executor: Executor) -> Testing:
-    """Carry out batches of tasks in ``jobs`` places at a time; they come back in their order.
+    """Return a function that tests batches of tasks with ``jobs`` workers and yields the results in order.
 
-    A task depends on its number alone, so the result is that of one process.
+    A task depends only on its number, so the result equals that of one process.
     """
 
     def testing(run: FewShotRun, batches: Sequence[range]) -> Generator[list[float], None, None]:

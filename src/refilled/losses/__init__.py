@@ -1,4 +1,4 @@
-"""Every loss of every method, by name. They need torch alone, and each is loaded when it is first asked for.
+"""All losses of all methods, by name. They need only torch, and each is imported when it is first accessed.
 
 A loss is a :class:`torch.nn.Module` that is called as ``loss(student_tensor, teacher_tensor, labels)`` and returns a
 scalar. The formula is a function in the same file.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from refilled.methods.sp import SimilarityPreservingLoss
     from refilled.methods.vid import VariationalLoss
 
-# Where each loss lives. The losses of a baseline stand in the file of its method, beside the recipe.
+# The module of each loss. The losses of a baseline are in the file of its method, next to the recipe.
 _HOMES = {
     "AttentionLoss": "refilled.methods.at",
     "ContrastiveLoss": "refilled.methods.crd",

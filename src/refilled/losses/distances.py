@@ -1,7 +1,7 @@
-"""Distances between embeddings, and the centres of classes.
+"""Distances between embeddings, and class centres.
 
-Everything here computes in float32 or better, also under autocast: half precision cannot tell apart the distances
-that a triplet compares.
+All functions compute in float32 or better, also under autocast. Half precision cannot resolve the differences of
+distance that a triplet compares.
 """
 
 import torch
@@ -9,38 +9,38 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return half-precision values as float32, others as they are."""
+    """Convert half precision to float32; return other types unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def lengths(x: Tensor) -> Tensor:
-    """Euclidean length of each row of ``(N, d)``, as ``(N, 1)``; infinite for a row of zeros.
+    """Return the Euclidean length of each row of ``(N, d)`` as ``(N, 1)``; the length of a zero row is infinite.
 
-    A row of zeros has no direction. Divided by an infinite length it stays zero, with a gradient of zero.
+    A zero row has no direction. Division by an infinite length keeps it zero, with zero gradient.
     """
     length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return length.where(length != 0, torch.inf)
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Scale each row of ``(N, d)`` to length 1, in float32 or better; a row of zeros stays as it is."""
+    """Scale each row of ``(N, d)`` to length 1, in float32 or better; a zero row is unchanged."""
     x = at_least_float32(x)
     return x / lengths(x)
 
 
 def squared_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Squared Euclidean distance between every row of ``a`` and every row of ``b``.
+    """Return the squared Euclidean distance between every row of ``a`` and every row of ``b``.
 
     Args:
         a: ``(N, d)``.
-        b: ``(M, d)``; ``a`` itself when left out, and then the diagonal is exactly 0.
+        b: ``(M, d)``. None: ``a`` itself, and the diagonal is exactly 0.
 
     Returns:
         ``(N, M)``, never negative.
     """
     a = at_least_float32(a)
     other = a if b is None else at_least_float32(b)
-    # A common shift changes no distance, and taking the mean away leaves fewer digits to cancel.
+    # A common shift does not change distances. Subtracting the mean reduces cancellation.
     shift = other.detach().mean(0)
     a = a - shift
     other = a if b is None else other - shift
@@ -53,13 +53,13 @@ def squared_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def pairwise_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Euclidean distance between every row of ``a`` and every row of ``b``.
+    """Return the Euclidean distance between every row of ``a`` and every row of ``b``.
 
-    Where two rows coincide, the distance has no derivative; its gradient there is 0.
+    The distance has no derivative where two rows coincide; its gradient there is 0.
 
     Args:
         a: ``(N, d)``.
-        b: ``(M, d)``; ``a`` itself when left out.
+        b: ``(M, d)``. None: ``a`` itself.
 
     Returns:
         ``(N, M)``.
@@ -68,28 +68,28 @@ def pairwise_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def pair_distances(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Euclidean distances ``(T,)`` of the pairs with row numbers ``rows`` and ``columns`` ``(T,)`` in ``(N, d)``."""
+    """Return the distances ``(T,)`` of the pairs of rows of ``(N, d)`` that ``rows`` and ``columns`` ``(T,)`` index."""
     square = x.square().sum(1)
     with torch.autocast(x.device.type, enabled=False):
-        products = (x @ x.T).take(rows * len(x) + columns)  # to make all N² costs less than to gather 2·T·d numbers
+        products = (x @ x.T).take(rows * len(x) + columns)  # all N² cost less than gathering 2·T·d numbers
     return root(square[rows] + square[columns] - 2 * products)
 
 
 def root(squared: Tensor) -> Tensor:
-    """Square root with gradient 0, instead of infinity, at and below 0."""
+    """Return the square root; its gradient at and below 0 is 0 instead of infinity."""
     smallest = torch.finfo(squared.dtype).tiny  # a power of 4, so that its root is exact and 0 stays 0
     return torch.sub(squared.clamp_min(smallest).sqrt(), smallest**0.5)
 
 
 def class_centers(embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean embedding of each class that is present.
+    """Return the mean embedding of each class that is present.
 
     Args:
         embedding: ``(N, d)``.
         labels: Class ids ``(N,)``, any integers.
 
     Returns:
-        Centres ``(C', d)`` and the ids ``(C',)`` of their classes, ascending.
+        Centres ``(C', d)`` and the class ids ``(C',)``, ascending.
     """
     embedding = at_least_float32(embedding)
     classes, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)

@@ -1,9 +1,9 @@
-"""Feature maps of two networks in pairs: which map of the student learns from which of the teacher's.
+"""Pairing of feature maps: each map of the student learns from one map of the teacher.
 
-Maps are paired from the deep end: the last with the last, the one before with the one before, as far as both networks
-have some. Networks for images of one size end at one stride, nearly all of them, so that this pairs maps of one size;
-what one network has more of lies at its shallow end, where maps tell least about classes. Where the sizes differ all
-the same, as between a network of stride 4 and one of stride 8, the larger map is averaged down to the smaller.
+Maps are paired from the deep end, the last with the last and so on, until one network has no more. Nearly all networks
+for one image size end at the same stride, so paired maps usually have the same size. The maps left unpaired are
+shallow ones, which carry the least information about classes. Where sizes differ, for example between strides 4 and 8,
+the larger map is averaged down to the smaller.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def check_feature_maps(student: ModelShape, teacher: ModelShape) -> None:
     """Refuse models whose feature maps cannot be compared.
 
     Raises:
-        MethodError: one of the two gives no feature maps.
+        MethodError: One of the two has no feature maps.
     """
     for role, model in (("student", student), ("teacher", teacher)):
         if not model.feature_channels:
             raise MethodError(
-                f"the method compares feature maps, but the {role} gives none: models from a Python file, and a few "
-                "of timm, show only their embedding; use refilled, rkd or regression, which read no more"
+                f"the method compares feature maps, but the {role} has none: models from a Python file, and a few of "
+                "timm, return only their embedding; use refilled, rkd or regression, which read only the embedding"
             )
 
 
@@ -34,7 +34,7 @@ def paired_channels(student: ModelShape, teacher: ModelShape) -> list[tuple[int,
     """Return the channels (C_S, C_T) of each pair of maps, shallow to deep.
 
     Raises:
-        MethodError: one of the two gives no feature maps.
+        MethodError: One of the two has no feature maps.
     """
     check_feature_maps(student, teacher)
     return list(zip(reversed(student.feature_channels), reversed(teacher.feature_channels), strict=False))[::-1]
@@ -43,7 +43,7 @@ def paired_channels(student: ModelShape, teacher: ModelShape) -> list[tuple[int,
 def paired_maps(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the pairs of maps, ``(N, C_S, H, W)`` and ``(N, C_T, H, W)``, shallow to deep.
 
-    They are in float32 or better, and no gradient goes to the teacher's.
+    The maps are in float32 or better. No gradient flows to the teacher's maps.
     """
     pairs = zip(reversed(student), reversed(teacher), strict=False)
     return [same_size(seen, taught.detach()) for seen, taught in pairs][::-1]
@@ -56,6 +56,9 @@ def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[-2:] == (height, width):  # pooling would copy them, and its backward pass is as slow as a network's
+    if maps.shape[-2:] == (
+        height,
+        width,
+    ):  # pooling would copy them, and its backward pass is slow
         return maps
     return F.adaptive_avg_pool2d(maps, (height, width))

@@ -46,22 +46,23 @@ def local_kd(
 
     Args:
         student_logits: ``(N, C)``, over all of the student's classes.
-        teacher_embedding: ``(N, d)``; a constant, no gradient flows to it.
-        labels: Class ids ``(N,)`` in ``0 .. C - 1``. Where the means are given, -1 stands for an unlabelled image,
-            which is compared with all classes.
+        teacher_embedding: ``(N, d)``; no gradient flows to it.
+        labels: Class ids ``(N,)`` in ``0 .. C - 1``. If the means are given, -1 marks an unlabelled image, which is
+            compared with all classes.
         temperature: :math:`\tau`.
         student_temperature: :math:`\tau_S`; 1 in the paper.
-        centers: ``"batch"`` takes the means over the batch (the paper). ``"leave-one-out"`` leaves each image out of
-            the mean of its own class; the only image of a class remains that class's mean. A tensor ``(C, d)`` gives
-            the means, computed elsewhere, of all classes.
-        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all whose mean is given.
-        normalize: Bring the teacher's embedding to length 1 first.
-        right_only: Count images that the teacher's classifier gets wrong as 0, for a teacher that knows little would
-            otherwise contradict the labels; the paper counts all.
-        average: Over ``"images"`` as above; ``"elements"`` divides by the number of compared classes too, as
-            :class:`torch.nn.KLDivLoss` does by default and the authors' first code did.
-        doubt: Power of the weight :math:`1 - H(q_T) / \ln C'` of an unlabelled image: the less sure the teacher is,
-            the less it counts, as for an image of another class. With 0 all count alike.
+        centers: ``"batch"`` takes the means over the batch (the paper). ``"leave-one-out"`` excludes each image from
+            the mean of its class, unless it is the only image of that class. A tensor ``(C, d)`` gives the means of
+            all classes.
+        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all classes whose mean
+            is given.
+        normalize: Scale the teacher's embedding to length 1 first.
+        right_only: Set the loss of images that the teacher's classifier gets wrong to 0, because a weak teacher would
+            otherwise contradict the labels. The paper counts all images.
+        average: ``"images"`` averages over images, as above. ``"elements"`` also divides by the number of compared
+            classes, as :class:`torch.nn.KLDivLoss` does by default and the authors' first code did.
+        doubt: Power of the weight :math:`1 - H(q_T) / \ln C'` of an unlabelled image. The weight is small where
+            the teacher is unsure, for example on an image of another class. 0: all images have weight 1.
 
     Raises:
         MethodError: Shapes or labels do not fit.
@@ -100,13 +101,13 @@ def local_kd(
         means, compared = _given_centers(centers, compared, classes, embedding)
     elif classes == "all":
         raise MethodError(
-            f"means over the batch are not known for all classes, but classes='all' and centers={centers!r}"
+            f"centers={centers!r} does not give means of all classes, which classes='all' needs; give a tensor"
         )
     _check_classes(compared, student_logits.shape[1])
     squared = squared_distances(embedding, means)  # (N, C')
     own = labels[:, None] == compared
     if isinstance(centers, str) and centers == "leave-one-out":
-        # The mean without x lies n / (n - 1) times as far from x as the mean with it.
+        # The distance from x to the mean without x is n / (n - 1) times that to the mean with x.
         n = own.sum(0, dtype=squared.dtype)
         squared = torch.where(own, squared * (n / (n - 1).clamp(min=1)).square(), squared)
     log_q = F.log_softmax(-squared / temperature, dim=1)
@@ -128,7 +129,7 @@ def _of_unlabelled(
     average: Average,
     doubt: float,
 ) -> Tensor:
-    """Return the local distillation of images without labels, over all classes whose mean is known."""
+    """Return the loss of unlabelled images, over all classes whose mean is known."""
     _check_width(centers, embedding)
     known = (~centers.isnan().any(1)).nonzero().flatten()
     log_q = F.log_softmax(-squared_distances(embedding, centers.to(embedding)[known]) / temperature, dim=1)
@@ -141,29 +142,30 @@ def _of_unlabelled(
 
 
 class LocalKDLoss(nn.Module):
-    """Local knowledge distillation, with its hyper-parameters: see :func:`local_kd`.
+    """Local knowledge distillation with its hyper-parameters; see :func:`local_kd`.
 
     Args:
-        temperature: Of the teacher's probabilities.
-        student_temperature: Of the student's; 1 in the paper.
-        centers: Class means over the ``"batch"`` (the paper), ``"leave-one-out"``, or ``"global"``: over the whole
-            training set. The global ones are a buffer, from ``class_centers``, from :meth:`prepare` or from a loaded
-            state dict.
-        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all of them, for which
-            the centres must be global.
-        normalize: Bring the teacher's embedding to length 1 first.
-        centered: Take the training set's mean away from the teacher's embedding before all else; :meth:`prepare` or a
-            loaded state dict gives it.
-        class_centers: Global class means ``(C, d)``, of embeddings brought to length 1 if ``normalize``.
-        right_only: Count images that the teacher's classifier gets wrong as 0.
-        average: Over ``"images"``, or ``"elements"``.
-        doubt: Power of the weight by which unlabelled images count less where the teacher is unsure.
-        refine: Number of times that the global class means are taken anew over unlabelled images too, each by its
-            share in every class (soft k-means; Ren et al., ICLR 2018). Only where :meth:`prepare` is given some.
+        temperature: Temperature of the teacher's probabilities.
+        student_temperature: Temperature of the student's probabilities; 1 in the paper.
+        centers: Class means over the ``"batch"`` (the paper), ``"leave-one-out"``, or ``"global"`` for means over the
+            whole training set. Global means are a buffer, set by ``class_centers``, by :meth:`prepare` or by loading
+            a state dict.
+        classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all classes, which needs
+            global centres.
+        normalize: Scale the teacher's embedding to length 1 first.
+        centered: Subtract the mean over the training set from the teacher's embedding first. The mean is set by
+            :meth:`prepare` or by loading a state dict.
+        class_centers: Global class means ``(C, d)``, of embeddings scaled to length 1 if ``normalize``.
+        right_only: Set the loss of images that the teacher's classifier gets wrong to 0.
+        average: ``"images"`` or ``"elements"``.
+        doubt: Power of the weight that reduces the loss of unlabelled images on which the teacher is unsure.
+        refine: Number of times that the global class means are recomputed with the unlabelled images, each weighted by
+            its share in every class (soft k-means; Ren et al., ICLR 2018). No effect if :meth:`prepare` gets no
+            unlabelled images.
 
     Raises:
-        MethodError: A parameter is out of its range, or (on a call) shapes or labels do not fit, or the global class
-            means are missing.
+        MethodError: A parameter is out of range, or (on a call) shapes or labels do not fit, or the global class means
+            are missing.
     """
 
     class_centers: Tensor | None
@@ -194,9 +196,11 @@ class LocalKDLoss(nn.Module):
         if classes == "all" and centers != "global":
             raise MethodError(f"classes='all' needs centers='global', but centers is '{centers}'")
         if class_centers is not None and centers != "global":
-            raise MethodError(f"class_centers are for centers='global', but centers is '{centers}'; drop one of them")
+            raise MethodError(f"class_centers need centers='global', but centers is '{centers}'; remove one of them")
         if class_centers is not None and centered:
-            raise MethodError("class_centers do not say which mean was taken away; drop centered, or use prepare()")
+            raise MethodError(
+                "class_centers do not include the mean that centered subtracts; drop centered, or use prepare()"
+            )
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.centers = centers
@@ -212,18 +216,18 @@ class LocalKDLoss(nn.Module):
 
     @property
     def sees_unlabelled(self) -> bool:
-        """Whether there are class means to compare unlabelled images with, whatever the batch."""
+        """Whether there are class means for unlabelled images that do not depend on the batch."""
         return self.centers == "global"
 
     @property
     def needs_training_set(self) -> bool:
-        """Whether :meth:`prepare` has anything to do."""
+        """Whether :meth:`prepare` must be called."""
         return self.centered or self.centers == "global"
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take what is wanted, mean and class means, from the whole training set ``(N, d)`` with class ids ``(N,)``.
+        """Compute the mean and class means as configured, from the training set ``(N, d)`` with class ids ``(N,)``.
 
-        Images without labels, of class id -1, count for the mean, and for the class means if these are refined.
+        Unlabelled images have class id -1. They contribute to the mean, and to the class means if ``refine`` > 0.
         """
         check_batch(labels, teacher_embedding)
         if self.centered:
@@ -239,14 +243,14 @@ class LocalKDLoss(nn.Module):
         self.class_centers = centers.index_copy(0, classes, means)
 
     def _refined(self, means: Tensor, classes: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """Take class means ``(C, d)`` anew over labelled and unlabelled rows ``(N, d)``, as often as is wanted."""
+        """Recompute class means ``(C, d)`` over labelled and unlabelled rows ``(N, d)``, ``refine`` times."""
         unlabelled = rows[labels < 0]
         if not len(unlabelled):
             return means
         own = (labels[:, None] == classes).to(rows.dtype)[labels >= 0]
         for _ in range(self.refine):
             share = F.softmax(-squared_distances(unlabelled, means) / self.temperature, dim=1)
-            share = torch.cat([own, share * share.amax(1, keepdim=True)])  # an unsure image counts less
+            share = torch.cat([own, share * share.amax(1, keepdim=True)])  # an unsure image has less weight
             means = share.T @ torch.cat([rows[labels >= 0], unlabelled]) / share.sum(0)[:, None]
         return means
 
@@ -269,7 +273,7 @@ class LocalKDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Name the hyper-parameters when printed."""
+        """Return the hyper-parameters for printing."""
         names = ("centers", "classes", "temperature", "normalize", "centered", "right_only", "average")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
@@ -282,7 +286,7 @@ class LocalKDLoss(nn.Module):
         return buffer
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # How many classes and dimensions there are is only known from what is loaded.
+        # The numbers of classes and dimensions are known only from the loaded state.
         for name, wanted in (("class_centers", self.centers == "global"), ("mean", self.centered)):
             saved = state_dict.get(f"{prefix}{name}")
             if saved is not None and wanted:
@@ -292,15 +296,15 @@ class LocalKDLoss(nn.Module):
 
 
 class LogitKDLoss(nn.Module):
-    r"""Distillation of the teacher's own classifier, in the place of local distillation (Table 5 of the paper).
+    r"""Distillation of the teacher's logits instead of local distillation (Table 5 of the paper).
 
     .. math:: \mathrm{KL}\big(\mathrm{softmax}(z_T / \tau) \,\|\, \mathrm{softmax}(z_S)\big)
 
-    As in Eq. 8, only the teacher is softened. It needs a teacher of the same classes.
+    As in Eq. 8, only the teacher's probabilities are softened. The teacher must have the same classes.
 
     Args:
-        temperature: tau.
-        average: Over ``"images"``, or ``"elements"``: divided by the number of classes too.
+        temperature: :math:`\tau`.
+        average: ``"images"``, or ``"elements"`` to divide by the number of classes also.
     """
 
     reads_labels = False
@@ -326,21 +330,21 @@ def _teacher_rows(embedding: Tensor, normalize: bool) -> Tensor:
 
 
 def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and ids of the classes to compare with, of which those in the batch must be some."""
+    """Return means and ids of the classes to compare with; they must include the classes in the batch."""
     _check_width(centers, embedding)
     _check_classes(present, len(centers))
     known = ~centers.isnan().any(1)
     missing = present[~known[present]].tolist()
     if missing:
-        raise MethodError(f"class {missing[0]} had no image when the class means were taken; prepare them anew")
+        raise MethodError(f"class {missing[0]} had no image when the class means were computed; call prepare() again")
     compared = present if classes == "batch" else known.nonzero().flatten()
     return centers.to(embedding)[compared], compared
 
 
 def _labelled(labels: Tensor) -> Tensor:
-    """Return which images have a label ``(N,)``; -1 stands for none."""
+    """Return whether each image has a label, ``(N,)``; class id -1 means no label."""
     if int(labels.min()) < -1:
-        raise MethodError(f"class id {int(labels.min())} is neither a class nor -1, which stands for no label")
+        raise MethodError(f"class id {int(labels.min())} is neither a class nor -1 (no label)")
     return labels >= 0
 
 

@@ -1,12 +1,11 @@
-"""Which images to compare: semi-hard triplets, mined from a batch.
+"""Semi-hard triplets, mined from a batch.
 
-An image is an **anchor**; another image of its class is a **positive**; an image of another class is an
-**impostor** (the triplet's negative). A triplet is **semi-hard** where the impostor is farther from the anchor than
-the positive is (Schroff et al., FaceNet, CVPR 2015). Mining needs no gradients and returns indices, so that any loss
-can use it.
+The **anchor** is an image, the **positive** another image of its class, and the **impostor** (the triplet's negative)
+an image of another class. A triplet is **semi-hard** if the impostor is farther from the anchor than the positive is
+(Schroff et al., FaceNet, CVPR 2015). Mining needs no gradients and returns indices, so any loss can use it.
 
-No ``(N, N, N)`` mask is ever made. The T pairs of one class, about N²/C of them, are compared with all images, a few
-pairs at a time, so that the numbers in flight fit a processor's cache.
+No ``(N, N, N)`` mask is built. The T same-class pairs, about N²/C of them, are compared with all images in parts small
+enough for a processor's cache.
 """
 
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ from torch import Tensor
 from refilled.errors import MethodError
 from refilled.losses.distances import pairwise_distances, squared_distances, unit_rows
 
-CACHE = 2**17  # numbers of a temporary, half a MiB in float32: the best in benchmarks/mining.py
-STRIPES = 16  # see nearest_impostors; likewise
+CACHE = 2**17  # elements of a temporary, half a MiB in float32; the fastest in benchmarks/mining.py
+STRIPES = 16  # see nearest_impostors; also the fastest in benchmarks/mining.py
 
 
 class Pairs(NamedTuple):
-    """T ordered pairs of images of one class, as row numbers of the batch."""
+    """T ordered pairs of images of the same class, as row numbers of the batch."""
 
     anchor: Tensor
     """``(T,)``."""
@@ -47,10 +46,10 @@ class Triplets(NamedTuple):
 
 
 def semi_hard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
-    """For each anchor and each other image of its class, the nearest impostor farther away than that image.
+    """Return, for each anchor and positive, the nearest impostor that is farther away than the positive.
 
-    The rule of ReFilled's stage 1 (Ye, Lu and Zhan, CVPR 2020, section 4.1). A pair without such an impostor gives no
-    triplet, so there are at most as many triplets as ordered pairs of one class.
+    This is the rule of ReFilled's stage 1 (Ye, Lu and Zhan, CVPR 2020, section 4.1). A pair without such an impostor
+    gives no triplet, so there are at most as many triplets as ordered same-class pairs.
 
     Args:
         embeddings: ``(N, d)``; brought to length 1 before distances are taken.
@@ -69,9 +68,9 @@ def semi_hard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
 
 
 def all_semi_hard_triplets(embeddings: Tensor, labels: Tensor, *, margin: float = 0.2) -> Triplets:
-    """For each anchor and each other image of its class, **all** impostors farther away by up to ``margin``.
+    """Return, for each anchor and positive, **all** impostors that are farther away by up to ``margin``.
 
-    There may be of the order of N³/C of them; the tuple loss works on the same set without listing it.
+    There may be of the order of N³/C triplets. The tuple loss uses the same set without listing it.
 
     Args:
         embeddings: ``(N, d)``; brought to length 1 before distances are taken.
@@ -92,38 +91,38 @@ def all_semi_hard_triplets(embeddings: Tensor, labels: Tensor, *, margin: float 
 
 
 def same_class_pairs(labels: Tensor) -> Pairs:
-    """All ordered pairs of different images of one class, anchors together."""
+    """Return all ordered pairs of different images of the same class, grouped by anchor."""
     order = labels.argsort()
     ordered = labels[order]
-    first = torch.searchsorted(ordered, ordered)  # where the class of each image begins
+    first = torch.searchsorted(ordered, ordered)  # where the class of each image starts
     others = torch.searchsorted(ordered, ordered, right=True) - first - 1
     anchor = torch.arange(len(labels), device=labels.device).repeat_interleave(others)
     nth = torch.arange(len(anchor), device=labels.device) - (others.cumsum(0) - others)[anchor]
     positive = first[anchor] + nth
-    positive += positive >= anchor  # step over the anchor itself
+    positive += positive >= anchor  # skip the anchor itself
     return Pairs(order[anchor], order[positive])
 
 
 def nearest_impostors(squared: Tensor, pairs: Pairs) -> Triplets:
-    """For each pair, the nearest image strictly farther from the anchor than the positive, outside the class.
+    """Return, for each pair, the nearest image of another class that is strictly farther than the positive.
 
-    Non-negative floats are ordered like the integers of the same bits, and sums of integers wrap around. So one
-    addition puts what is farther first, nearest to farthest, and all the rest behind it, and a minimum finds it.
+    Non-negative floats have the same order as the integers with the same bits, and integer addition wraps around. One
+    addition therefore makes the farther images the lowest integers, nearest first, and a minimum finds the nearest.
 
     Args:
         squared: Squared distances ``(N, N)``, none below 0.
-        pairs: All pairs of one class.
+        pairs: All same-class pairs.
 
     Returns:
-        The pairs that have an impostor, with it.
+        The pairs that have an impostor, with that impostor.
     """
     integers = torch.int64 if squared.dtype == torch.float64 else torch.int32
     bits = F.pad(squared, (0, -squared.shape[1] % STRIPES)).view(integers)
     reach = bits[pairs]
-    bits[pairs] = 0  # nobody is nearer, so an image of the same class is never farther than the positive
+    bits[pairs] = 0  # no distance is smaller, so an image of the same class is never farther than the positive
     bits.fill_diagonal_(0)
-    shift = (torch.iinfo(integers).max - reach)[:, None]  # the first number beyond reach becomes the lowest integer
-    # min() with an index is slow and amin() is fast: find the winner's column among stripes, then its stripe.
+    shift = (torch.iinfo(integers).max - reach)[:, None]  # the first number above reach becomes the lowest integer
+    # min() with an index is slow and amin() is fast. Find the column within the stripes first, then the stripe.
     width = bits.shape[1] // STRIPES
     column = torch.empty_like(pairs.anchor)
     for anchor, part, out in _parts(bits.shape[1], pairs.anchor, shift, column):
@@ -139,12 +138,12 @@ def impostors_within(distances: Tensor, pairs: Pairs, margin: float) -> Iterator
 
     Args:
         distances: ``(N, N)``.
-        pairs: All pairs of one class.
-        margin: The greatest difference of distances.
+        pairs: All same-class pairs.
+        margin: Largest difference of distances.
 
     Yields:
-        A few of the pairs, and for them ``(t, N)`` zeros and ones in the dtype of ``distances``. Comparing in floats
-        is an order of magnitude faster than with masks of booleans.
+        A part of t pairs, and their marks ``(t, N)``, zeros and ones in the dtype of ``distances``. Comparison in
+        floats is an order of magnitude faster than boolean masks.
     """
     reach = distances[pairs][:, None]
     others = distances.clone()
@@ -156,25 +155,25 @@ def impostors_within(distances: Tensor, pairs: Pairs, margin: float) -> Iterator
 
 
 def _parts(width: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut columns ``(T, ...)`` into parts that make ``(t, width)`` numbers fit the cache of a CPU.
+    """Split columns ``(T, ...)`` into parts such that ``(t, width)`` numbers fit the cache of a CPU.
 
-    On an accelerator few large parts are better; the limit there is a matrix of width × width.
+    On an accelerator, few large parts are faster; the limit there is a matrix of width × width.
     """
     rows = max(1, CACHE // width if columns[0].device.type == "cpu" else width)
-    for begin in range(0, max(1, len(columns[0])), rows):  # one part even of nothing
+    for begin in range(0, max(1, len(columns[0])), rows):  # one part even if there are no pairs
         yield tuple(column[begin : begin + rows] for column in columns)
 
 
 def check_batch(labels: Tensor, *embeddings: Tensor) -> None:
-    """Check that there are as many labels ``(N,)`` as rows of each ``(N, d)``, and at least one.
+    """Check that there is one label ``(N,)`` per row of each ``(N, d)``, and at least one row.
 
     Raises:
-        MethodError: They differ.
+        MethodError: The shapes do not fit, or the batch is empty.
     """
     if labels.ndim == 1 and len(labels) > 0 and all(x.ndim == 2 and len(x) == len(labels) for x in embeddings):
         return
     shapes = " and ".join(str(tuple(x.shape)) for x in embeddings)
     raise MethodError(
         f"a batch of N > 0 images needs rows (N, d) and class ids (N,), but got {shapes} with labels "
-        f"{tuple(labels.shape)}; flatten the rows, and give one class id for each image"
+        f"{tuple(labels.shape)}; flatten the rows, and give one class id per image"
     )

@@ -1,4 +1,4 @@
-r"""Triplet alignment: the student learns how much more similar the teacher finds one image than another.
+r"""Triplet alignment: the student learns the similarity comparisons of the teacher.
 
 References:
     Ye, Lu and Zhan, Distilling Cross-Task Knowledge via Relationship Matching, CVPR 2020 (Eq. 4 to 6).
@@ -29,16 +29,16 @@ Reduction = Literal["sum", "mean"]
 
 
 def triplet_alignment(u_student: Tensor, u_teacher: Tensor) -> Tensor:
-    r"""Divergence of the probabilities that positives are more similar than impostors (Eq. 4 to 6 of the paper).
+    r"""Return the divergence of the probabilities that a positive is nearer than the impostor (Eq. 4 to 6).
 
-    For anchor i, positive j and impostor k let :math:`u = (d_{ik} - d_{ij}) / \tau`, :math:`p = \mathrm{sigmoid}(u)`.
+    For anchor i, positive j and impostor k, let :math:`u = (d_{ik} - d_{ij}) / \tau`, :math:`p = \mathrm{sigmoid}(u)`.
     With :math:`\rho = 1 - p_T`,
 
     .. math:: \mathrm{KL}(p_T \,\|\, p_S) = c(u_S) - c(u_T), \qquad c(u) = \rho u + \ln(1 + e^{-u})
 
     Args:
-        u_student: ``(T,)``, divided by the student's temperature.
-        u_teacher: ``(T,)`` of the same triplets, divided by the teacher's temperature.
+        u_student: ``(T,)``, computed with the student's temperature.
+        u_teacher: ``(T,)`` of the same triplets, computed with the teacher's temperature.
 
     Returns:
         ``(T,)``.
@@ -48,10 +48,10 @@ def triplet_alignment(u_student: Tensor, u_teacher: Tensor) -> Tensor:
 
 
 class FromUnitDistances(torch.autograd.Function):
-    """A value computed from the distances among unit rows, with its known derivative by their squares.
+    """A value computed from the distances between unit rows, with its known derivative by their squares.
 
-    Triplets touch few of the N² distances. Differentiating operation by operation would pass over all of them many
-    times; this way a single product of matrices is left for the backward pass.
+    Triplets use few of the N² distances. Automatic differentiation would pass over all of them once per operation.
+    With the derivative given, the backward pass is a single matrix product.
     """
 
     @staticmethod
@@ -59,10 +59,10 @@ class FromUnitDistances(torch.autograd.Function):
         """Return ``value``; its derivative by the squared distances of the rows of ``embedding`` is ``slope``.
 
         Args:
-            ctx: Where autograd keeps what the backward pass needs.
-            embedding: ``(N, d)``, not yet of length 1.
+            ctx: Context of autograd.
+            embedding: ``(N, d)``, before scaling to length 1.
             value: A scalar.
-            slope: ``(N, N)``, symmetric, each pair counted in both of its places.
+            slope: ``(N, N)``, symmetric; each pair is counted in both places.
         """
         ctx.save_for_backward(embedding, slope)
         return value.clone()
@@ -70,7 +70,7 @@ class FromUnitDistances(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor, None, None]:
-        r"""Return :math:`2 \sum_k s_{ik} (x_i - x_k)`, less its part along :math:`x_i`, over the length of row i."""
+        r"""Return :math:`2 \sum_k s_{ik} (x_i - x_k)`, minus its part along :math:`x_i`, over the length of row i."""
         embedding, slope = ctx.saved_tensors
         length = lengths(embedding)
         x = embedding / length
@@ -81,22 +81,22 @@ class FromUnitDistances(torch.autograd.Function):
 class TripletAlignmentLoss(nn.Module):
     r"""Triplet alignment: the student learns to compare images as the teacher does (Eq. 4 and 5 of the paper).
 
-    Triplets are mined from the batch by the student's distances, and the divergence of
-    :func:`triplet_alignment` is summed over them. Both embeddings are brought to length 1 first. The teacher's
-    embedding is a constant: no gradient flows to it.
+    Triplets are mined from the batch by the student's distances. The loss is the sum of their
+    :func:`triplet_alignment`. Both embeddings are scaled to length 1 first. No gradient flows to the teacher's
+    embedding.
 
     Args:
-        temperature: Softens the teacher's probabilities; 2 across tasks and 4 on the same task in the paper.
-        student_temperature: Of the student's probabilities; 1 in the paper.
-        negatives: ``"nearest"`` compares each pair of one class with the nearest of the impostors that are farther
-            away, as the paper does; ``"semihard"`` with all of them up to ``margin``, in one softmax, as the authors
-            did later.
-        margin: How much farther than the positive an impostor may be; only for ``"semihard"``.
-        reduction: ``"sum"`` as in the paper, or ``"mean"`` over triplets (over pairs that have an impostor, for
-            ``"semihard"``). It is 0 where there are none.
+        temperature: Temperature of the teacher's probabilities; in the paper 2 across tasks and 4 on the same task.
+        student_temperature: Temperature of the student's probabilities; 1 in the paper.
+        negatives: ``"nearest"`` compares each same-class pair with the nearest impostor that is farther away than the
+            positive, as in the paper. ``"semihard"`` compares it with all such impostors up to ``margin``, in one
+            softmax, as in the authors' later code.
+        margin: Largest difference of the distances to impostor and positive; only for ``"semihard"``.
+        reduction: ``"sum"`` as in the paper, or ``"mean"`` over triplets (for ``"semihard"``, over pairs that have an
+            impostor). The loss is 0 if there are none.
 
     Raises:
-        MethodError: A parameter is out of its range, or (on a call) the shapes do not fit.
+        MethodError: A parameter is out of range, or (on a call) the shapes do not fit.
     """
 
     def __init__(
@@ -132,21 +132,21 @@ class TripletAlignmentLoss(nn.Module):
         with torch.no_grad():
             student, teacher = unit_rows(student_embedding), unit_rows(teacher_embedding.to(student_embedding.dtype))
             total, slope, number = align(student, teacher, same_class_pairs(labels))
-            total += 0 * student.sum()  # NaN must show, even where it leaves no triplets
+            total += 0 * student.sum()  # keep NaN visible even if there are no triplets
         total = cast(Tensor, FromUnitDistances.apply(student_embedding, total, slope))
         return total if self.reduction == "sum" else total / number.clamp(min=1)
 
     def statistics(self) -> Mapping[str, Tensor]:
-        """Scalars about the last batch, on its device.
+        """Return scalars about the last batch, on its device.
 
-        ``triplets``: how many there were; ``violated``: the share of them in which the teacher finds the impostor
-        nearer than the positive. For ``"semihard"`` instead ``tuples``: pairs with an impostor; ``impostors``:
-        their mean number.
+        ``triplets`` is their number. ``violated`` is the share of triplets whose impostor is nearer than the positive
+        in the teacher's embedding. For ``"semihard"``, ``tuples`` is the number of pairs that have an impostor, and
+        ``impostors`` is the mean number of impostors of these pairs.
         """
         return self._statistics
 
     def extra_repr(self) -> str:
-        """Name the hyper-parameters when printed."""
+        """Return the hyper-parameters for printing."""
         return f"negatives={self.negatives}, temperature={self.temperature}, reduction={self.reduction}"
 
     def _nearest(self, student: Tensor, teacher: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ class TripletAlignmentLoss(nn.Module):
         student_gap, teacher_gap = _gap(distance), _gap(pair_distances(teacher, first, second))  # (T,)
         u_student, u_teacher = student_gap / self.student_temperature, teacher_gap / self.temperature
 
-        by_gap = (u_student.sigmoid() - u_teacher.sigmoid()) / self.student_temperature  # of the loss
+        by_gap = (u_student.sigmoid() - u_teacher.sigmoid()) / self.student_temperature  # derivative of the loss
         by_squared = torch.cat([-by_gap, by_gap]) * _half_inverse(distance)
         slope = torch.zeros_like(squared)
         for cells in ((first, second), (second, first)):
@@ -167,18 +167,18 @@ class TripletAlignmentLoss(nn.Module):
         return triplet_alignment(u_student, u_teacher).sum(), slope, number
 
     def _semihard(self, student: Tensor, teacher: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Sum over pairs of one class of the divergence between softmaxes over the positive and all its impostors.
+        r"""Sum over same-class pairs of the divergence between softmaxes over the positive and all its impostors.
 
-        For a pair (i, j) let K be j and all k of other classes with :math:`d_{ij}^S < d_{ik}^S \leq d_{ij}^S + m`.
+        For a pair (i, j), let K be j and all k of other classes with :math:`d_{ij}^S < d_{ik}^S \leq d_{ij}^S + m`.
         With :math:`s_k = -d_{ik} / \tau` and :math:`Z = \sum_{k \in K} e^{s_k}`,
 
         .. math:: \mathrm{KL} = \frac{1}{Z_T} \sum_{k \in K} e^{s_k^T} (s_k^T - s_k^S) - \ln Z_T + \ln Z_S, \qquad
                   \frac{\partial\,\mathrm{KL}}{\partial s_k^S} = \frac{e^{s_k^S}}{Z_S} - \frac{e^{s_k^T}}{Z_T}.
 
-        The exponentials depend on (i, k) alone, so that a pair only adds up some of those of its anchor.
+        The exponentials depend only on (i, k), so each pair sums a subset of those of its anchor.
         """
         distance = pairwise_distances(student)
-        e_student = (1 - distance).div_(self.student_temperature)  # the 1 only keeps the exponentials in range
+        e_student = (1 - distance).div_(self.student_temperature)  # the 1 keeps the exponentials in range
         e_teacher = (1 - pairwise_distances(teacher)).div_(self.temperature)
         weighted = e_teacher - e_student
         weighted.mul_(e_teacher.exp_())
@@ -207,5 +207,5 @@ def _gap(distance: Tensor) -> Tensor:
 
 
 def _half_inverse(distance: Tensor) -> Tensor:
-    # The derivative of a distance by its square; 0 where there is none.
+    # The derivative of a distance by its square; 0 where it does not exist.
     return torch.where(distance > 0, 0.5 / distance, 0)

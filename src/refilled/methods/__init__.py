@@ -1,8 +1,8 @@
-"""The methods, one file each: formula, loss, and the recipe that names their stages.
+"""The methods, one file each, with formula, loss and the recipe that defines the stages.
 
 A method is a function from the student, the teacher and keyword-only parameters to a list of stages, or to another
-:data:`~refilled.stages.Plan`. Its file name is its name, its signature its configuration, its docstring its citation:
-adding one is adding a file.
+:data:`~refilled.stages.Plan`. The file name is the method's name, the signature its configuration, and the
+docstring its citation. To add a method, add a file.
 """
 
 import importlib
@@ -25,7 +25,7 @@ Recipe = Callable[..., Plan]
 
 @dataclass(frozen=True)
 class Method:
-    """A method by name, ready to be given a student and a teacher."""
+    """A method and its name."""
 
     name: str
     recipe: Recipe
@@ -43,15 +43,15 @@ class Method:
 
     @property
     def types(self) -> dict[str, Any]:
-        """What the annotations say of the method's own parameters."""
+        """The annotations of the method's own parameters."""
         hints = get_type_hints(self.recipe)
         return {name: hints[name] for name in self.parameters}
 
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the settings with the defaults; values that are text are read as what the signature asks for.
+        """Complete the settings with the defaults, and convert text values to the types of the signature.
 
         Raises:
-            MethodError: an unknown parameter, or a value that its annotation does not allow.
+            MethodError: A parameter is unknown, or its annotation does not allow the value.
         """
         types = self.types
         for name in settings:
@@ -62,27 +62,27 @@ class Method:
 
     @property
     def takes_student(self) -> bool:
-        """Whether it trains the student that a run names; one that does not annotates its parameter as None."""
+        """Whether the method trains a student. A method that does not annotates ``student`` as None."""
         return get_type_hints(self.recipe).get("student") is not NoneType
 
     @property
     def takes_teacher(self) -> bool:
-        """Whether it cannot do without a teacher, as far as its annotation says."""
+        """Whether the annotation of ``teacher`` requires a teacher."""
         hint = get_type_hints(self.recipe).get("teacher")
         return hint not in (None, NoneType) and NoneType not in get_args(hint)
 
     @property
     def ignores_teacher(self) -> bool:
-        """Whether it is the same whatever the teacher; one that is annotates its parameter as None."""
+        """Whether the method never uses a teacher. Such a method annotates ``teacher`` as None."""
         return get_type_hints(self.recipe).get("teacher") is NoneType
 
     def build(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
-        """Build the stages, or another plan, having checked everything that can be checked before any training.
+        """Build the stages or another plan, after all checks that are possible before training.
 
         Raises:
-            MethodError: unknown or unsuitable settings, no student or teacher where one is needed, a loss that
-                compares logits while teacher and student do not have the same classes, or one that compares feature
-                maps while one of the two gives none.
+            MethodError: Settings are unknown or unsuitable; a required student or teacher is missing; a loss compares
+                logits, but teacher and student have different classes; or a loss compares feature maps, but one of
+                the two models has none.
         """
         settings = self.settle(settings)
         if student is None and self.takes_student:
@@ -114,7 +114,7 @@ class Method:
     def _check_label_spaces(self, student: ModelShape, teacher: ModelShape) -> None:
         if teacher.class_names is None:
             raise MethodError(
-                f"'{self.name}' compares logits class by class, but it is not known which classes the teacher has; "
+                f"'{self.name}' compares logits class by class, but the classes of the teacher are not known; "
                 "use refilled or rkd"
             )
         if teacher.class_names != student.class_names:
@@ -128,15 +128,15 @@ class Method:
 
 
 def list_methods() -> list[str]:
-    """Name the methods that come with the package: the files of this folder."""
+    """Return the names of the methods in this package, which are the files of this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_method(name: str) -> Method:
-    """Find a method by its name, or by the path of a file of one's own whose function has the file's name.
+    """Return a method by its name, or by the path of your own file whose function has the name of the file.
 
     Raises:
-        MethodError: there is no such method, or the file lacks the function.
+        MethodError: The method does not exist, or the file does not define the function.
     """
     if name.endswith(".py"):
         module = _import_file(Path(name))
@@ -153,7 +153,7 @@ def load_method(name: str) -> Method:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise MethodError(f"no method file {path}; it is a Python file with a function of the same name")
+        raise MethodError(f"no method file {path}; give a Python file that defines a function of the same name")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # the suffix is .py
     assert spec.loader is not None
@@ -166,7 +166,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _read(value: Any, hint: Any, name: str) -> Any:
-    """Read ``value``, text from a command line or already typed, as what an annotation asks for."""
+    """Convert ``value``, which may be text from the command line, to the type of an annotation."""
     if get_origin(hint) is UnionType:
         if NoneType in get_args(hint) and value in (None, "none", "None"):
             return None

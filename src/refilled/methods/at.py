@@ -1,4 +1,4 @@
-r"""Attention transfer: the student looks where the teacher looks.
+r"""Attention transfer: the student matches the spatial attention of the teacher.
 
 References:
     Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017 (Eq. 2).
@@ -15,7 +15,7 @@ from refilled.stages import Stage, Term, constant
 
 
 def attention(maps: Tensor) -> Tensor:
-    r"""Return the energy at each place, at length 1 for each image: ``(N, C, H, W) -> (N, H * W)``.
+    r"""Return the energy at each position, scaled to length 1 per image: ``(N, C, H, W) -> (N, H * W)``.
 
     .. math:: q = Q / \|Q\|_2, \qquad Q = \tfrac{1}{C} \sum_c A_c^2
     """
@@ -23,12 +23,12 @@ def attention(maps: Tensor) -> Tensor:
 
 
 class AttentionLoss(nn.Module):
-    r"""Squared differences of attention, a mean over images and places, summed over the pairs of maps.
+    r"""Squared difference of attention, averaged over images and positions and summed over the pairs of maps.
 
     .. math:: \sum_l \operatorname{mean}\,\big(q_S^l - q_T^l\big)^2
 
-    It is what the authors' code computes, and what the weight of 1000 belongs to. Their paper prints the length of the
-    difference instead, which is neither squared nor divided by the number of places.
+    This is what the authors' code computes, and the weight of 1000 is meant for it. Their paper has the length of the
+    difference instead, which is neither squared nor divided by the number of positions.
     """
 
     reads_labels = False
@@ -42,7 +42,7 @@ class AttentionLoss(nn.Module):
 
 
 def at(student: ModelShape, teacher: ModelShape, *, weight: float = 1000.0) -> list[Stage]:
-    """Match where the feature maps are active, beside cross-entropy (Zagoruyko and Komodakis, ICLR 2017)."""
+    """Match the spatial attention of feature maps, added to cross-entropy (Zagoruyko and Komodakis, ICLR 2017)."""
     check_feature_maps(student, teacher)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,4 +1,4 @@
-r"""Contrastive transfer: an image's projected embedding is told its own teacher's embedding from other classes'.
+r"""Contrastive transfer: the student's embedding of an image identifies the teacher's embedding of the same image.
 
 References:
     Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020.
@@ -20,7 +20,7 @@ from refilled.stages import Stage, Term, constant
 def contrast(
     student: Tensor, teacher: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, temperature: float
 ) -> Tensor:
-    r"""Cross-entropy of picking an image's own teacher embedding among those of images of other classes.
+    r"""Return the cross-entropy of identifying an image's teacher embedding among those of other classes.
 
     .. math:: -\frac{1}{N} \sum_i \ln \frac{e^{s_i^\top t_i / \tau}}
               {e^{s_i^\top t_i / \tau} + \sum_{j: y_j \neq y_i} e^{s_i^\top b_j / \tau}}
@@ -39,19 +39,19 @@ def contrast(
 
 
 class ContrastiveLoss(nn.Module):
-    """:func:`contrast` of linear projections of student and teacher, both learned.
+    """:func:`contrast` of learned linear projections of student and teacher.
 
-    The published loss draws its negatives from a memory of past embeddings, contrasts both ways, and estimates the
-    sum by noise contrast. Here all the training images' frozen embeddings are at hand, so the sum is exact.
+    The published loss draws negatives from a memory of past embeddings, contrasts both ways, and estimates the sum by
+    noise-contrastive estimation. Here the frozen embeddings of all training images are available, so the sum is exact.
 
     Args:
         student_dim: d_S.
         teacher_dim: d_T.
-        dim: Of the space that both are projected to; 128 in the paper.
+        dim: Dimension of both projections; 128 in the paper.
         temperature: 0.07 in the paper.
 
     Raises:
-        MethodError: the temperature is not positive, or (on a call) :meth:`prepare` was not called.
+        MethodError: The temperature is not positive, or (on a call) :meth:`prepare` was not called.
     """
 
     bank: Tensor
@@ -61,7 +61,7 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, student_dim: int, teacher_dim: int, *, dim: int = 128, temperature: float = 0.07) -> None:
         super().__init__()
         if not temperature > 0:
-            raise MethodError(f"temperature must be above 0, but is {temperature}")
+            raise MethodError(f"temperature must be greater than 0, but is {temperature}")
         self.of_student = nn.Linear(student_dim, dim)
         self.of_teacher = nn.Linear(teacher_dim, dim)
         self.temperature = temperature
@@ -69,14 +69,14 @@ class ContrastiveLoss(nn.Module):
         self.register_buffer("bank_labels", torch.empty(0, dtype=torch.long))
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Keep the training set's embeddings ``(M, d_T)`` and class ids ``(M,)`` to contrast with."""
+        """Store the embeddings ``(M, d_T)`` and class ids ``(M,)`` of the training set, to contrast with."""
         self.bank, self.bank_labels = teacher_embedding.float(), labels
 
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)`` with class ids ``(N,)``."""
         check_batch(labels, student_embedding, teacher_embedding)
         if len(self.bank) == 0:
-            raise MethodError("there is nothing to contrast with yet; call prepare(teacher_embedding, labels)")
+            raise MethodError("there are no embeddings to contrast with; call prepare(teacher_embedding, labels) first")
         with torch.autocast(labels.device.type, enabled=False):
             student = unit_rows(self.of_student(student_embedding.float()))
             teacher = unit_rows(self.of_teacher(teacher_embedding.detach().float()))
@@ -84,14 +84,14 @@ class ContrastiveLoss(nn.Module):
             return contrast(student, teacher, labels, bank, self.bank_labels, self.temperature)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("bank", "bank_labels"):  # how many images there are is only known from what is loaded
+        for name in ("bank", "bank_labels"):  # the number of images is known only from the loaded state
             if (saved := state_dict.get(f"{prefix}{name}")) is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.bank.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def crd(student: ModelShape, teacher: ModelShape, *, weight: float = 0.8, temperature: float = 0.07) -> list[Stage]:
-    """Tell each image's teacher embedding from those of other classes, beside cross-entropy (Tian et al., ICLR 2020).
+    """Identify each image's teacher embedding by contrast, added to cross-entropy (Tian et al., ICLR 2020).
 
     Args:
         student: The student.

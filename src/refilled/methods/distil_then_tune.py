@@ -1,6 +1,6 @@
-"""Distil first, tune then: the embedding is learned from all images without labels, then all of it from the labels.
+"""Distil, then fine-tune: the student learns the teacher's embedding without labels, then the labels.
 
-The two are separate trainings in the tools that do so; here they are two stages of one run, at the cost of one.
+Other tools run two separate trainings. Here they are two stages of one run, at the cost of one training.
 
 References:
     Lightly, LightlyTrain, ``method="distillation"`` (pretraining by a teacher's embedding, then fine-tuning);
@@ -27,7 +27,7 @@ def distil_then_tune(
     Args:
         student: The student.
         teacher: The teacher; its classes may be any.
-        distil_share: Share of the epochs that goes to distillation.
+        distil_share: Share of the epochs used for distillation.
         weight: Weight of the regression in the first stage, where it is the only loss.
         tune_rate: Factor of the learning rate in the second stage, which starts from a trained embedding.
     """

@@ -1,4 +1,4 @@
-r"""Decoupled knowledge distillation: the target class against the rest, and the rest among themselves.
+r"""Decoupled knowledge distillation: separate terms for the target class and for the other classes.
 
 References:
     Zhao et al., Decoupled Knowledge Distillation, CVPR 2022.
@@ -16,10 +16,10 @@ from refilled.stages import Stage, Term, warm_up
 def decoupled_kl(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Divergences of the softened probabilities, with the target class t and without it; means over the batch.
+    r"""Return divergences of the softened probabilities with the target class t and without it, batch means.
 
-    With :math:`p = \mathrm{softmax}(z / T)`, :math:`b = (p_t, 1 - p_t)` and :math:`\hat p` the softmax over the other
-    classes alone,
+    With :math:`p = \mathrm{softmax}(z / T)`, :math:`b = (p_t, 1 - p_t)` and :math:`\hat p` the softmax over only
+    the other classes,
 
     .. math:: T^2\,\mathrm{KL}(b_T \,\|\, b_S), \qquad T^2\,\mathrm{KL}(\hat p_T \,\|\, \hat p_S)
 
@@ -30,7 +30,7 @@ def decoupled_kl(
         temperature: T.
 
     Returns:
-        Two scalars: of the target class, and of the other classes.
+        Two scalars, for the target class and for the other classes.
     """
     target_s, others_s = _decouple(student_logits / temperature, labels)
     target_t, others_t = _decouple(teacher_logits.detach() / temperature, labels)
@@ -40,11 +40,11 @@ def decoupled_kl(
 
 
 def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities ``(N, 2)`` of target and rest, and ``(N, C - 1)`` of the others among themselves."""
+    """Return log-probabilities ``(N, 2)`` of target and rest, and ``(N, C - 1)`` within the other classes."""
     logits = at_least_float32(logits)
     is_target = F.one_hot(labels, logits.shape[1]).bool()
     others = logits[~is_target].view(len(logits), -1)
-    rest = others.logsumexp(1)  # and not log(1 - p), which loses all digits when the model is sure
+    rest = others.logsumexp(1)  # log(1 - p) would lose all digits when the model is sure
     return torch.stack([logits[is_target], rest], 1).log_softmax(1), others.log_softmax(1)
 
 
@@ -70,15 +70,15 @@ def dkd(
     beta: float = 8.0,
     warmup_epochs: int = 20,
 ) -> list[Stage]:
-    """Match the target's and the other classes' probabilities apart; same classes (Zhao et al., CVPR 2022).
+    """Match target and other classes separately; needs a teacher of the same classes (Zhao et al., CVPR 2022).
 
     Args:
         student: The student.
         teacher: The teacher, of the same classes.
         temperature: T.
         alpha: Weight of the target class against the rest.
-        beta: Weight of the other classes among themselves; the authors vary it with the teacher, from 1 to 10.
-        warmup_epochs: Epochs in which the weight of distillation rises to 1; the authors' 20 are meant for 240.
+        beta: Weight of the term within the other classes. The authors choose it per teacher, from 1 to 10.
+        warmup_epochs: Epochs over which the weight of distillation rises to 1. The authors' 20 are for 240 epochs.
     """
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,6 +1,6 @@
-"""Feature distillation: a linear projection of the student's pooled features equals the teacher's.
+"""Feature distillation: a linear projection of the student's pooled features matches the teacher's.
 
-It is what timm's training script does with ``--kd-distill-type feature``.
+Timm's training script does this with ``--kd-distill-type feature``.
 
 References:
     Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015 (the idea, on feature maps);
@@ -20,7 +20,7 @@ class FeatureMSELoss(nn.Module):
 
     Args:
         student_dim: d_S.
-        teacher_dim: d_T; where both are equal, nothing is projected.
+        teacher_dim: d_T. If both are equal, there is no projection.
     """
 
     reads_labels = False
@@ -41,7 +41,7 @@ class FeatureMSELoss(nn.Module):
 def feature_mse(
     student: ModelShape, teacher: ModelShape, *, ce_weight: float = 1.0, weight: float = 5.0
 ) -> list[Stage]:
-    """Match the teacher's pooled features by their squared error, beside cross-entropy (timm's training script).
+    """Match the teacher's pooled features by squared error, added to cross-entropy (timm's training script).
 
     Args:
         student: The student.

@@ -11,9 +11,9 @@ from refilled.stages import FineTuning, Stage, Term
 
 
 def fine_tune(student: None, teacher: ModelShape) -> FineTuning:
-    """Train all of a copy of the teacher, with a fresh classifier, by cross-entropy; the student is as large.
+    """Train a copy of the teacher and a fresh classifier by cross-entropy; the student has the teacher's size.
 
-    Rates that suit fresh weights soon undo what was learned on other classes. The ReFilled paper takes 1e-4 for
-    50 epochs (supplement 2.1): ``--preset fine_tune``.
+    Learning rates for fresh weights soon destroy the learned embedding. The ReFilled paper uses 1e-4 for 50 epochs
+    (supplement 2.1), as ``--preset fine_tune`` does.
     """
     return FineTuning([Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())})])

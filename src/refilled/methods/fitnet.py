@@ -1,4 +1,4 @@
-r"""FitNet: a map in the middle of the student, seen through a learned regressor, equals the teacher's.
+r"""FitNet: a learned regressor maps an intermediate feature map of the student to the teacher's.
 
 References:
     Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015 (Eq. 3).
@@ -18,13 +18,13 @@ class HintLoss(nn.Module):
 
     .. math:: \operatorname{mean}\,\big(R(F_S) - F_T\big)^2
 
-    R is a 1×1 convolution with batch norm and ReLU. Maps of different size are first averaged down to the smaller one;
-    the code that others compare with gives R a stride or a larger kernel instead.
+    R is a 1×1 convolution with batch norm and ReLU. Maps of different size are first averaged down to the smaller one.
+    The code commonly used for comparisons gives R a stride or a larger kernel instead.
 
     Args:
         student_channels: C_S of the hinted map.
         teacher_channels: C_T.
-        hint: Which map, counted from the deep end: 1 is the last.
+        hint: Index of the map, counted from the deep end; 1 is the last.
     """
 
     reads_labels = False
@@ -45,19 +45,19 @@ class HintLoss(nn.Module):
 
 
 def fitnet(student: ModelShape, teacher: ModelShape, *, weight: float = 100.0, hint: int = 2) -> list[Stage]:
-    """Match a feature map through a learned regressor, beside cross-entropy (Romero et al., ICLR 2015).
+    """Match a feature map through a learned regressor, added to cross-entropy (Romero et al., ICLR 2015).
 
-    In one stage, as those who compare methods run it; the original trains up to the hint first.
+    Training has one stage, as in published comparisons. The original first trains the layers up to the hint.
 
     Args:
         student: The student.
         teacher: The teacher; its classes may be any.
-        weight: Factor of the hint's loss.
-        hint: Which pair of maps, counted from the deep end; of three stages, 2 is the middle.
+        weight: Factor of the hint loss.
+        hint: Index of the pair of maps, counted from the deep end; 2 is the middle of three.
     """
     channels = paired_channels(student, teacher)
     if not 1 <= hint <= len(channels):
-        raise MethodError(f"fitnet.hint={hint}: there are {len(channels)} pairs of feature maps, 1 the deepest")
+        raise MethodError(f"fitnet.hint={hint}: there are {len(channels)} pairs of feature maps, and 1 is the deepest")
     loss = HintLoss(*channels[-hint], hint)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

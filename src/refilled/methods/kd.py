@@ -14,14 +14,14 @@ from refilled.stages import Stage, Term, constant
 
 
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    r"""Divergence of softened class probabilities, a mean over the batch.
+    r"""Return the divergence of softened class probabilities, averaged over the batch.
 
     .. math:: T^2\,\mathrm{KL}\big(\mathrm{softmax}(z_T / T)\,\|\,\mathrm{softmax}(z_S / T)\big)
 
     Args:
         student_logits: ``(N, C)``.
         teacher_logits: ``(N, C)``, of the same classes in the same order.
-        temperature: T; its square keeps the size of the gradient as T grows.
+        temperature: T. The factor of T² keeps the size of the gradient as T grows.
     """
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
@@ -29,11 +29,11 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
 
 def standardized(logits: Tensor) -> Tensor:
-    r"""Bring the logits ``(N, C)`` of each image to mean 0 and standard deviation 1 (Sun et al.).
+    r"""Standardize the logits ``(N, C)`` of each image to mean 0 and standard deviation 1 (Sun et al.).
 
     .. math:: z \mapsto (z - \bar z) / \sigma(z)
 
-    Logits that are all alike have no deviation and become 0.
+    Logits that are all equal have no deviation and become 0.
     """
     deviations = logits - logits.mean(1, keepdim=True)
     unbiased: float = (logits.shape[1] - 1) ** 0.5
@@ -41,7 +41,7 @@ def standardized(logits: Tensor) -> Tensor:
 
 
 class KDLoss(nn.Module):
-    """:func:`softened_kl` with its temperature, of logits that are :func:`standardized` or as they are."""
+    """:func:`softened_kl` with its temperature, of :func:`standardized` or unchanged logits."""
 
     reads_labels = False
 
@@ -73,8 +73,8 @@ def kd(
         temperature: T.
         ce_weight: Weight of cross-entropy.
         kd_weight: Weight of distillation.
-        standardize: Whether the student need only match the teacher's logits up to their mean and spread
-            (Sun et al., CVPR 2024, who set ``temperature`` 2 and ``kd_weight`` 9).
+        standardize: Whether logits are standardized, so that the student need not match their mean and spread
+            (Sun et al., CVPR 2024, who use ``temperature`` 2 and ``kd_weight`` 9).
     """
     terms = {
         "ce": Term(nn.CrossEntropyLoss(), constant(ce_weight)),

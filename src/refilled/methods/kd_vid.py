@@ -21,8 +21,8 @@ def kd_vid(
 ) -> list[Stage]:
     """Match softened logits and predict feature maps; needs a teacher of the same classes (Ahn et al., CVPR 2019).
 
-    The paper's weights are not published; these are those of the code that others compare with.
+    The paper does not publish its weights. The defaults are those of the code commonly used for comparisons.
     """
     (distillation,) = kd(student, teacher, temperature=temperature, ce_weight=ce_weight, kd_weight=kd_weight)
     (prediction,) = vid(student, teacher, weight=vid_weight)
-    return [Stage("classifier", {**prediction.terms, **distillation.terms})]  # cross-entropy with the weight of kd
+    return [Stage("classifier", {**prediction.terms, **distillation.terms})]  # cross-entropy has the weight of kd

@@ -17,10 +17,10 @@ from refilled.stages import Readout
 
 
 def fit_and_predict(classifier: Any, train_embedding: Tensor, train_labels: Tensor, embedding: Tensor) -> Tensor:
-    """Fit a classifier of scikit-learn to L2-normalised embeddings, and return the class ids ``(M,)`` that it predicts.
+    """Fit a scikit-learn classifier to L2-normalised embeddings, and return its predicted class ids ``(M,)``.
 
     Args:
-        classifier: Has ``fit`` and ``predict``.
+        classifier: An object with ``fit`` and ``predict``.
         train_embedding: ``(N, d)``.
         train_labels: Class ids ``(N,)``.
         embedding: ``(M, d)``.
@@ -30,10 +30,10 @@ def fit_and_predict(classifier: Any, train_embedding: Tensor, train_labels: Tens
 
 
 def check_inverse_strength(C: float) -> None:
-    """Refuse a C that no linear classifier takes.
+    """Check that C is greater than 0.
 
     Raises:
-        MethodError: it is not above 0.
+        MethodError: It is not.
     """
     if not C > 0:
         raise MethodError(f"C must be greater than 0, but is {C}")
@@ -46,9 +46,9 @@ def logistic_regression(train_embedding: Tensor, train_labels: Tensor, embedding
         train_embedding: ``(N, d)``.
         train_labels: Class ids ``(N,)``.
         embedding: ``(M, d)``.
-        C: Inverse strength of the regularisation, as scikit-learn counts it.
+        C: Inverse strength of the regularisation, as in scikit-learn.
     """
-    from sklearn.linear_model import LogisticRegression  # the losses beside this load torch alone
+    from sklearn.linear_model import LogisticRegression  # importing the methods must need only torch
 
     return fit_and_predict(LogisticRegression(C=C, max_iter=1000), train_embedding, train_labels, embedding)
 
@@ -57,9 +57,9 @@ def linear_probe(student: None, teacher: ModelShape, *, C: float = 1.0) -> Reado
     """Classify by logistic regression on the teacher's normalised embedding; trains no student.
 
     Args:
-        student: None is needed.
+        student: Must be None.
         teacher: The teacher.
-        C: Inverse strength of the regularisation, as scikit-learn counts it.
+        C: Inverse strength of the regularisation, as in scikit-learn.
     """
     check_inverse_strength(C)
     return Readout(partial(logistic_regression, C=C))

@@ -1,4 +1,4 @@
-"""Nearest neighbour: an image is what the training image nearest to it in the teacher's embedding is.
+"""Nearest neighbour: each image takes the class of its nearest training image in the teacher's embedding.
 
 References:
     Cover and Hart, Nearest Neighbor Pattern Classification, IEEE Transactions on Information Theory, 1967.
@@ -11,11 +11,11 @@ from refilled.losses.distances import pairwise_distances, unit_rows
 from refilled.outputs import ModelShape
 from refilled.stages import Readout
 
-_ROWS = 1024  # of the matrix of distances at a time
+_ROWS = 1024  # rows of the distance matrix that are computed at once
 
 
 def nearest(train_embedding: Tensor, train_labels: Tensor, embedding: Tensor) -> Tensor:
-    """Return the class ids ``(M,)`` of the training images nearest to each of M images, embeddings L2-normalised.
+    """Return the class ids ``(M,)`` of the nearest training image of each of M images, in L2-normalised embeddings.
 
     Args:
         train_embedding: ``(N, d)``.

@@ -1,4 +1,4 @@
-r"""Neuron selectivity transfer: the channels of student and teacher, as samples of patterns, are distributed alike.
+r"""Neuron selectivity transfer: match the distributions of the channels' activation patterns.
 
 References:
     Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017.
@@ -15,10 +15,11 @@ from refilled.stages import Stage, Term, constant
 
 
 def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-    r"""Mean of the kernel :math:`k(x, y) = (x^\top y)^2` over all pairs of channels: ``(N, A, P), (N, B, P) -> (N,)``.
+    r"""Return the mean of :math:`k(x, y) = (x^\top y)^2` over pairs of channels: ``(N, A, P), (N, B, P) -> (N,)``.
 
-    The pairs are summed without a tensor of ``(N, A, B, P)``, through whichever product is smaller: of channels with
-    channels, or, since :math:`\sum_{ij} (a_i^\top b_j)^2 = \langle A^\top A, B^\top B \rangle`, of places with places.
+    The pairs are summed without a tensor of ``(N, A, B, P)``, through the smaller of two products: channels with
+    channels or, since :math:`\sum_{ij} (a_i^\top b_j)^2 = \langle A^\top A, B^\top B \rangle`, positions with
+    positions.
     """
     channels, places = a.shape[1] * b.shape[1], a.shape[2]
     with torch.autocast(a.device.type, enabled=False):  # the loss is a small difference of these means
@@ -28,12 +29,12 @@ def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Squared maximum mean discrepancy between the channels of two maps, a mean over images.
+    r"""Return the squared maximum mean discrepancy between the channels of two maps, averaged over images.
 
     .. math:: \mathbb{E}\,k(t, t') + \mathbb{E}\,k(s, s') - 2\,\mathbb{E}\,k(s, t), \qquad k(x, y) = (x^\top y)^2
 
     Args:
-        student: ``(N, C_S, H, W)``; each channel is scaled to length 1 over its places.
+        student: ``(N, C_S, H, W)``; each channel is scaled to length 1 over its positions.
         teacher: ``(N, C_T, H, W)``.
     """
     s, t = (F.normalize(at_least_float32(maps).flatten(2), dim=2) for maps in (student, teacher))
@@ -54,7 +55,7 @@ class NeuronSelectivityLoss(nn.Module):
 
 
 def nst(student: ModelShape, teacher: ModelShape, *, weight: float = 50.0) -> list[Stage]:
-    """Match the distribution of the channels' activation patterns, beside cross-entropy (Huang and Wang, 2017)."""
+    """Match the distribution of channels' activation patterns, added to cross-entropy (Huang and Wang, 2017)."""
     check_feature_maps(student, teacher)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

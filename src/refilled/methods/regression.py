@@ -1,4 +1,4 @@
-r"""Embedding regression: a learned projection of the student's embedding points where the teacher's does.
+r"""Embedding regression: a learned projection of the student's embedding has the direction of the teacher's.
 
 References:
     Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015 (matching through a learned map);
@@ -14,22 +14,22 @@ from refilled.stages import Stage, Term, constant
 
 
 def misalignment(projected: Tensor, target: Tensor) -> Tensor:
-    r"""One minus the cosine between projected and target directions, a mean over the batch.
+    r"""Return one minus the cosine between projected and target directions, averaged over the batch.
 
     .. math:: \frac{1}{N} \sum_x 1 - \frac{P\phi_S(x)^\top t(x)}{\|P\phi_S(x)\|\,\|t(x)\|}
 
     Args:
         projected: :math:`P\phi_S(x)`, ``(N, d)``.
-        target: ``(N, d)``; a row of zeros has no direction and counts as one.
+        target: ``(N, d)``. A zero row has no direction; its term is 1.
     """
     return (1 - (unit_rows(projected) * unit_rows(target)).sum(1)).mean()
 
 
 class EmbeddingRegressionLoss(nn.Module):
-    """:func:`misalignment` with the teacher's centred embedding, through a linear projector that is learned.
+    """:func:`misalignment` with the teacher's centred embedding, through a learned linear projector.
 
-    Most of a teacher's embedding is often one direction that all images share, being positive after a ReLU; it says
-    nothing about them, so the mean over the training set is taken away.
+    A large part of a teacher's embedding is often one direction that all images share, because it is positive after a
+    ReLU. This direction does not distinguish images, so the mean over the training set is subtracted.
 
     Args:
         student_dim: d_S.
@@ -46,7 +46,7 @@ class EmbeddingRegressionLoss(nn.Module):
         self.register_buffer("mean", torch.zeros(teacher_dim))
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Take the mean of the training set's embeddings ``(N, d_T)``; without it, nothing is taken away."""
+        """Compute the mean of the training set's embeddings ``(N, d_T)``; the initial mean is 0."""
         self.mean.copy_(teacher_embedding.mean(0))
 
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class EmbeddingRegressionLoss(nn.Module):
 
 
 def regression(student: ModelShape, teacher: ModelShape, *, weight: float = 10.0) -> list[Stage]:
-    """Point where the teacher's embedding points, through a learned projector, beside cross-entropy."""
+    """Match the direction of the teacher's embedding through a learned projector, added to cross-entropy."""
     loss = EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,4 +1,4 @@
-r"""Relational knowledge distillation: match the distances between images, and the angles among three of them.
+r"""Relational knowledge distillation: match distances between images and angles in triples of images.
 
 References:
     Park, Kim, Lu and Cho, Relational Knowledge Distillation, CVPR 2019.
@@ -14,7 +14,7 @@ from refilled.stages import Stage, Term, constant
 
 
 def relative_distances(embedding: Tensor) -> Tensor:
-    """Distances between all pairs, in units of their mean over the pairs that lie apart: ``(N, d) -> (N, N)``."""
+    """Return all pairwise distances divided by the mean of those above 0: ``(N, d) -> (N, N)``."""
     distances = pairwise_distances(embedding)
     apart = distances > 0
     mean = (distances * apart).sum() / apart.sum().clamp(min=1)
@@ -22,15 +22,15 @@ def relative_distances(embedding: Tensor) -> Tensor:
 
 
 def angles(embedding: Tensor) -> Tensor:
-    r"""Cosines of the angles at every vertex j between the directions to i and k: ``(N, d) -> (N, N, N)`` as j, i, k.
+    r"""Return the cosines of the angles at vertex j between i and k: ``(N, d) -> (N, N, N)``, indexed j, i, k.
 
     .. math:: \cos\angle_{ijk} = \frac{(x_i - x_j)^\top(x_k - x_j)}{\|x_i - x_j\|\,\|x_k - x_j\|}
 
-    The numerator comes from inner products alone, so no ``(N, N, d)`` tensor of differences is made.
-    Where an image coincides with the vertex there is no direction, and the cosine is 0.
+    The numerator is computed from inner products, without an ``(N, N, d)`` tensor of differences.
+    An image that coincides with the vertex has no direction; its cosine is 0.
     """
     embedding = at_least_float32(embedding)
-    centered = embedding - embedding.mean(0)  # differences do not change, but their rounding errors shrink
+    centered = embedding - embedding.mean(0)  # the same differences, with smaller rounding errors
     products = centered @ centered.T  # (N, N)
     norms = products.diagonal()
     directions = products - products[:, :, None] - products[:, None, :] + norms[:, None, None]  # (j, i, k)
@@ -77,12 +77,12 @@ def rkd(
     Args:
         student: The student.
         teacher: The teacher; its classes may be any.
-        distance_weight: Factor of the loss on distances.
-        angle_weight: Factor of the loss on angles.
-        embedding_share: Part of the epochs that goes to the first of two stages, as the ReFilled paper uses it across
-            tasks (supplement 2.1).
-        joint: Train in one stage instead, beside cross-entropy, as those who compare methods on the same task do (Tian
-            et al., ICLR 2020).
+        distance_weight: Factor of the distance loss.
+        angle_weight: Factor of the angle loss.
+        embedding_share: Share of the epochs used for the first of two stages. The ReFilled paper trains in two stages
+            across tasks (supplement 2.1).
+        joint: Train in one stage instead, with cross-entropy, as published comparisons on the same task do (Tian et
+            al., ICLR 2020).
     """
     relations = {
         "distance": Term(RKDDistanceLoss(), constant(distance_weight), student="embedding", teacher="embedding"),

@@ -1,4 +1,4 @@
-"""Self-training: the student's own sure guesses are labels of the images that have none. It needs no teacher.
+"""Self-training: the student's confident predictions are the labels of unlabelled images. It needs no teacher.
 
 References:
     Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method, ICML 2013 workshop (the weight rises);
@@ -19,12 +19,12 @@ from refilled.stages import Stage, Term, Weight
 
 
 class PseudoLabelLoss(nn.Module):
-    r"""Cross-entropy of unlabelled images with the classes that the student itself is sure of.
+    r"""Cross-entropy of unlabelled images with the student's own confident predictions.
 
     .. math:: \frac{1}{M} \sum_x [\max_c p(c|x) \ge t] \, \big(-\ln p(\hat y_x|x)\big), \quad
               \hat y_x = \arg\max_c p(c|x)
 
-    over the M images without a label, of class id -1; 0 if there are none.
+    over the M unlabelled images (class id -1); 0 if there are none.
 
     Args:
         threshold: t, in [0, 1].
@@ -50,7 +50,7 @@ class PseudoLabelLoss(nn.Module):
         return torch.where(taken, F.nll_loss(log_p, guess, reduction="none"), 0).sum() / number
 
     def statistics(self) -> Mapping[str, Tensor]:
-        """Return the share of unlabelled images that had a sure guess in the last batch, for the log."""
+        """Return the share of unlabelled images with a confident prediction in the last batch, for the log."""
         return {"pseudo_labelled": self._taken}
 
 
@@ -63,15 +63,15 @@ def self_training(
     start: int = 10,
     rise: int = 10,
 ) -> list[Stage]:
-    """Learn from the student's own sure guesses of unlabelled images, without a teacher (Lee, 2013; FixMatch, 2020).
+    """Learn from the student's confident predictions for unlabelled images (Lee, 2013; FixMatch, 2020); no teacher.
 
     Args:
         student: The student.
         teacher: Not used.
-        threshold: Probability from which a guess counts.
-        weight: Weight of the guesses.
-        start: Epochs before guesses count at all.
-        rise: Epochs over which their weight rises after that.
+        threshold: Smallest probability of a prediction that is used.
+        weight: Weight of the predictions.
+        start: Epochs before predictions are used.
+        rise: Epochs after that over which the weight rises.
     """
     guesses = Term(PseudoLabelLoss(threshold), _ramp(weight, start, rise))
     return [Stage("classifier", {"ce": Term(nn.CrossEntropyLoss()), "guesses": guesses})]

@@ -1,4 +1,4 @@
-r"""Similarity preservation: images that excite the teacher alike excite the student alike.
+r"""Similarity preservation: images with similar teacher activations get similar student activations.
 
 References:
     Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019.
@@ -16,7 +16,7 @@ from refilled.stages import Stage, Term, constant
 
 
 def similarities(activations: Tensor) -> Tensor:
-    r"""Inner products between the images of a batch, each row at length 1: ``(N, ...) -> (N, N)``.
+    r"""Return the inner products between the images of a batch, rows scaled to length 1: ``(N, ...) -> (N, N)``.
 
     .. math:: G_{i:} = \tilde G_{i:} / \|\tilde G_{i:}\|_2, \qquad \tilde G = Q Q^\top
     """
@@ -26,7 +26,7 @@ def similarities(activations: Tensor) -> Tensor:
 
 
 class SimilarityPreservingLoss(nn.Module):
-    r"""Squared differences of :func:`similarities`, a mean over all pairs of images.
+    r"""Squared difference of :func:`similarities`, averaged over all pairs of images.
 
     .. math:: \frac{1}{N^2} \|G_T - G_S\|_F^2
     """
@@ -36,7 +36,7 @@ class SimilarityPreservingLoss(nn.Module):
     def forward(
         self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...], labels: Tensor
     ) -> Tensor:
-        """Return the scalar loss of activations ``(N, ...)``, or of the last of several; the labels are not used."""
+        """Return the scalar loss of (the last of) the activations ``(N, ...)``; the labels are not used."""
         seen, taught = (last if isinstance(last, Tensor) else last[-1] for last in (student, teacher))
         target = similarities(taught.detach())
         return F.mse_loss(similarities(seen), target)
@@ -49,13 +49,14 @@ def sp(
     weight: float = 3000.0,
     of: Literal["features", "embedding"] = "features",
 ) -> list[Stage]:
-    """Match which images of a batch are similar, beside cross-entropy (Tung and Mori, ICCV 2019).
+    """Match the similarities between images of a batch, added to cross-entropy (Tung and Mori, ICCV 2019).
 
     Args:
         student: The student.
         teacher: The teacher; its classes may be any.
         weight: Factor of the loss.
-        of: Whose similarities: ``features``, the last feature map (the paper); ``embedding``, which every teacher has.
+        of: Output to compare: ``features``, the last feature map (the paper), or ``embedding``, which all teachers
+            have.
     """
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,4 +1,4 @@
-"""The student alone: cross-entropy on the labels."""
+"""Training without a teacher: cross-entropy on the labels."""
 
 from torch import nn
 
@@ -7,5 +7,5 @@ from refilled.stages import Stage, Term
 
 
 def vanilla(student: ModelShape, teacher: None) -> list[Stage]:
-    """Cross-entropy on the labels, without a teacher."""
+    """Train with cross-entropy on the labels, without a teacher."""
     return [Stage("classifier", {"ce": Term(nn.CrossEntropyLoss())})]

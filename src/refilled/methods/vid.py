@@ -20,7 +20,7 @@ _LEAST_VARIANCE = 1e-5
 
 
 def gaussian_nll(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    r"""Negative log-likelihood of a Gaussian with one variance a channel, without its constant; a mean over all values.
+    r"""Return the mean negative log-likelihood of a Gaussian with one variance per channel, without the constant.
 
     .. math:: \operatorname{mean}\,\frac{1}{2}\left[\frac{(\mu - t)^2}{\sigma_c^2} + \log \sigma_c^2\right]
 
@@ -37,7 +37,7 @@ class VariationalLoss(nn.Module):
     r""":func:`gaussian_nll` of the teacher's maps given the student's, summed over the pairs of maps.
 
     For each pair, :math:`\mu` is 1×1–ReLU–1×1–ReLU–1×1 on the student's map, without bias, and
-    :math:`\sigma_c^2 = \mathrm{softplus}(\alpha_c) + 10^{-5}`, at first 5. Both are trained with the student.
+    :math:`\sigma_c^2 = \mathrm{softplus}(\alpha_c) + 10^{-5}`, initially 5. Both are trained with the student.
 
     Args:
         channels: (C_S, C_T) of each pair of maps.
@@ -47,13 +47,13 @@ class VariationalLoss(nn.Module):
 
     def __init__(self, channels: Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        first = log(expm1(_FIRST_VARIANCE - _LEAST_VARIANCE))  # what softplus makes that variance of
+        first = log(expm1(_FIRST_VARIANCE - _LEAST_VARIANCE))  # softplus of this gives that variance
         self.means = nn.ModuleList(_mean(student, teacher) for student, teacher in channels)
         self.alphas = nn.ParameterList(torch.full((teacher,), first) for _, teacher in channels)
 
     @property
     def variances(self) -> list[Tensor]:
-        """The variance ``(C_T,)`` of each channel of the teacher's, for each pair of maps."""
+        """The variances ``(C_T,)`` of the teacher's channels, for each pair of maps."""
         return [F.softplus(alpha) + _LEAST_VARIANCE for alpha in self.alphas]
 
     def forward(
@@ -79,7 +79,7 @@ def _mean(student_channels: int, teacher_channels: int) -> nn.Sequential:
 
 
 def vid(student: ModelShape, teacher: ModelShape, *, weight: float = 1.0) -> list[Stage]:
-    """Predict the teacher's feature maps, with learned variances, beside cross-entropy (Ahn et al., CVPR 2019)."""
+    """Predict the teacher's feature maps, with learned variances, added to cross-entropy (Ahn et al., CVPR 2019)."""
     loss = VariationalLoss(paired_channels(student, teacher))
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,4 +1,4 @@
-"""Teachers and students: architectures by name, models in folders, teachers from anywhere."""
+"""Teachers and students: architectures by name, models in folders, and teachers from other libraries and files."""
 
 from refilled.models.architectures import create_model, describe, from_description, list_models
 from refilled.models.backbone import Backbone, freeze, trainable_copy

@@ -1,4 +1,4 @@
-"""Architectures by name, and the plain description from which a saved model is rebuilt."""
+"""Architectures by name, and plain-data descriptions from which saved models are rebuilt."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from refilled.models.wide_resnet import WideResNet
 
 
 class Family(NamedTuple):
-    """A family of architectures: how its names look, and how one is built."""
+    """A family of architectures: the form of its names, and a function that builds one."""
 
     form: str
     summary: str
@@ -46,7 +46,7 @@ FAMILIES = (
     Family(
         "resnet12, resnet12_<width>",
         "ResNet-12 of few-shot learning, 640-d, 16 pixels and more, width such as 0.5, 0.25",
-        r"resnet12(?:_(\d{1,2}(?:\.\d{1,6})?))?",  # before the CIFAR ResNets, which know no depth 12
+        r"resnet12(?:_(\d{1,2}(?:\.\d{1,6})?))?",  # before the CIFAR ResNets, which have no depth 12
         ("resnet12", "resnet12_0.5"),
         lambda name, classes, size, pretrained: ResNet12(classes, size, float(name[1] or 1)),
     ),
@@ -75,12 +75,12 @@ FAMILIES = (
 
 
 def list_models() -> list[tuple[str, str]]:
-    """Return the form of each family's names, with one line about it."""
+    """Return the form of each family's names and a one-line summary."""
     return [(family.form, family.summary) for family in FAMILIES]
 
 
 def is_architecture(name: str) -> bool:
-    """Whether ``name`` has the form of some family's names."""
+    """Return whether ``name`` has the form of any family's names."""
     return any(re.fullmatch(family.pattern, name) for family in FAMILIES)
 
 
@@ -94,20 +94,20 @@ def create_model(
     image_size: int = 224,
     pretrained: bool = False,
 ) -> Backbone:
-    """Build the architecture that ``name`` names, with a fresh classifier.
+    """Build the architecture of this name, with a fresh classifier.
 
     Args:
-        name: Such as ``wrn_16_2``, ``mobilenet_0.5``, ``timm/resnet18``; see :func:`list_models`.
+        name: Name such as ``wrn_16_2``, ``mobilenet_0.5`` or ``timm/resnet18``; see :func:`list_models`.
         num_classes: Number of classes.
-        mean: Mean of each channel of the images on the scale [0, 1]; None for the model's own, or else 0.5.
-        std: Standard deviation likewise.
-        input_size: Side length in pixels to resize images to; None for as they come, or for the only size
-            that the model takes.
+        mean: Mean of each channel of the images on the scale [0, 1]; None: the model's own, or 0.5.
+        std: Standard deviation of each channel, on the same scale.
+        input_size: Side length in pixels that images are resized to. None: no resizing, or the only size that the model
+            takes.
         image_size: Native side length of the images; families that adapt to it (``mobilenet``) do so.
         pretrained: Whether to start from the published weights (``timm/`` only).
 
     Raises:
-        ModelError: for a name, number or weights that do not exist.
+        ModelError: The name is unknown, the number of classes is below 1, or there are no published weights.
     """
     if num_classes < 1:
         raise ModelError(f"{name}: the number of classes must be 1 or more; got {num_classes}")
@@ -126,10 +126,10 @@ def describe(model: Backbone) -> dict[str, Any]:
     """Return the plain data from which :func:`from_description` rebuilds the model, without its weights.
 
     Raises:
-        ModelError: when the model does not come from :func:`create_model`.
+        ModelError: The model was not built by :func:`create_model`.
     """
     if model.architecture is None:
-        raise ModelError("only models built by name can be described; this one comes from a file of the user's")
+        raise ModelError("only models built by name can be described; this one comes from a user's file")
     return {
         "architecture": model.architecture,
         "num_classes": model.num_classes,
@@ -144,12 +144,12 @@ def describe(model: Backbone) -> dict[str, Any]:
 
 
 def from_description(description: Mapping[str, Any]) -> Backbone:
-    """Rebuild a model, with fresh weights, from what :func:`describe` gave.
+    """Rebuild a model, with fresh weights, from a description by :func:`describe`.
 
-    Nothing in a description names code: the architecture is looked up among the known families only.
+    A description cannot name code; the architecture is looked up in the known families.
 
     Raises:
-        ModelError: when the description is not one.
+        ModelError: The description is incomplete or has unusable values.
     """
     for key, kind in _KEYS.items():
         if key not in description:
@@ -158,7 +158,7 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelError(f"the description of the model has an unusable '{key}': {value!r:.80}")
     if not all(isinstance(number, int | float) for number in (*description["mean"], *description["std"])):
-        raise ModelError("the description of the model has a mean or std that is not made of numbers")
+        raise ModelError("the description of the model has a mean or std that is not a list of numbers")
     num_classes = description["num_classes"]
     model = create_model(
         description["architecture"],
@@ -183,7 +183,7 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
 
 
 _GREY_RANGE_BEFORE = [0, 65535]
-"""What every picture of 16 bits was scaled by before models said their range."""
+"""The range of 16-bit images before descriptions contained it."""
 
 
 def _grey_range(said: Any) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""The contract of every model, teacher or student."""
+"""The base class of every model, teacher or student."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,10 +13,10 @@ from refilled.outputs import Outputs
 
 M = TypeVar("M", bound=nn.Module)
 
-_LEAST_SIZE = 224  # pixels: what most vision transformers see in training
+_LEAST_SIZE = 224  # pixels; the training size of most vision transformers
 
 Pooling = Literal["pooled", "token", "mean", "both"]
-"""Which output of a network is its embedding, where there is a choice; see :class:`Backbone`."""
+"""The output of a network that is its embedding, if there is a choice; see :class:`Backbone`."""
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -24,32 +24,32 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 class Backbone(nn.Module):
     """An image classifier: an embedding and a linear classifier on it.
 
-    A family writes :meth:`embed`; everything else is here. Images come as RGB ``(N, 3, H, W)``, either uint8 or
-    float in [0, 1], at whatever size the data has: a model resizes and normalises for itself, so that a teacher
-    and a student with different needs see the very same view.
+    A family implements :meth:`embed`; this class has everything else. Images are RGB ``(N, 3, H, W)``, uint8 or float
+    in [0, 1], in the size of the data. Each model resizes and normalises them itself, so that a teacher and a student
+    with different inputs get the same view.
 
     Args:
         embedding_dim: Size d of the embedding.
-        feature_channels: Channels of the feature maps that :meth:`embed` gives, shallow to deep.
+        feature_channels: Channels of the feature maps that :meth:`embed` returns, shallow to deep.
         num_classes: Number C of classes; 0 for an extractor without a classifier, whose logits are ``(N, 0)``.
         mean: Mean of each channel that the model expects, on the scale [0, 1].
-        std: Standard deviation likewise.
-        input_size: Side length in pixels that images are resized to, or None for as they come.
-        channels: 3, or 1 for a model of grayscale images, which gets the luma of the RGB images (ITU-R BT.601, as
-            Pillow's ``L``). It may be given the mean and std of three channels, and takes their luma.
+        std: Standard deviation of each channel, on the same scale.
+        input_size: Side length in pixels that images are resized to; None: no resizing.
+        channels: 3, or 1 for a grayscale model, which gets the luma of the RGB images (ITU-R BT.601, as Pillow's
+            ``L``). If mean and std have three channels, their luma is used.
 
     Raises:
-        ModelError: when mean, std, input size or channels make no sense.
+        ModelError: The mean, std, input size or channels are invalid.
     """
 
     mean: Tensor
     std: Tensor
     required_size: int | None = None
-    """The only side length that the model takes, where there is one."""
+    """The only side length that the model takes; None if it takes several."""
     size_step: int | None = None
-    """Of a model that is built for one side length at a time: the step between those that it can be brought to."""
+    """The step between possible side lengths, of a model that is built for one side length at a time."""
     pooling: Pooling = "pooled"
-    """What the embedding is: the model's own pooled output, or its class token, the mean of its patches, or both."""
+    """The kind of embedding: the model's pooled output, its class token, the mean of its patches, or both."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class Backbone(nn.Module):
         self.feature_channels = tuple(feature_channels)
         self.num_classes = num_classes
         self.input_size: int | None = None
-        self.class_names: tuple[str, ...] | None = None  # what the classes are called, where that is known
-        self.architecture: str | None = None  # the name that create_model rebuilds it by, where there is one
-        self.image_size: int | None = None  # the native size of the data that it was built for
-        self.notes: tuple[str, ...] = ()  # what a user should know about how it was loaded
-        self.grey_range: tuple[float, float] | None = None  # its black and white, where they have more than 8 bits
-        # Not persistent: they belong to the description of the model (model.json), not to its weights.
+        self.class_names: tuple[str, ...] | None = None  # names of the classes, if known
+        self.architecture: str | None = None  # the name for create_model, if there is one
+        self.image_size: int | None = None  # the native size of its data
+        self.notes: tuple[str, ...] = ()  # notes for the user about loading
+        self.grey_range: tuple[float, float] | None = None  # black and white of images of more than 8 bits
+        # Not persistent, because they belong to the description of the model (model.json) and not to its weights.
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(1, channels, 1, 1), persistent=False)
         self.set_preprocessing(mean, std, input_size)
@@ -87,12 +87,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor, features: bool = False) -> Outputs:
-        """Return the outputs; the feature maps only when asked for, since holding on to them costs memory."""
+        """Return the outputs; feature maps are included only if requested, because they cost memory."""
         embedding, maps = self.embed(self.normalize(images))
         return Outputs(self.classifier(embedding), embedding, maps if features else ())
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Bring images, uint8 or float in [0, 1], to the size, mean and std that the model expects."""
+        """Resize and normalise images, uint8 or float in [0, 1], as the model expects."""
         if self.channels == 1:
             images = _luma(images, self.mean.dtype)
         size = self.input_size
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
             if images.dtype == torch.uint8 and images.is_cuda:  # only the CPU resizes uint8
                 images = images / 255
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        if images.dtype == torch.uint8:  # in place, for half the time of fresh tensors
+        if images.dtype == torch.uint8:  # in place takes half the time of new tensors
             mean, std = _as_laid_out(images, 255 * self.mean), _as_laid_out(images, 255 * self.std)
             return images.to(self.mean.dtype).sub_(mean).div_(std)
         return (images.to(self.mean.dtype) - self.mean).div_(self.std)
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         std: Sequence[float] | None = None,
         input_size: int | None = None,
     ) -> None:
-        """Change what :meth:`normalize` does; what is None stays as it is."""
+        """Change the parameters of :meth:`normalize`; None keeps the present value."""
         for name, values in (("mean", mean), ("std", std)):
             if values is None:
                 continue
@@ -128,10 +128,10 @@ class Backbone(nn.Module):
             self.input_size = input_size
 
     def adapt_size(self, image_size: int | None) -> None:
-        """Bring a model that can be brought to several sizes to one that suits images of ``image_size`` pixels.
+        """Adapt a model with a variable input size to images of ``image_size`` pixels.
 
-        It is the larger of that and 224 pixels, in whole patches, but no more than the model was trained at; the size
-        is noted. Models that take images of any size, or of one only, stay as they are.
+        The new size is the larger of that and 224 pixels, in whole patches, but no more than the model was trained at.
+        A note records it. Models that take images of any size, or of only one, do not change.
         """
         if self.size_step is None or self.input_size is None:
             return
@@ -142,20 +142,20 @@ class Backbone(nn.Module):
             self.set_preprocessing(input_size=side)
 
     def set_pooling(self, pooling: Pooling) -> None:
-        """Choose what the embedding is; most models have no choice.
+        """Choose the kind of embedding; most models have only one.
 
         Raises:
-            ModelError: the model has no such output.
+            ModelError: The model has no such output.
         """
         if pooling != self.pooling:
             raise ModelError(f"this model has no '{pooling}' embedding: its only one is '{self.pooling}'")
 
     def default_pooling(self) -> Pooling:
-        """Say which output was trained to stand for the whole image."""
+        """Return the kind of output that was trained to represent the whole image."""
         return self.pooling
 
     def reset_classifier(self, generator: torch.Generator) -> None:
-        """Draw the classifier anew, from the distribution that :class:`torch.nn.Linear` starts with."""
+        """Re-initialise the classifier from the initial distribution of :class:`torch.nn.Linear`."""
         with torch.no_grad():
             for parameter in self.classifier.parameters():
                 bound = self.embedding_dim**-0.5
@@ -164,7 +164,7 @@ class Backbone(nn.Module):
 
 
 class NoClassifier(nn.Module):
-    """Stands where an extractor has no classifier: no logits at all, ``(N, 0)``."""
+    """The classifier of an extractor without one; its logits are ``(N, 0)``."""
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Map ``(N, d)`` to ``(N, 0)``."""
@@ -172,24 +172,24 @@ class NoClassifier(nn.Module):
 
 
 def freeze(model: M) -> M:
-    """Make a teacher of a model: evaluation mode, no gradients. Returns the same model."""
+    """Set a model to evaluation mode without gradients, and return it."""
     model.eval().requires_grad_(False)
     for module in model.modules():
-        module.training = False  # where a module of the user's overrides train() and eval()
+        module.training = False  # in case a user's module overrides train() and eval()
     return model
 
 
 def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: torch.Generator) -> Backbone:
-    """Copy a teacher to be trained on other classes: gradients on again, and a classifier drawn anew.
+    """Return a copy of a teacher with gradients and a fresh classifier for other classes.
 
     Raises:
-        ModelError: the teacher comes from a Python file, so that its copy could not be rebuilt from a folder.
+        ModelError: The teacher is a grayscale model, or it has no name from which its copy could be rebuilt.
     """
     if teacher.channels != 3:
-        raise ModelError("a model of grayscale images cannot be fine-tuned, since students take RGB images")
+        raise ModelError("a grayscale model cannot be fine-tuned, because students take RGB images")
     if teacher.architecture is None:
         raise ModelError(
-            "a network from a Python file or of transformers cannot be fine-tuned: there is no name to rebuild it by. "
+            "a network from a Python file or from transformers cannot be fine-tuned: it has no name to rebuild it by. "
             "Give the teacher as a student folder, timm/<name>, or <architecture>:WEIGHTS"
         )
     model = deepcopy(teacher).requires_grad_(True)
@@ -200,7 +200,7 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
 
 
 def _luma(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn RGB images ``(N, 3, H, W)``, uint8 or float in [0, 1], into grayscale ``(N, 1, H, W)`` in [0, 1]."""
+    """Convert RGB images ``(N, 3, H, W)``, uint8 or float in [0, 1], to grayscale ``(N, 1, H, W)`` in [0, 1]."""
     scale = 255 if images.dtype == torch.uint8 else 1
     weights = torch.tensor(_LUMA, dtype=dtype, device=images.device) / scale
     return torch.einsum("nchw,c->nhw", images.to(dtype), weights)[:, None]
@@ -209,7 +209,7 @@ def _luma(images: Tensor, dtype: torch.dtype) -> Tensor:
 def _as_laid_out(images: Tensor, values: Tensor) -> Tensor:
     """Repeat the channels' values ``(1, 3, 1, 1)`` along a row of channels-last images.
 
-    The processor then walks both in one go instead of three numbers at a time, in a fifth of the time.
+    The CPU then processes whole rows instead of three numbers at a time, in a fifth of the time.
     """
     if not images.is_contiguous(memory_format=torch.channels_last):
         return values
@@ -219,13 +219,13 @@ def _as_laid_out(images: Tensor, values: Tensor) -> Tensor:
 def global_average_pool(maps: Tensor) -> Tensor:
     """Average ``(N, C, H, W)`` over its pixels to ``(N, C)``, in float32 or better.
 
-    Distances between embeddings are small differences of large sums, which bfloat16 would drown in rounding.
+    Distances between embeddings are small differences of large sums, which are lost in the rounding of bfloat16.
     """
     return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
 def initialize_convolutions(model: nn.Module) -> None:
-    """Draw all convolutions as He et al. do (ICCV 2015): variance 2 / fan-out, fan-out counted within each group."""
+    """Initialise all convolutions as He et al. (ICCV 2015): variance 2 / fan-out, with fan-out per group."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1] // module.groups

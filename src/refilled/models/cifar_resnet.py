@@ -7,18 +7,18 @@ from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, global_average_pool, initialize_convolutions
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
-"""The depths 6n + 2 in use; a closed list, so that nobody who means the ImageNet model gets a "ResNet-50" of these."""
+"""The depths 6n + 2 in use. The list is closed, so that ImageNet's ResNet-50 is not confused with one of these."""
 
 
 class CifarResNet(Backbone):
     """ResNet-depth for CIFAR: three stages of basic blocks with 16, 32 and 64 channels, total stride 4.
 
-    Where the shape changes, the shortcut is a 1×1 convolution with batch norm, as in the distillation
-    literature, and not the zero padding ("option A") of the first paper. The feature maps are the ends of the
-    three stages, after their ReLU.
+    Where the shape changes, the shortcut is a 1×1 convolution with batch norm, as in the distillation literature, and
+    not the zero padding ("option A") of the original paper. The feature maps are the outputs of the three stages, after
+    ReLU.
 
     Raises:
-        ModelError: for a depth that is not in :data:`DEPTHS`.
+        ModelError: The depth is not in :data:`DEPTHS`.
     """
 
     def __init__(self, depth: int, num_classes: int) -> None:
@@ -35,7 +35,7 @@ class CifarResNet(Backbone):
         initialize_convolutions(self)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map normalised images to ``(N, 64)`` and the ends of the three stages."""
+        """Map normalised images to ``(N, 64)`` and the outputs of the three stages."""
         first = self.layer1(F.relu(self.bn1(self.conv1(images)), inplace=True))
         second = self.layer2(first)
         third = self.layer3(second)
@@ -48,7 +48,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 class BasicBlock(nn.Module):
-    """3×3, BN, ReLU, 3×3, BN, added to the input, or to its projection where the shape changes; then ReLU."""
+    """3×3, BN, ReLU, 3×3, BN, added to the input (or its projection if the shape changes), then ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

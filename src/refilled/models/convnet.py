@@ -9,7 +9,7 @@ from refilled.models.backbone import Backbone, global_average_pool
 
 CHANNELS = 64
 BLOCKS = 4
-SMALLEST_IMAGE = 2**BLOCKS  # each block halves the side
+SMALLEST_IMAGE = 2**BLOCKS  # each block halves the side length
 
 Pool = Literal["max", "average"]
 
@@ -17,16 +17,16 @@ Pool = Literal["max", "average"]
 class ConvNet4(Backbone):
     """Four blocks of 3×3 convolution, batch norm, ReLU and 2×2 max pooling, 64 channels each; then a global pool.
 
-    The ReFilled paper takes the global maximum (supplement 2.3); others take the average, or no pool at all. The
-    feature maps are the ends of the four blocks. The initial weights are PyTorch's own.
+    The ReFilled paper uses the global maximum (supplement 2.3); others use the average or no pool. The feature maps are
+    the outputs of the four blocks. The initial weights are PyTorch's defaults.
 
     Args:
         num_classes: Number of classes.
         pool: The global pool, ``"max"`` or ``"average"``.
-        image_size: Side length in pixels of the images that it will see.
+        image_size: Side length of the input images in pixels.
 
     Raises:
-        ModelError: when the images are too small to be halved four times.
+        ModelError: The images are too small to be halved four times.
     """
 
     def __init__(self, num_classes: int, pool: Pool = "max", image_size: int = 84) -> None:
@@ -41,7 +41,7 @@ class ConvNet4(Backbone):
         self.blocks = nn.ModuleList(conv_block(channels, CHANNELS) for channels in inputs)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map normalised images to ``(N, 64)`` and the ends of the four blocks."""
+        """Map normalised images to ``(N, 64)`` and the outputs of the four blocks."""
         maps = [images]
         for block in self.blocks:
             maps.append(block(maps[-1]))
@@ -49,9 +49,9 @@ class ConvNet4(Backbone):
 
 
 def conv_block(in_channels: int, out_channels: int, groups: int = 1) -> nn.Sequential:
-    """Convolution, batch norm, max pooling, ReLU; ``groups`` of them side by side that share nothing.
+    """Return convolution, batch norm, max pooling and ReLU, as ``groups`` independent blocks in parallel.
 
-    ReLU after pooling is the same as before it, for a quarter of the values.
+    ReLU after pooling gives the same result as before it, with a quarter of the values.
     """
     return nn.Sequential(
         nn.Conv2d(groups * in_channels, groups * out_channels, 3, padding=1, groups=groups),

@@ -1,6 +1,6 @@
-"""Models in folders: the weights, and a description from which the architecture is rebuilt.
+"""Models in folders, with the weights and a description from which the architecture is rebuilt.
 
-A folder holds ``model.safetensors`` and ``model.json``. Neither can run code when it is read.
+A folder contains ``model.safetensors`` and ``model.json``. Reading them cannot run code.
 """
 
 import json
@@ -22,16 +22,16 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 def save_model(model: Backbone, folder: Path) -> None:
-    """Write the model to the folder, which is made where it does not exist.
+    """Write the model to the folder, which is created if necessary.
 
-    Each of the two files is whole or absent at every instant. The description is written last and holds the
-    SHA-256 of the weights, so that files of two different models are never taken for one.
+    Each of the two files is written atomically. The description is written last and contains the SHA-256 of the
+    weights, so that files of two different models are never combined.
 
     Raises:
-        ModelError: when the model was not built by name, or the folder cannot be written.
+        ModelError: The model was not built by name, or the folder cannot be written.
     """
     description = describe(model)
-    # Copies, since safetensors takes neither channels-last nor shared memory.
+    # Copies, because safetensors supports neither channels-last nor shared memory.
     state = {
         name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()
     }
@@ -46,10 +46,10 @@ def save_model(model: Backbone, folder: Path) -> None:
 
 
 def load_model(folder: Path) -> Backbone:
-    """Rebuild a model that :func:`save_model` wrote, in evaluation mode.
+    """Load a model that :func:`save_model` wrote, in evaluation mode.
 
     Raises:
-        ModelError: when a file is missing, damaged, or does not fit the other.
+        ModelError: A file is missing or damaged, or the two files do not fit each other.
     """
     document = _read_description(folder / DESCRIPTION)
     path = folder / WEIGHTS
@@ -70,7 +70,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ModelError(f"{path} does not describe a model in a form that this version of refilled knows")
+        raise ModelError(f"{path} does not describe a model in a format that this version of refilled supports")
     return document
 
 

@@ -15,31 +15,31 @@ from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.module_outputs import describe_output, find_last_linear, linear_calls, read_embedding
 
 _BY_PATCHES = ("vit_mae", "beit", "data2vec-vision", "ijepa")
-"""Trained by prediction of masked patches: where nothing pooled was trained, the patches' mean stands for the image."""
+"""Types trained by prediction of masked patches. Without a trained pooled output, they use the mean of patches."""
 
 _NOT_NEEDED = ("pooler", "mask_token", "position_ids", "decoder")
-"""Parts of names of tensors that may be missing, since what they make is not used then."""
+"""Parts of the names of tensors that may be missing, because their output is then not used."""
 
-_SIDE = 224  # pixels, where nothing says another size
+_SIDE = 224  # pixels, the default
 
 
 class HuggingFaceBackbone(Backbone):
-    """An image network of transformers; there are no feature maps.
+    """An image network of transformers, without feature maps.
 
-    The embedding of a network with a classifier is what the classifier reads, and the classifier is kept. Otherwise it
-    is the pooled output (the class token of DINOv2, DINOv3 and CLIP, the attention pooling of SigLIP); where the
-    weights have none, the class token; where there is none, or the network learned by masked patches alone, the mean of
-    the patches. See :meth:`set_pooling` for what else it may be.
+    If the network has a classifier, the embedding is the input of the classifier, and the classifier is kept. Otherwise
+    the embedding is the pooled output (the class token of DINOv2, DINOv3 and CLIP, the attention pooling of SigLIP). If
+    the weights have none, it is the class token. If there is no class token, or the network was trained only by masked
+    patches, it is the mean of the patches. :meth:`set_pooling` chooses another output.
 
     Args:
         module: The network.
         mean: Mean of each channel that it expects, on the scale [0, 1].
-        std: Standard deviation likewise.
+        std: Standard deviation of each channel, on the same scale.
         input_size: Side length in pixels that images are resized to.
-        pooler: Whether the weights of its pooled output were trained, where it has some.
+        pooler: Whether the weights of its pooled output, if it has one, were trained.
 
     Raises:
-        ModelError: the network gives no embedding of images.
+        ModelError: The network returns no embedding of images.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class HuggingFaceBackbone(Backbone):
         module.float().eval()
         config = module.config
         if hasattr(config, "mask_ratio"):
-            config.mask_ratio = 0.0  # a masked autoencoder would hide most of each image
+            config.mask_ratio = 0.0  # otherwise a masked autoencoder hides most of each image
         side, channels = input_size or _SIDE, getattr(config, "num_channels", 3)
         self._arguments = frozenset(inspect.signature(module.forward).parameters)
         patch = getattr(config, "patch_size", None)
@@ -80,7 +80,7 @@ class HuggingFaceBackbone(Backbone):
         return read_embedding(output, self.pooling, self._prefix(output, images.shape[-1])), ()
 
     def set_pooling(self, pooling: Pooling) -> None:
-        """Choose what the embedding is: ``pooled``, or of a transformer's tokens; the classifier is lost."""
+        """Choose the embedding, ``pooled`` or from a transformer's tokens; the classifier is removed."""
         if pooling == self.pooling:
             return
         before, self.pooling = self.pooling, pooling
@@ -93,7 +93,7 @@ class HuggingFaceBackbone(Backbone):
         self.classifier, self.num_classes, self.class_names = NoClassifier(), 0, None
 
     def default_pooling(self) -> Pooling:
-        """Say which output was trained to stand for the whole image."""
+        """Return the kind of output that was trained to represent the whole image."""
         if self._has_pooled:
             return "pooled"
         with torch.no_grad():
@@ -112,24 +112,26 @@ class HuggingFaceBackbone(Backbone):
         options: dict[str, Any] = {}
         if "interpolate_pos_encoding" in self._arguments:
             options["interpolate_pos_encoding"] = True
-        if "noise" in self._arguments and self._patch is not None:  # of a masked autoencoder: keep the patches in order
+        if (
+            "noise" in self._arguments and self._patch is not None
+        ):  # for a masked autoencoder, to keep the patches in order
             count = (images.shape[-1] // self._patch) ** 2
             options["noise"] = torch.arange(count, device=images.device).expand(len(images), -1)
         output = module(pixel_values=images, **options)
         if not hasattr(output, "keys"):
-            raise ModelError(f"{type(module).__name__} gives no output that says what it is: {describe_output(output)}")
+            raise ModelError(f"{type(module).__name__} returns an output without names: {describe_output(output)}")
         return output
 
     def _prefix(self, output: Any, side: int) -> int | None:
-        """Return how many tokens come before those of the patches, where the number of patches is known."""
+        """Return the number of tokens before the patches' tokens; None if the number of patches is not known."""
         tokens = output.get("last_hidden_state")
         if self._patch is None or not isinstance(tokens, Tensor) or tokens.ndim != 3:
             return None
         prefix = tokens.shape[1] - (side // self._patch) ** 2
-        return prefix if prefix >= 0 else None  # fewer where patches are merged
+        return prefix if prefix >= 0 else None  # fewer tokens if patches are merged
 
     def _is_plain(self) -> bool:
-        """Whether the tokens are those of all patches, as in plain vision transformers; others remember sizes."""
+        """Return whether the tokens are all patches, as in plain vision transformers; others store sizes."""
         with torch.no_grad():
             return self._prefix(self._outputs(self._example), self._example.shape[-1]) is not None
 
@@ -148,16 +150,16 @@ def load_hugging_face(
     std: Iterable[float] | None = None,
     input_size: int | None = None,
 ) -> HuggingFaceBackbone:
-    """Load an image network of transformers from a folder, the cache, or the hub; code in a repository is never run.
+    """Load an image network of transformers from a folder, the cache or the hub; code in a repository is never run.
 
     Args:
-        name: A folder that ``save_pretrained`` wrote or that was downloaded from the hub, or a name there.
-        mean: Mean of each channel; None for that of the image processor beside the weights.
-        std: Standard deviation likewise.
-        input_size: Side length in pixels; None for that of the image processor.
+        name: A folder written by ``save_pretrained`` or downloaded from the hub, or a name on the hub.
+        mean: Mean of each channel; None: that of the image processor stored with the weights.
+        std: Standard deviation of each channel; None: that of the image processor.
+        input_size: Side length in pixels; None: that of the image processor.
 
     Raises:
-        ModelError: there is no such network, it is incomplete or not about images, or transformers is not installed.
+        ModelError: The network does not exist, is incomplete or does not take images, or transformers is not installed.
     """
     try:
         import transformers
@@ -175,12 +177,12 @@ def load_hugging_face(
             f"hf:{name} does not say how its images were normalised (it has no preprocessor_config.json): give "
             "--teacher-mean and --teacher-std"
         )
-    vision = getattr(module, "vision_model", module)  # of networks of images and texts
+    vision = getattr(module, "vision_model", module)  # in networks for images and texts
     try:
         size = input_size or _size(processor) or getattr(vision.config, "image_size", None)
         teacher = HuggingFaceBackbone(vision, mean, std, size, pooler=not any("pooler" in key for key in missing))
     except (TypeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"hf:{name} is no network of images: {type(error).__name__}: {error!s:.200}") from error
+        raise ModelError(f"hf:{name} is not an image network: {type(error).__name__}: {error!s:.200}") from error
     return teacher
 
 
@@ -191,9 +193,9 @@ def _load(transformers: Any, name: str) -> tuple[Any, set[str]]:
         classifies = kinds[0].endswith("ForImageClassification")
         auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
         module, about = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
-    except Exception as error:  # transformers and the download below it raise many unrelated kinds
+    except Exception as error:  # transformers and its downloads raise many unrelated types
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        where = "" if Path(name).is_dir() else ". Without a network, download it elsewhere and write hf:FOLDER"
+        where = "" if Path(name).is_dir() else ". Without internet access, download it elsewhere and give hf:FOLDER"
         raise ModelError(f"hf:{name} cannot be loaded: {reason[0]}{where}") from error
     return module, set(about["missing_keys"])
 
@@ -207,7 +209,7 @@ def _processor(transformers: Any, name: str) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Let transformers report nothing: what matters is said by the errors and notes here."""
+    """Silence the reports of transformers; the errors and notes here have the relevant facts."""
     logging = transformers.utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -221,7 +223,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _numbers(processor: Any, name: str, otherwise: float) -> tuple[float, ...] | None:
-    """Return a mean or std of an image processor; where it does not normalise, what changes nothing."""
+    """Return the mean or std of an image processor, or ``otherwise`` if it does not normalise."""
     if processor is None:
         return None
     if not getattr(processor, "do_normalize", True):
@@ -231,7 +233,7 @@ def _numbers(processor: Any, name: str, otherwise: float) -> tuple[float, ...] |
 
 
 def _size(processor: Any) -> int | None:
-    """Return the side length of the images that an image processor makes."""
+    """Return the side length of the images that an image processor returns."""
     for name in ("crop_size", "size") if getattr(processor, "do_center_crop", False) else ("size",):
         size = getattr(processor, name, None)
         for side in ("height", "shortest_edge"):

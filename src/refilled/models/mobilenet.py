@@ -9,25 +9,27 @@ from refilled.models.backbone import Backbone, global_average_pool
 from refilled.models.strided import StridedConv2d
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
-"""Output channels at width 1 and number of blocks of each stage: 13 blocks in all (their Table 1)."""
+"""Output channels at width 1 and number of blocks of each stage: 13 blocks in all (Table 1 of the paper)."""
 
 
 class MobileNet(Backbone):
     """MobileNet (version 1) with ``width`` times its channels, rounded to multiples of 8.
 
-    The total stride follows the images: 32 as published for 64 pixels and more, 8 below, where the first two
-    strides are left out so that 32 pixels end in a 4×4 map. The feature maps are the ends of the five stages.
+    The total stride depends on the image size. It is 32, as published, for 64 pixels and more. Below, it is 8: the
+    first two strides are left out, so that 32 pixels end in a 4×4 map. The feature maps are the outputs of the five
+    stages.
 
-    The initial weights are PyTorch's own. Those of He et al. are slower to get going: on 100 bird species at 84 pixels,
-    20 epochs brought width 0.25 to 16 % accuracy with them and to 20 % with these (one seed, float32).
+    The initial weights are PyTorch's defaults. With those of He et al. training starts more slowly: on 100 bird species
+    at 84 pixels, width 0.25 reached 16 % accuracy in 20 epochs with them and 20 % with the defaults (one seed,
+    float32).
 
     Args:
         width: Multiplier of all channels, above 0 and at most 4; the paper uses 1, 0.75, 0.5 and 0.25.
         num_classes: Number of classes.
-        image_size: Side length in pixels of the images that it will see.
+        image_size: Side length of the input images in pixels.
 
     Raises:
-        ModelError: when the width is out of range.
+        ModelError: The width is out of range.
     """
 
     def __init__(self, width: float, num_classes: int, image_size: int = 224) -> None:
@@ -44,7 +46,7 @@ class MobileNet(Backbone):
         )
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map normalised images to ``(N, 1024 * width)`` and the ends of the five stages."""
+        """Map normalised images to ``(N, 1024 * width)`` and the outputs of the five stages."""
         maps = [self.stem(images)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))

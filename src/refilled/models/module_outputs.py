@@ -1,4 +1,4 @@
-"""What other people's networks return, and which part of it is the embedding of an image."""
+"""The outputs of networks from other sources, and the part that is the embedding of an image."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,16 +16,16 @@ _POOLED = (
     *("pooler_output", "pooled_output", "pooled", "embedding", "embeddings", "image_embeds", "image_features"),
     *("pre_logits", "features", "feats"),
 )
-"""Names under which networks return one row per image, the surest first."""
+"""Names under which networks return one row per image, the most reliable first."""
 
 _TOKENS = "last_hidden_state"
-_CLASS_TOKEN, _PATCHES = "x_norm_clstoken", "x_norm_patchtokens"  # as DINOv2's own code names them
+_CLASS_TOKEN, _PATCHES = "x_norm_clstoken", "x_norm_patchtokens"  # the names in DINOv2's code
 _PREFIXES = (0, 1, 5)
-"""Tokens before those of the patches: none, a class token, or a class token and four registers."""
+"""Numbers of tokens before the patches' tokens: none, a class token, or a class token and four registers."""
 
 
 class LinearCall(NamedTuple):
-    """What a linear layer was given and gave in the last call of a network."""
+    """The input and output of a linear layer in the last call of a network."""
 
     layer: nn.Linear
     input: Tensor
@@ -33,21 +33,21 @@ class LinearCall(NamedTuple):
 
 
 def read_embedding(output: Any, pooling: Pooling = "pooled", prefix: int | None = None) -> Tensor:
-    """Find the embedding ``(N, d)`` in what a network returned for N images.
+    """Return the embedding ``(N, d)`` from the output of a network for N images.
 
-    It may be a row per image, tokens ``(N, T, d)`` or maps ``(N, d, H, W)`` or ``(N, H, W, d)``, alone or in a tuple or
-    dict, :class:`transformers.ModelOutput` included. In a dict, ``pooler_output`` and its kin come first, then the
-    tokens of ``last_hidden_state``, then what is there alone. In a tuple that holds rows beside tokens or maps, the
-    rows are the embedding. Maps are averaged over their pixels. Of tokens, ``pooled`` and ``mean`` average those of the
-    patches, ``token`` takes the first, and ``both`` puts the two one behind the other.
+    The output may be a row per image, tokens ``(N, T, d)`` or maps ``(N, d, H, W)`` or ``(N, H, W, d)``, alone or in a
+    tuple or dict, which includes :class:`transformers.ModelOutput`. In a dict, ``pooler_output`` and similar names come
+    first, then the tokens of ``last_hidden_state``, then the only entry. In a tuple of rows and tokens or maps, the
+    rows are the embedding. Maps are averaged over their pixels. From tokens, ``pooled`` and ``mean`` average those of
+    the patches, ``token`` takes the first, and ``both`` concatenates the two.
 
     Args:
-        output: What the network returned.
-        pooling: What the embedding is.
-        prefix: Number of tokens before those of the patches; None to infer it, since patches fill a square.
+        output: The output of the network.
+        pooling: The kind of embedding.
+        prefix: Number of tokens before the patches' tokens. None: inferred, because patches fill a square.
 
     Raises:
-        ModelError: it is not clear which part is the embedding, or there is no such part.
+        ModelError: The embedding is ambiguous or missing.
     """
     if isinstance(output, tuple) and hasattr(output, "_asdict"):
         output = output._asdict()
@@ -59,7 +59,7 @@ def read_embedding(output: Any, pooling: Pooling = "pooled", prefix: int | None 
 
 
 def describe_output(output: Any) -> str:
-    """Say what a network returned, for messages."""
+    """Return a description of a network's output, for messages."""
     if isinstance(output, Tensor):
         return f"shape {tuple(output.shape)}"
     kind = type(output).__name__
@@ -72,7 +72,7 @@ def describe_output(output: Any) -> str:
 
 @contextmanager
 def linear_calls(module: nn.Module) -> Iterator[list[LinearCall]]:
-    """Collect what the linear layers of a network are given and give while it runs."""
+    """Record the inputs and outputs of the linear layers of a network while it runs."""
     calls: list[LinearCall] = []
 
     def note(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -88,9 +88,9 @@ def linear_calls(module: nn.Module) -> Iterator[list[LinearCall]]:
 
 
 def find_last_linear(output: Any, calls: list[LinearCall]) -> LinearCall | None:
-    """Find the linear layer whose output, or the probabilities made of it, is what the network returned.
+    """Return the linear layer whose output, or probabilities computed from it, the network returned.
 
-    A dict that names an embedding is taken at its word, and so is one with tokens.
+    Return None for a dict that names an embedding or tokens.
     """
     if isinstance(output, Mapping) and any(name in output for name in (*_POOLED, _TOKENS, _CLASS_TOKEN)):
         return None
@@ -150,7 +150,7 @@ def _from_tensor(output: Any, pooling: Pooling, prefix: int | None) -> Tensor:
     if output.ndim == 3:
         return _from_tokens(output, pooling, prefix)
     if pooling != "pooled":
-        raise ModelError(f"the embedding '{pooling}' is of tokens (N, T, d), which there are none of; take 'pooled'")
+        raise ModelError(f"the embedding '{pooling}' needs tokens (N, T, d), but there are none; use 'pooled'")
     if output.ndim == 2:
         return output
     _, second, third, last = output.shape
@@ -161,7 +161,7 @@ def _from_tensor(output: Any, pooling: Pooling, prefix: int | None) -> Tensor:
 def _from_tokens(tokens: Tensor, pooling: Pooling, prefix: int | None) -> Tensor:
     before = _prefix(tokens.shape[1]) if prefix is None else prefix
     if pooling in ("token", "both") and before == 0:
-        raise ModelError(f"the {tokens.shape[1]} tokens fill a square, so that there is no class token; take 'mean'")
+        raise ModelError(f"the {tokens.shape[1]} tokens fill a square, so there is no class token; use 'mean'")
     mean = _mean(tokens[:, before:])
     if pooling == "token":
         return tokens[:, 0]
@@ -169,7 +169,7 @@ def _from_tokens(tokens: Tensor, pooling: Pooling, prefix: int | None) -> Tensor
 
 
 def _prefix(count: int) -> int:
-    """Infer how many tokens come before those of the patches, of which there is a square number."""
+    """Infer the number of tokens before the patches' tokens, of which there is a square number."""
     return next(
         (prefix for prefix in _PREFIXES if count > prefix and math.isqrt(count - prefix) ** 2 == count - prefix), 0
     )

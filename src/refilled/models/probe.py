@@ -1,4 +1,4 @@
-"""A look at a teacher before training: whether what it gives for a few real images can be used at all."""
+"""A check before training whether a teacher's outputs for a few real images are usable."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from refilled.models.backbone import Backbone
 from refilled.outputs import Outputs
 
 PROBE_IMAGES = 8
-"""Images of a probe: enough to tell a constant from an embedding, at the cost of a moment."""
+"""Number of images of a probe; enough to detect a constant embedding, and quick."""
 
 _SAME = 1e-6
-"""Embeddings that differ by less than this share of their largest number are the same."""
+"""Embeddings that differ by less than this share of their largest value are regarded as equal."""
 
 _STEADY = 0.05
-"""Share of the spread over images by which the embedding of one image may vary with its batch: bfloat16 rounds so."""
+"""Share of the spread over images by which an embedding may vary with its batch; bfloat16 rounds by this much."""
 
 _FAR = 0.3
-"""Divergence, in nats per channel, of what the first batch normalisation sees from what it saw in training.
+"""Divergence, in nats per channel, of the first batch norm's input from its input in training.
 
-With the right mean and std it was at most 0.13 for two ResNets of CIFAR-10 on 8 or 64 images of birds, of CIFAR-100 and
-of Tiny-ImageNet; with mean and std of 0.5 at least 0.45, without normalisation at least 1.0.
+It was at most 0.13 with the correct mean and std, for two ResNets of CIFAR-10 on 8 or 64 images of birds, CIFAR-100 and
+Tiny-ImageNet. It was at least 0.45 with mean and std 0.5, and at least 1.0 without normalisation.
 """
 
 _NORMALIZATIONS = {
@@ -35,16 +35,16 @@ _NORMALIZATIONS = {
     "numbers from 0 to 255 (mean 0, std 1/255)": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
     "CLIP's": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
 }
-"""What networks are usually trained with."""
+"""Usual normalisations."""
 
 _BETTER = 3.0
-"""How many times nearer another normalisation must be to be named."""
+"""Factor by which the divergence of another normalisation must be smaller to be reported."""
 
 _SHOWN = 3  # images in a message
 
 
 def probe(teacher: Backbone, images: Tensor, sources: Sequence[str]) -> tuple[str, ...]:
-    """Ask a frozen teacher about a few images, and refuse it where no training could use what it gives.
+    """Embed a few images with a frozen teacher, and refuse a teacher whose outputs no training could use.
 
     Args:
         teacher: The teacher, in evaluation mode.
@@ -52,11 +52,11 @@ def probe(teacher: Backbone, images: Tensor, sources: Sequence[str]) -> tuple[st
         sources: The names of the images, for messages.
 
     Returns:
-        Warnings: what a user should know, though training is possible.
+        Warnings for the user that do not prevent training.
 
     Raises:
-        ModelError: the teacher fails on the images, gives another number of rows than there are images, gives numbers
-            that are not finite or no fractions, or gives the same embedding for all images.
+        ModelError: The teacher fails on the images, or its outputs have a wrong shape, are not finite, are not
+            floating-point numbers, or are the same embedding for all images.
     """
     outputs = _ask(teacher, images)
     _refuse_wrong_shape(outputs, teacher, len(images))
@@ -67,16 +67,16 @@ def probe(teacher: Backbone, images: Tensor, sources: Sequence[str]) -> tuple[st
 
 
 def refuse_non_finite(rows: Tensor, sources: Sequence[str], what: str = "embedding", hint: str = "") -> None:
-    """Refuse what a teacher gave for some images, if any of it is NaN or infinite.
+    """Refuse the outputs of a teacher for some images if any is NaN or infinite.
 
     Args:
         rows: One row ``(N, ...)`` per image.
         sources: The names of the N images.
-        what: What the rows are.
-        hint: What may mend it, if anything is known.
+        what: The kind of output.
+        hint: A possible fix, if one is known.
 
     Raises:
-        ModelError: naming the images.
+        ModelError: An output is not finite; the message names the images.
     """
     bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if not bad:
@@ -84,7 +84,7 @@ def refuse_non_finite(rows: Tensor, sources: Sequence[str], what: str = "embeddi
     shown = ", ".join(sources[row] for row in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
     raise ModelError(
         f"the teacher's {what} is not finite (NaN or infinite) for {len(bad)} of {len(rows)} images: {shown}. The "
-        f"fault lies in the teacher or in these images, and no setting of the training mends it{hint}"
+        f"cause is the teacher or these images, and no setting of the training can fix it{hint}"
     )
 
 
@@ -92,7 +92,7 @@ def _ask(teacher: Backbone, images: Tensor) -> Outputs:
     try:
         with torch.no_grad():
             outputs: Outputs = teacher(images.to(teacher.mean.device))
-    except Exception as error:  # a user's module fails in its own ways
+    except Exception as error:  # a user's module may raise anything
         asked = f"{teacher.input_size or images.shape[-1]} pixels"
         reason = str(error).strip().splitlines()[:1] or [""]
         raise ModelError(
@@ -109,11 +109,11 @@ def _refuse_wrong_shape(outputs: Outputs, teacher: Backbone, count: int) -> None
     ):
         if tuple(rows.shape) != (count, width):
             raise ModelError(
-                f"the teacher must give one row of {width} numbers per image as its {what}; for {count} images it gave "
-                f"a tensor of shape {tuple(rows.shape)}"
+                f"the teacher must return one row of {width} numbers per image as its {what}; for {count} images it "
+                f"returned a tensor of shape {tuple(rows.shape)}"
             )
         if not rows.is_floating_point():
-            raise ModelError(f"the teacher's {what} must be floating-point numbers, and is {rows.dtype}")
+            raise ModelError(f"the teacher's {what} must be floating-point numbers, but is {rows.dtype}")
 
 
 def _refuse_constant(embedding: Tensor, images: Tensor) -> None:
@@ -122,13 +122,13 @@ def _refuse_constant(embedding: Tensor, images: Tensor) -> None:
     largest = embedding.abs().max()
     if (embedding - embedding[:1]).abs().max() <= _SAME * largest:
         raise ModelError(
-            f"the teacher's embedding is the same for all of {len(images)} different images, so that it has nothing to "
-            "teach. Check its weights, and the mean, std and size of the images that it expects"
+            f"the teacher's embedding is the same for all of {len(images)} different images, so there is nothing to "
+            "learn from it. Check its weights, and the mean, std and size of the images that it expects"
         )
 
 
 def _unsteady(teacher: Backbone, images: Tensor, embedding: Tensor) -> tuple[str, ...]:
-    """Warn of a teacher that draws random numbers, or whose answer depends on the other images of the batch."""
+    """Warn of a teacher that draws random numbers, or whose output depends on the other images of the batch."""
     half = len(images) // 2
     if half == 0:
         return ()
@@ -138,16 +138,16 @@ def _unsteady(teacher: Backbone, images: Tensor, embedding: Tensor) -> tuple[str
     if difference <= _STEADY * spread:
         return ()
     return (
-        "the teacher gives different embeddings for the same image, depending on chance or on the other images of the "
-        f"batch (difference {100 * (difference / spread).item():.0f} % of the spread over images): dropout or batch "
-        "normalisation is in training mode",
+        "the teacher returns different embeddings for the same image, by chance or depending on the other images of "
+        f"the batch (difference {100 * (difference / spread).item():.0f} % of the spread over images): dropout or "
+        "batch normalisation is in training mode",
     )
 
 
 def _misnormalized(teacher: Backbone, images: Tensor) -> tuple[str, ...]:
-    """Warn where the first batch normalisation sees numbers unlike those of training, with another mean and std not.
+    """Warn if the first batch norm's input differs from that of training, but not with another mean and std.
 
-    Other images than the teacher was trained on make a difference too, but a smaller one, and to every normalisation.
+    Images of other kinds than in training also cause a difference, but a smaller one, with every normalisation.
     """
     given = tuple(teacher.mean.flatten().tolist()), tuple(teacher.std.flatten().tolist())
     found = _divergence(teacher, images)
@@ -165,9 +165,9 @@ def _misnormalized(teacher: Backbone, images: Tensor) -> tuple[str, ...]:
     if others[best] * _BETTER > found:
         return ()
     return (
-        "the teacher seems to expect another normalisation: its first batch normalisation sees numbers unlike those of "
-        f"its training (divergence {found:.2g}), but not so with {best} ({others[best]:.2g}); see --teacher-mean and "
-        "--teacher-std",
+        "the teacher seems to expect another normalisation: the input of its first batch normalisation differs from "
+        f"that of its training (divergence {found:.2g}), but less with {best} ({others[best]:.2g}); see "
+        "--teacher-mean and --teacher-std",
     )
 
 
@@ -176,11 +176,11 @@ class _SeenEnoughError(Exception):
 
 
 def _divergence(teacher: Backbone, images: Tensor) -> float | None:
-    r"""Compare the numbers that the first batch normalisation sees with its running statistics.
+    r"""Return the divergence of the first batch norm's input from its running statistics.
 
-    It is the median over channels of the Kullback-Leibler divergence of the two normal distributions,
-    :math:`\frac12 (\ln \frac{v_r}{v} + \frac{v + (m - m_r)^2}{v_r} - 1)`. None where there is no such layer, or it was
-    never trained.
+    This is the median over channels of the Kullback-Leibler divergence of the two normal distributions,
+    :math:`\frac12 (\ln \frac{v_r}{v} + \frac{v + (m - m_r)^2}{v_r} - 1)`. None if there is no such layer, or if it
+    was never trained.
     """
     seen: list[tuple[nn.Module, Tensor]] = []
 

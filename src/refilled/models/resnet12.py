@@ -14,15 +14,15 @@ _SLOPE = 0.1  # of the leaky ReLU
 class ResNet12(Backbone):
     """Four residual blocks of three 3×3 convolutions with 64, 160, 320 and 640 channels, each halving the image.
 
-    Without the drop-out that some add. The feature maps are the ends of the four blocks.
+    There is no dropout, which some implementations add. The feature maps are the outputs of the four blocks.
 
     Args:
         num_classes: Number of classes.
-        image_size: Side length in pixels of the images that it will see.
-        width: Multiplies the channels.
+        image_size: Side length of the input images in pixels.
+        width: Factor of the channels.
 
     Raises:
-        ModelError: when the images are too small to be halved four times, or the width leaves a block no channel.
+        ModelError: The images are too small to be halved four times, or a block has no channel at this width.
     """
 
     def __init__(self, num_classes: int, image_size: int = 84, width: float = 1.0) -> None:
@@ -40,7 +40,7 @@ class ResNet12(Backbone):
         initialize_convolutions(self)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map normalised images to ``(N, 640 width)`` and the ends of the four blocks."""
+        """Map normalised images to ``(N, 640 width)`` and the outputs of the four blocks."""
         maps = [images]
         for block in self.blocks:
             maps.append(block(maps[-1]))
@@ -48,7 +48,7 @@ class ResNet12(Backbone):
 
 
 class TripleBlock(nn.Module):
-    """Three times 3×3 and BN, with leaky ReLU between, added to a 1×1 projection; leaky ReLU and max pooling."""
+    """Three 3×3 convolutions with BN, leaky ReLU between, added to a 1×1 projection; leaky ReLU and max pooling."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

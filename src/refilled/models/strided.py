@@ -1,17 +1,16 @@
-"""Strided convolutions that train fast, and rightly, on CPUs in mixed precision."""
+"""Strided convolutions that train fast and correctly on CPUs in mixed precision."""
 
 import torch
 from torch import Tensor, nn
 
 
 class StridedConv2d(nn.Conv2d):
-    """A convolution with a stride that stays in float32 where bfloat16 would be slow, or wrong.
+    """A convolution with a stride that computes in float32 where bfloat16 would be slow or wrong.
 
-    Two things are amiss with the backward pass in bfloat16 on CPUs. That of a depthwise convolution takes about 20
-    times as long as in float32: a training step of MobileNet at 84 pixels takes 1.6 times as long for the four of
-    them. And where the image is narrower than the stride, the gradients of weights that see nothing but padding are
-    left as the memory happened to be (torch 2.14 and 2.15). Where no gradient is wanted, as of a teacher, it computes
-    in bfloat16 like any other.
+    The backward pass in bfloat16 on CPUs has two faults. For a depthwise convolution it takes about 20 times as long as
+    in float32; a training step of MobileNet at 84 pixels, which has four of them, takes 1.6 times as long. If the image
+    is narrower than the stride, the gradients of weights that see only padding are uninitialised memory (torch 2.14 and
+    2.15). Without gradients, as in a teacher, this class computes in bfloat16 like any convolution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ class StridedConv2d(nn.Conv2d):
 
 
 def mend_strided(model: nn.Module) -> None:
-    """Make every plain convolution of a model that has a stride a :class:`StridedConv2d`, with the same weights."""
+    """Convert every plain strided convolution of a model to a :class:`StridedConv2d` with the same weights."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.stride != (1, 1):
             module.__class__ = StridedConv2d

@@ -1,4 +1,4 @@
-"""Teachers from wherever they are: a student folder, timm, a weight file, or a Python file of the user's."""
+"""Teachers from a student folder, timm, transformers, a weight file, or a user's Python file."""
 
 import re
 from collections.abc import Sequence
@@ -28,35 +28,35 @@ def load_teacher(
     image_size: int | None = None,
     pooling: Pooling | None = None,
 ) -> Backbone:
-    """Load the teacher that ``text`` names, frozen.
+    """Load and freeze the teacher that ``text`` names.
 
     ======================================  =====================================================================
-    ``runs/teacher``                        a folder that a run of ours, or :func:`save_model`, wrote
+    ``runs/teacher``                        a folder that a run or :func:`save_model` wrote
     ``refilled/letters``                    a small teacher of printed letters that comes with the package
     ``timm/resnet50``                       a timm model with its published weights
     ``timm/resnet50:weights.safetensors``   a timm model with weights from a file
     ``hf:folder``, ``hf:name``              an image network of transformers, with its image processor's mean, std, size
     ``wrn_40_2:teacher.pth``                an architecture of ours with weights from a file
     ``wrn_40_2:teacher.pth#student``        one of several sets of weights in a file; see :func:`read_weights`
-    ``mine.py:make``, ``mine.py:make:arg``  what a function of the user's returns; see :func:`load_user_file`
+    ``mine.py:make``, ``mine.py:make:arg``  the model that a user's function returns; see :func:`load_user_file`
     ======================================  =====================================================================
 
-    Weight files are read as tensors only (safetensors, or ``torch.load(weights_only=True)``), and the number of
-    classes is that of the weights. A user's Python file is run.
+    Weight files are read only as tensors (safetensors, or ``torch.load(weights_only=True)``). The number of classes is
+    that of the weights. A user's Python file is executed.
 
     Args:
         text: One of the forms above.
-        mean: Mean of each channel that the teacher expects, on the scale [0, 1]; needed where nothing says it.
-        std: Standard deviation likewise.
-        input_size: Side length in pixels that the teacher sees. None for what it was trained at, where that is known,
-            else the images as they come; vision transformers that can be brought to other sizes see the larger of
-            ``image_size`` and 224 pixels, but not more than they were trained at.
-        image_size: Side length of the images that the teacher will be asked about; None where that is not known.
-        pooling: Which output is the embedding: ``pooled``, ``token``, ``mean`` or ``both``; see
-            :class:`~refilled.models.timm_backbone.TimmBackbone`. None for what was trained to stand for the image.
+        mean: Mean of each channel that the teacher expects, on the scale [0, 1]; required if it is not known.
+        std: Standard deviation of each channel, on the same scale.
+        input_size: Side length in pixels of the teacher's input. None: the size of its training, if known, otherwise
+            that of the images. Vision transformers with a variable size take the larger of ``image_size`` and 224
+            pixels, but no more than they were trained at.
+        image_size: Side length of the images of the task; None if not known.
+        pooling: The output that is the embedding: ``pooled``, ``token``, ``mean`` or ``both``; see
+            :class:`~refilled.models.timm_backbone.TimmBackbone`. None: the output trained to represent the image.
 
     Raises:
-        ModelError: when there is no such teacher, or nothing says how its images are normalised.
+        ModelError: The teacher does not exist, or the normalisation of its images is not known.
     """
     user_file = re.fullmatch(r"(.+?\.py):(\w+)(?::(.*))?", text, re.DOTALL)
     if user_file:
@@ -96,7 +96,7 @@ def _load(text: str, known_normalization: bool) -> Backbone:
         teacher.notes = tuple(notes)
         return teacher
     if not of_timm:
-        raise ModelError(f"'{text}' is no teacher: {_why_not(text)}")
+        raise ModelError(f"'{text}' is not a teacher: {_why_not(text)}")
     teacher = TimmBackbone(timm_model(architecture.removeprefix("timm/"), pretrained=True))
     teacher.architecture = architecture
     return teacher
@@ -107,13 +107,13 @@ def _why_not(text: str) -> str:
         return f"the package comes with {', '.join(embedded_teachers())} only"
     path = Path(text)
     if path.is_dir():
-        return f"the folder holds no {DESCRIPTION}"
+        return f"the folder contains no {DESCRIPTION}"
     if path.suffix == ".py":
-        return f"say which function makes it, as in {text}:FUNCTION"
+        return f"add the function that makes it, as in {text}:FUNCTION"
     if path.is_file() and (reason := why_no_weights(path)):
         return reason
     if path.is_file() or path.suffix in SUFFIXES:
-        return f"a weight file does not say what it fits; write <architecture>:{text}, as in wrn_40_2:{text}"
+        return f"a weight file does not name its architecture; give <architecture>:{text}, as in wrn_40_2:{text}"
     if is_architecture(text):
-        return f"an architecture needs weights; write {text}:WEIGHTS"
+        return f"an architecture needs weights; give {text}:WEIGHTS"
     return f"there is no such file or folder; a teacher is {_FORMS}"

@@ -13,25 +13,24 @@ from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.strided import mend_strided
 
 _BY_CLASS_TOKEN = re.compile(r"dino|eupe|lingbot")
-"""Trained by self-distillation: the loss about the whole image is that of the class token."""
+"""Models trained by self-distillation, whose image-level loss is on the class token."""
 
 _BY_PATCHES = re.compile(r"\.(\w*mae|mim_\w+|pt|\w*_pt)$")
-"""Trained by masked image modelling alone: no loss is about the whole image."""
+"""Models trained only by masked image modelling, without an image-level loss."""
 
 
 class TimmBackbone(Backbone):
-    """A timm model seen through ``forward_intermediates`` and ``forward_head(pre_logits=True)``.
+    """A timm model, called through ``forward_intermediates`` and ``forward_head(pre_logits=True)``.
 
-    The embedding is what timm's own classifier reads; see :meth:`set_pooling` for what else it may be. The feature
-    maps are timm's intermediates, or none where the model cannot give them. Mean and std are those that timm's weights
-    were trained with. The input size is timm's where the classifier is kept, and for models that are built for one
-    size, such as plain vision transformers. Most of these can be brought to another one, which resamples their position
-    embeddings.
+    The embedding is the input of timm's classifier; :meth:`set_pooling` chooses another output. The feature maps are
+    timm's intermediates; some models have none. Mean and std are those of the training of timm's weights. The input
+    size is timm's if the classifier is kept, and for models that are built for one size, such as plain vision
+    transformers. Most of these can change to another size, which resamples their position embeddings.
 
     Args:
-        body: The timm model. Its classifier is taken off.
-        num_classes: Number of classes of a fresh classifier. None keeps the classifier of ``body``, or leaves
-            the model without one where that is not a single linear layer, or is CLIP's projection.
+        body: The timm model. Its classifier is removed.
+        num_classes: Number of classes of a fresh classifier. None: keep the classifier of ``body``, or have none if
+            that is not a single linear layer, or is CLIP's projection.
     """
 
     def __init__(self, body: Any, num_classes: int | None = None) -> None:
@@ -72,7 +71,7 @@ class TimmBackbone(Backbone):
         std: Any = None,
         input_size: int | None = None,
     ) -> None:
-        """Change what :meth:`normalize` does; another size resamples position embeddings where the model has some."""
+        """Change the parameters of :meth:`normalize`; another size resamples the position embeddings, if any."""
         resized = self.size_step is not None and input_size not in (None, self.input_size)
         if resized:
             assert input_size is not None
@@ -82,12 +81,12 @@ class TimmBackbone(Backbone):
     def set_pooling(self, pooling: Pooling) -> None:
         """Choose which output of a vision transformer is the embedding.
 
-        ``pooled`` is what timm's classifier reads; ``token`` the class token, ``mean`` the mean of the patches' tokens,
-        ``both`` the two, one behind the other, each after the last norm. The classifier is lost unless it reads just
-        this.
+        ``pooled`` is the input of timm's classifier, ``token`` the class token, ``mean`` the mean of the patches'
+        tokens, and ``both`` the concatenation of the two, each after the last norm. The classifier is removed unless
+        this is its input.
 
         Raises:
-            ModelError: the model has no tokens, or no class token.
+            ModelError: The model has no tokens, or no class token.
         """
         if pooling == self._own_pooling():
             pooling = "pooled"
@@ -98,20 +97,19 @@ class TimmBackbone(Backbone):
             not has_tokens or (pooling != "mean" and getattr(self.body, "cls_token", None) is None)
         ):
             what = "class token" if has_tokens else "tokens"
-            raise ModelError(
-                f"this model has no {what}, so that it cannot give the embedding '{pooling}'; take 'pooled'"
-            )
+            raise ModelError(f"this model has no {what} and therefore no embedding '{pooling}'; use 'pooled'")
         self.pooling = pooling
         self.embedding_dim = self.body.head_hidden_size * (2 if pooling == "both" else 1)
         self.classifier, self.num_classes = NoClassifier(), 0
 
     def default_pooling(self) -> Pooling:
-        """Say which output was trained to stand for the whole image.
+        """Return the kind of output that was trained to represent the whole image.
 
-        The class token of models trained by self-distillation (DINO, DINOv2, DINOv3, EUPE); the mean of the patches of
-        those trained by masked image modelling alone (MAE, BEiT and EVA-02 before fine-tuning), where nothing was; and
-        what timm's classifier reads for all others, and wherever there is a classifier: the attention pooling of
-        SigLIP, the class token of CLIP before its projection, the mean of the last map of convolutional networks.
+        For models trained by self-distillation (DINO, DINOv2, DINOv3, EUPE), it is the class token. For models trained
+        only by masked image modelling (MAE, BEiT and EVA-02 before fine-tuning), no output was trained for this, and it
+        is the mean of the patches. For all others, and if there is a classifier, it is the input of timm's classifier:
+        the attention pooling of SigLIP, the class token of CLIP before its projection, the mean of the last map of
+        convolutional networks.
         """
         if self.num_classes > 0:
             return "pooled"
@@ -125,7 +123,7 @@ class TimmBackbone(Backbone):
         return "pooled"
 
     def _own_pooling(self) -> Pooling:
-        """Say what timm's own pooling is called here, where it has another name."""
+        """Return our name of timm's own pooling."""
         if hasattr(self.body, "head_dist"):  # two class tokens, averaged
             return "pooled"
         names: dict[str, Pooling] = {"token": "token", "avg": "mean"}
@@ -138,11 +136,11 @@ class TimmBackbone(Backbone):
         parts = {"token": ("token",), "mean": ("mean",), "both": ("token", "mean")}[self.pooling]
         patches = last[:, self.body.num_prefix_tokens :]
         found = {"token": last[:, 0], "mean": patches.mean(1, dtype=torch.promote_types(last.dtype, torch.float32))}
-        norm = getattr(self.body, "fc_norm", None) or nn.Identity()  # where the last norm comes after pooling
+        norm = getattr(self.body, "fc_norm", None) or nn.Identity()  # the last norm, if it comes after pooling
         return torch.cat([norm(found[part]) for part in parts], 1)
 
     def _resize(self, side: int) -> None:
-        assert self.size_step is not None  # whoever asks has checked it
+        assert self.size_step is not None  # checked by the caller
         if side < self.size_step or side % self.size_step:
             near = max(1, side // self.size_step) * self.size_step
             raise ModelError(
@@ -151,14 +149,14 @@ class TimmBackbone(Backbone):
             )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of slow paths, which are taken only once
+                warnings.simplefilter("ignore")  # about slow paths, which run only once
                 self.body.set_input_size((side, side))
-        except Exception as error:  # each family checks in its own way
-            raise ModelError(f"this model cannot be brought to images of {side} pixels: {error}") from error
+        except Exception as error:  # each family raises different types
+            raise ModelError(f"this model cannot take images of {side} pixels: {error}") from error
 
 
 def first_convolution(body: Any) -> str | None:
-    """Return the name of the convolution of a timm model that sees the images, where timm knows of one."""
+    """Return the name of the first convolution of a timm model, if timm records one."""
     name = body.pretrained_cfg.get("first_conv")
     return name if isinstance(name, str) else None
 
@@ -169,13 +167,13 @@ def _channels(body: Any) -> int:
 
 
 def _size_of(body: Any) -> int:
-    """Return the side length that a model is built for at present, else that of its published weights."""
+    """Return the side length that a model is built for, or that of its published weights."""
     built_for = getattr(getattr(body, "patch_embed", None), "img_size", None)
     return int((built_for or body.pretrained_cfg["input_size"])[-1])
 
 
 def _is_projection(head: nn.Linear, body: Any) -> bool:
-    """Whether the last layer leads to the space that CLIP shares with texts; timm gives it a bias of 0."""
+    """Return whether the last layer is CLIP's projection to the space shared with texts; its bias is 0 in timm."""
     config = body.pretrained_cfg
     of_clip = "clip" in f"{config['architecture']}.{config.get('tag') or ''}"
     return of_clip and (head.bias is None or not head.bias.any())
@@ -185,25 +183,25 @@ def timm_model(name: str, pretrained: bool = False, **options: Any) -> Any:
     """Build the timm model ``name``, with its published weights (downloaded on first use) or fresh ones.
 
     Args:
-        name: As timm knows it.
-        pretrained: Whether with the published weights.
+        name: The name in timm.
+        pretrained: Whether to load the published weights.
         options: Further arguments of :func:`timm.create_model`, such as ``in_chans``.
 
     Raises:
-        ModelError: for a name or weights that timm does not have, or cannot fetch.
+        ModelError: Timm has no such name or weights, or cannot download them.
     """
-    import timm  # takes a second, which those who do not use it need not wait
+    import timm  # takes a second, so import only when used
 
     if not timm.is_model(name):
         near = get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         guess = f"; did you mean {' or '.join(f'timm/{model}' for model in near)}?" if near else ";"
-        raise ModelError(f"unknown timm model '{name}'{guess} timm.list_models() names all")
+        raise ModelError(f"unknown timm model '{name}'{guess} timm.list_models() lists all")
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # timm and the download below it raise a dozen unrelated kinds
+    except Exception as error:  # timm and its downloads raise a dozen unrelated types
         if not pretrained:
             raise ModelError(f"timm/{name} cannot be built: {error}") from error
         raise ModelError(
-            f"the published weights of timm/{name} cannot be had: {error} Without a network, download the file "
-            f"elsewhere and write timm/{name}:FILE.safetensors"
+            f"the published weights of timm/{name} cannot be loaded: {error} Without internet access, download the "
+            f"file elsewhere and give timm/{name}:FILE.safetensors"
         ) from error

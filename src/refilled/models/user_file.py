@@ -1,4 +1,4 @@
-"""Teachers that a user's own Python file makes."""
+"""Teachers from a user's Python file."""
 
 import importlib.util
 import sys
@@ -16,26 +16,26 @@ from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.module_outputs import LinearCall, find_last_linear, linear_calls, read_embedding
 from refilled.models.timm_backbone import TimmBackbone
 
-_PROBE_SIZE = 64  # pixels, where the input size is free
+_PROBE_SIZE = 64  # pixels, if the input size is not fixed
 
 
 class UserBackbone(Backbone):
-    """A module of the user's, asked for its embedding.
+    """A user's module as a teacher.
 
-    The embedding is what ``forward_features`` returns, else ``embed``. Where the module has neither, it is what the
-    module returns, or, where that comes out of a linear layer, the input of this layer, which is then the classifier.
-    What may be returned and how it is pooled says :func:`~refilled.models.module_outputs.read_embedding`. The module
-    runs in float32, whatever its weights were.
+    The embedding is the output of ``forward_features``, or of ``embed``. If the module has neither, it is the output of
+    the module; if a linear layer computes this output, the embedding is the input of the layer, and the layer is the
+    classifier. :func:`~refilled.models.module_outputs.read_embedding` describes possible outputs and their pooling. The
+    module runs in float32, whatever the type of its weights.
 
     Args:
         module: The module.
         mean: Mean of each channel that the module expects, on the scale [0, 1].
-        std: Standard deviation likewise.
-        input_size: Side length in pixels that images are resized to, or None for as they come.
-        image_size: Side length of the images that it will be asked about, for a module that fits one size only.
+        std: Standard deviation of each channel, on the same scale.
+        input_size: Side length in pixels that images are resized to; None: no resizing.
+        image_size: Side length of the images of the task, for a module that takes only one size.
 
     Raises:
-        ModelError: when the module gives no embedding.
+        ModelError: The module returns no embedding.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class UserBackbone(Backbone):
         if last is not None:
             self.notes += (
                 f"the teacher's module ends in a linear layer of {last.layer.out_features} outputs; the embedding is "
-                f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module gives another",
+                f"the input of this layer, {embedding.shape[1]} numbers. A method 'embed' of the module sets another",
             )
         if last is None and isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
             self.notes += (
-                f"the teacher's compiled program cannot be looked into: its output of {embedding.shape[1]} numbers is "
-                "the embedding. If these are scores of classes, compile a module that returns what they are made of",
+                f"the teacher's compiled program cannot be inspected: its output of {embedding.shape[1]} numbers is "
+                "the embedding. If these are class scores, compile a module that returns the input of the classifier",
             )
         self.notes += tuple(
             f"the teacher's module was {str(d).removeprefix('torch.')}; it runs in float32" for d in halved
@@ -81,7 +81,7 @@ class UserBackbone(Backbone):
         return next(call.input for call in reversed(calls) if call.layer is self.classifier), ()
 
     def set_pooling(self, pooling: Pooling) -> None:
-        """Choose what the embedding is, of a module that returns tokens; the classifier is lost."""
+        """Choose the embedding of a module that returns tokens; the classifier is removed."""
         if pooling == self.pooling:
             return
         with torch.no_grad():
@@ -95,7 +95,7 @@ def _made_up(side: int) -> Tensor:
 
 
 def _fitting(module: nn.Module, images: Tensor, channels: int) -> tuple[Tensor, LinearCall | None]:
-    """Return the images, in RGB or else in grayscale, that the module takes, and the linear layer that it ends in."""
+    """Return the images that the module takes, RGB or grayscale, and its final linear layer."""
     if channels == 1:
         return images[:, :1], _last_linear(module, images[:, :1])
     try:
@@ -104,7 +104,7 @@ def _fitting(module: nn.Module, images: Tensor, channels: int) -> tuple[Tensor, 
         try:
             return images[:, :1], _last_linear(module, images[:, :1])
         except RuntimeError:
-            raise error from None  # it was not the number of channels
+            raise error from None  # the number of channels was not the cause
 
 
 def _last_linear(module: nn.Module, images: Tensor) -> LinearCall | None:
@@ -130,7 +130,7 @@ def _embedder(module: nn.Module) -> tuple[str, Callable[[Tensor], Any]]:
 
 
 def _classifier(module: nn.Module, images: Tensor, embedding: Tensor) -> nn.Linear | None:
-    """Find the linear layer that makes the module's output of the embedding."""
+    """Return the linear layer that computes the module's output from the embedding."""
     candidates = [m for m in module.modules() if isinstance(m, nn.Linear) and m.in_features == embedding.shape[1]]
     if not candidates:
         return None
@@ -155,16 +155,16 @@ def load_user_file(
     input_size: int | None = None,
     image_size: int | None = None,
 ) -> Backbone:
-    """Call ``function``, with ``argument`` as one string if there is one, and make a teacher of what it returns.
+    """Call ``function``, with ``argument`` as a string if there is one, and return a teacher from its result.
 
-    It returns a module, or a module and a dict about it. What is None here is taken from the attributes ``mean``,
-    ``std`` and ``input_size`` of the module, else from the keys of the dict; the names of its classes from the
-    attribute ``class_names`` or the key ``labels``. A timm model is seen as :class:`TimmBackbone` sees it, with
-    timm's own mean, std and input size as the last resort.
+    The function returns a module, or a module and a dict. Values that are None here are read from the module's
+    attributes ``mean``, ``std`` and ``input_size``, or from these keys of the dict. The class names are the attribute
+    ``class_names`` or the key ``labels``. A timm model becomes a :class:`TimmBackbone`, and timm's mean, std and input
+    size are the defaults.
 
     Raises:
-        ModelError: with file and line, when the user's code fails; or when it returns something else, or when
-            mean and std are given nowhere.
+        ModelError: The user's code fails (the message has file and line), it returns something else, or mean and std
+            are not given.
     """
     with _errors_in(path):
         result = _call(path, function, argument)
@@ -178,7 +178,7 @@ def load_user_file(
     with _errors_in(path):
         mean = mean or _numbers("mean", module, about, path)
         std = std or _numbers("std", module, about, path)
-        sizes = _numbers("input_size", module, about, path)  # some say (3, H, W)
+        sizes = _numbers("input_size", module, about, path)  # may be (3, H, W)
         input_size = input_size or (int(sizes[-1]) if sizes else None)
         teacher = _backbone(module, mean, std, input_size, image_size, path)
         teacher.class_names = _class_names(teacher, module, about, path)
@@ -186,7 +186,7 @@ def load_user_file(
 
 
 def _runnable(program: torch.export.ExportedProgram) -> nn.Module:
-    """Make a module of an exported program, which does as it was exported in training and evaluation alike."""
+    """Return the module of an exported program, which behaves the same in training and evaluation mode."""
     module = program.module()
 
     def stay(mode: bool = True) -> nn.Module:
@@ -203,8 +203,8 @@ def _call(path: Path, function: str, argument: str | None) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    sys.modules[name] = user_module = importlib.util.module_from_spec(spec)  # data classes look themselves up there
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as when run as a script
+    sys.modules[name] = user_module = importlib.util.module_from_spec(spec)  # data classes look up their module there
+    sys.path.insert(0, str(path.resolve().parent))  # the file may import modules next to it, as a script does
     try:
         spec.loader.exec_module(user_module)
         make = getattr(user_module, function, None)
@@ -218,7 +218,7 @@ def _call(path: Path, function: str, argument: str | None) -> Any:
 
 @contextmanager
 def _errors_in(path: Path) -> Iterator[None]:
-    """Show an error of the user's code as one line, with the place in the user's file where it came from."""
+    """Convert an error of the user's code to one line with its position in the user's file."""
     try:
         yield
     except ModelError:
@@ -272,12 +272,12 @@ def _class_names(teacher: Backbone, module: nn.Module, about: Mapping[str, Any],
         return None
     names = _in_order(given) if isinstance(given, Mapping) else tuple(map(str, given))
     if len(names) != teacher.num_classes:
-        raise ModelError(f"{path}: {len(names)} names of classes for the {teacher.num_classes} that the teacher scores")
+        raise ModelError(f"{path}: {len(names)} class names for the {teacher.num_classes} classes of the teacher")
     return names
 
 
 def _in_order(names: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Read names by number or numbers by name, in the order of the numbers; else the values as they come."""
+    """Return the names of a mapping between numbers and names, ordered by number; otherwise its values."""
     for pairs in (list(names.items()), [(number, name) for name, number in names.items()]):
         if all(str(number).isdecimal() for number, _ in pairs):
             return tuple(str(name) for _, name in sorted(pairs, key=lambda pair: int(pair[0])))

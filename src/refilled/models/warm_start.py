@@ -1,4 +1,4 @@
-"""Students that start from weights: of a run, of a file, or published ones."""
+"""Students that start from the weights of a run or a file, or from published weights."""
 
 import os
 import re
@@ -16,23 +16,23 @@ from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
 
 _SHOWN = 4  # names in a message, so that it stays readable
-_LEAST_FOUND = 0.5  # share of the tensors below which a file belongs to another network
+_LEAST_FOUND = 0.5  # below this share of the tensors, a file belongs to another network
 
 
 class Start(NamedTuple):
-    """What a student starts from."""
+    """The weights that a student starts from."""
 
     architecture: str
     weights: dict[str, Tensor]
-    """By the names of the whole student, without its classifier."""
+    """By the names in the student, without its classifier."""
     mean: list[float] | None
-    """The normalisation that the weights were trained with, where that is known."""
+    """The normalisation in the training of the weights, if known."""
     std: list[float] | None
     source: str
 
 
 def starts_from_weights(text: str) -> bool:
-    """Return whether ``text`` names weights to start from, and not an architecture alone."""
+    """Return whether ``text`` names weights to start from, not only an architecture."""
     text = os.path.expandvars(text)
     return not is_architecture(text) and (_is_model_folder(text) or ":" in text)
 
@@ -56,18 +56,17 @@ def create_student(
     The images are normalised as the weights expect. Where nothing records that, ``mean`` and ``std`` are used.
 
     Args:
-        text: One of the forms above; variables of the environment are filled in.
+        text: One of the forms above; environment variables are expanded.
         class_names: Names of the classes of the fresh classifier.
         image_size: Side length of the task's images in pixels.
         mean: Mean of each channel of the task's images, on the scale [0, 1].
         std: Standard deviation of each channel of the task's images.
 
     Returns:
-        The student, and notes for the user: which of its tensors were not in the file, and which of the file's were
-        not used.
+        The student, and notes for the user about tensors that the file lacks and tensors of the file that are not used.
 
     Raises:
-        ModelError: there are no such weights, or they belong to another network.
+        ModelError: The weights do not exist, or they belong to another network.
     """
     notes: list[str] = []
     start = _find(os.path.expandvars(text), notes)
@@ -76,7 +75,7 @@ def create_student(
     notes += _load_body(student, start)
     if start.mean is None and not start.architecture.startswith("timm/"):  # timm records it
         student.set_preprocessing(mean, std)
-        notes.append(f"{start.source} does not record how its images were normalised: by the task's mean and std here")
+        notes.append(f"{start.source} does not record how its images were normalised; the task's mean and std are used")
     return student, notes
 
 
@@ -85,12 +84,12 @@ def _find(text: str, notes: list[str]) -> Start:
         return _from_folder(Path(text))
     if re.fullmatch(r".+\.py:\w+(:.*)?", text, re.DOTALL):
         raise ModelError(
-            f"a student cannot be a network from a Python file ({text}): there is no name by which it could be "
-            "rebuilt. Save its state dict, and give <architecture>:FILE"
+            f"a student cannot be a network from a Python file ({text}), because it has no name to rebuild it by. "
+            "Save its state dict, and give <architecture>:FILE"
         )
     architecture, _, file = text.partition(":")
     if not is_architecture(architecture):
-        create_model(architecture, 1)  # raises what is wrong with the name
+        create_model(architecture, 1)  # raises an error about the name
     path, branch = path_and_branch(file)
     if not architecture.startswith("timm/"):
         weights = _body(in_our_names(read_weights(path, branch, notes.append)))
@@ -116,42 +115,44 @@ def _body(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_body(student: Backbone, start: Start) -> list[str]:
-    """Load the weights into all of the student but its classifier; returns what a user should know about it."""
+    """Load the weights into the student except its classifier, and return notes for the user."""
     own = _body(student.state_dict())
     classifiers = _timm_classifiers(student)
     given = {name: value for name, value in start.weights.items() if name.rpartition(".")[0] not in classifiers}
     notes = []
     if not own.keys() & given.keys() and (ordered := _by_order(own, given)) is not None:
         given = ordered
-        notes.append(f"the names in {start.source} are others; its tensors were matched by their order and shapes")
+        notes.append(f"the names in {start.source} differ; its tensors were matched by order and shape")
     found = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
     if len(found) < _LEAST_FOUND * len(own):
         raise ModelError(
-            f"{start.source} does not fit {start.architecture}: it holds {len(found)} of its {len(own)} tensors; "
+            f"{start.source} does not fit {start.architecture}: it contains {len(found)} of its {len(own)} tensors; "
             f"missing {_first(missing)}"
         )
     student.load_state_dict(found, strict=False)
     unused = [name for name in given if name not in found]
     if missing:
-        notes.append(f"not found in {start.source}, so drawn anew: {len(missing)} tensors, {_first(missing)}")
+        notes.append(
+            f"not found in {start.source}, and initialised at random: {len(missing)} tensors, {_first(missing)}"
+        )
     if unused:
-        notes.append(f"not used of {start.source}: {len(unused)} tensors, {_first(unused)}")
+        notes.append(f"not used from {start.source}: {len(unused)} tensors, {_first(unused)}")
     return notes
 
 
 def _timm_classifiers(student: Backbone) -> set[str]:
-    """Return the names under which timm keeps the classifiers that the student does without."""
+    """Return the names of timm's classifiers, which the student does not use."""
     if not isinstance(student, TimmBackbone):
         return set()
-    names = student.body.pretrained_cfg["classifier"]  # several, for models with several classifiers
+    names = student.body.pretrained_cfg["classifier"]  # several for models with several classifiers
     return {f"body.{name}" for name in ([names] if isinstance(names, str) else names)}
 
 
 def _by_order(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Match tensors by their order, for files of another library's names; None where some shape disagrees.
+    """Match tensors by order, for files with the names of another library; None if a shape disagrees.
 
-    A weight and a bias more than the student has, at the end, are the classifier of the file.
+    An additional weight and bias at the end are the classifier of the file.
     """
     classifier = len(given) - len(own)
     if classifier not in (0, 2):

@@ -1,4 +1,4 @@
-"""Weight files: read without running anything that they contain, and loaded completely or not at all."""
+"""Weight files. Reading never runs code from the file; loading is complete or fails."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ from refilled.models.backbone import Backbone
 from refilled.models.timm_backbone import TimmBackbone, first_convolution, timm_model
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
-"""What the names of weight files end in."""
+"""The suffixes of weight files."""
 
 Say = Callable[[str], None]
 
@@ -36,25 +36,25 @@ _LATEST = (
     *("base_model", "trunk", "student"),
 )
 _WRAPPERS = (*_AVERAGED, *_LATEST)
-"""What training scripts put weights under, as the key of a dict or as the beginning of each name; preferred first."""
+"""Dict keys or name prefixes under which training scripts save weights, in order of preference."""
 
 _BESIDE = (
     *("n_averaged", "criterion", "loss", "loss_fn", "head", "heads", "fc", "classifier", "decoder", "neck"),
     *("projector", "projection_head", "predictor", "prototypes", "dino_head", "ibot_head", "dino_loss", "queue"),
 )
-"""What may lie beside a network in the state dict of a whole training module."""
+"""Names that may occur next to a network in the state dict of a whole training module."""
 
 _INSIDE = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What compiling, sharding or checkpointing a part of a network leaves in the middle of names."""
+"""Parts of names that result from compiling, sharding or checkpointing a part of a network."""
 
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # the function moved with NumPy 2; files name either place
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # the function moved with NumPy 2; files may have either name
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
     *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""Plain data that training scripts save beside the weights: options, and numbers of NumPy's."""
+"""Plain data that training scripts save with the weights: options and NumPy numbers."""
 
 _ABOUT = "{'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]}"  # an example
 
@@ -65,26 +65,26 @@ _KEYS_SHOWN = 8
 def read_weights(
     path: Path, branch: str | None = None, say: Say = lambda text: None, network: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Read the tensors of a weight file by name, out of whatever training scripts wrap them in.
+    """Return the tensors of a weight file by name, without the wrappers of training scripts.
 
-    The bytes of the file decide how it is read, not its name. Dicts around the state dict and prefixes that all names
-    share are taken off until neither is left. Where there are several sets of weights, the averaged ones (exponential
-    moving average, DINO's teacher) are taken before the latest ones, as timm and DINO do in evaluation.
+    The bytes of the file determine its format, not its name. Dicts around the state dict and prefixes shared by all
+    names are removed repeatedly. If there are several sets of weights, averaged ones (exponential moving average,
+    DINO's teacher) are preferred to the latest ones, as timm and DINO do in evaluation.
 
     Args:
         path: A safetensors file, or a file that :func:`torch.save` wrote. Pickled code is refused.
-        branch: Which set of weights to take, where there are several: a key such as ``"model"`` or ``"student"``, or
-            several with a dot between them. None for the averaged weights, where there are any.
-        say: Called with what a reader should know: which set was taken, what was left out, what was converted.
-        network: The names of the tensors of the network that the weights are for, where that is known. Names that it
-            has are not taken for wrapped ones, though they begin as some wrappers do (``encoder.``).
+        branch: The set of weights to use if there are several: a key such as ``"model"`` or ``"student"``, or several
+            keys joined by dots. None: the averaged weights, if there are any.
+        say: Called with notes for the user about the chosen set, omitted tensors and conversions.
+        network: The tensor names of the network of the weights, if known. These names are not regarded as wrapped, even
+            if they start like a wrapper (``encoder.``).
 
     Returns:
-        Tensors on the CPU; those with a fraction are float32.
+        Tensors on the CPU; floating-point tensors are float32.
 
     Raises:
-        ModelError: the file cannot be read, holds no state dict, holds several without a clear choice, or holds numbers
-            that are not finite.
+        ModelError: The file cannot be read, contains no state dict, contains several without a clear choice, or
+            contains values that are not finite.
     """
     content = _read(path)
     weights = _in_float32(_unwrapped(content, path, branch, say, network), path, say)
@@ -93,18 +93,18 @@ def read_weights(
 
 
 def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> Backbone:
-    """Build the model that ``ARCHITECTURE:FILE`` names, with as many classes as the weights have.
+    """Build the model of ``ARCHITECTURE:FILE``, with the number of classes of the weights.
 
     Args:
         architecture: ``timm/<name>``, or a name that :func:`create_model` knows.
-        file: A weight file. ``FILE#BRANCH`` takes one of several sets of weights in it; see :func:`read_weights`.
-        say: Called with what a reader should know.
+        file: A weight file. ``FILE#BRANCH`` chooses one of several sets of weights in it; see :func:`read_weights`.
+        say: Called with notes for the user.
 
     Raises:
-        ModelError: there is no such architecture or file, or one does not fit the other.
+        ModelError: The architecture or file does not exist, or they do not fit each other.
     """
     if not is_architecture(architecture):
-        create_model(architecture, 1)  # raises, naming what is wrong
+        create_model(architecture, 1)  # raises an error about the name
     path, branch = path_and_branch(file)
     if architecture.startswith("timm/"):
         of_timm = _open_timm(architecture.removeprefix("timm/"), path, branch, say)
@@ -113,7 +113,7 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
     weights = in_our_names(read_weights(path, branch, say))
     if "classifier.weight" not in weights:
         raise ModelError(
-            f"{path} holds no classifier.weight, so that it is no whole {architecture}; it holds {_first(weights)}"
+            f"{path} contains no classifier.weight, so it is not a whole {architecture}; it has {_first(weights)}"
         )
     model = create_model(architecture, len(weights["classifier.weight"]))
     load_weights(model, weights, str(path))
@@ -121,7 +121,7 @@ def open_weights(architecture: str, file: str, say: Say = lambda text: None) -> 
 
 
 def why_no_weights(path: Path) -> str | None:
-    """Say why a file holds no weights that can be read; None where it does."""
+    """Return why the weights of a file cannot be read; None if they can."""
     try:
         read_weights(path)
     except ModelError as error:
@@ -130,10 +130,10 @@ def why_no_weights(path: Path) -> str | None:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load the weights into the model if they fit in name and shape, every one of them.
+    """Load the weights into the model if all of them fit in name and shape.
 
     Raises:
-        ModelError: naming the first few that are missing, left over or of another shape.
+        ModelError: Tensors are missing, unknown or of another shape; the message names the first few.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
@@ -150,11 +150,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     ]
     if problems:
         raise ModelError(f"{source} does not fit the architecture: {'; '.join(problems)}")
-    model.load_state_dict(weights, strict=False)  # old files lack num_batches_tracked, which nothing reads
+    model.load_state_dict(weights, strict=False)  # old files lack num_batches_tracked, which is not used
 
 
 def path_and_branch(file: str) -> tuple[Path, str | None]:
-    """Divide ``FILE#BRANCH``; the branch is None where there is none."""
+    """Split ``FILE#BRANCH``; the branch is None if there is none."""
     name, sharp, branch = file.rpartition("#")
     if not sharp or Path(file).exists():
         return Path(file), None
@@ -162,12 +162,12 @@ def path_and_branch(file: str) -> tuple[Path, str | None]:
 
 
 def in_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under our names, for files of the field's published CIFAR models."""
+    """Return the weights under our names, for files of published CIFAR models."""
     return {_our_name(name): value for name, value in weights.items()}
 
 
 def _our_name(name: str) -> str:
-    """Translate what the field's published CIFAR models call the same thing."""
+    """Return our name of a tensor of published CIFAR models."""
     name = re.sub(r"^(fc|linear)\.", "classifier.", name)
     return name.replace(".layer.", ".").replace(".convShortcut.", ".shortcut.")
 
@@ -178,9 +178,9 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
     if options := _options_of(weights, body):
         body = timm_model(name, **options)
     weights = in_timm_names(weights, body)
-    names = body.pretrained_cfg["classifier"]  # several, for models with several classifiers
+    names = body.pretrained_cfg["classifier"]  # several for models with several classifiers
     classifier = names if isinstance(names, str) else names[0]
-    num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which lacks only the logits
+    num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which has no logits
     if num_classes != body.num_classes:
         body.reset_classifier(num_classes)
     load_weights(body, weights, str(path))
@@ -188,18 +188,18 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
 
 
 def in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
-    """Translate the names of the authors' own files (DINOv2, CLIP, MAE, ...) as timm does on downloading them."""
+    """Translate the names in the authors' files (DINOv2, CLIP, MAE, ...), as timm does after downloading them."""
     translate = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
     if translate is None or weights.keys() == body.state_dict().keys():
         return weights
     try:
         return dict(translate(dict(weights), body))
-    except Exception:  # they are others; what does not fit is named on loading
+    except Exception:  # other names; loading reports those that do not fit
         return weights
 
 
 def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:
-    """Return how the network that the weights belong to was built, where it was not built as timm builds it."""
+    """Return the options with which the network of the weights was built, if they differ from timm's defaults."""
     options: dict[str, Any] = {}
     first = first_convolution(body)
     kernel = None if first is None else weights.get(f"{first}.weight")
@@ -224,16 +224,16 @@ def _read(path: Path) -> Any:
         with (
             torch.serialization.safe_globals(_HARMLESS),
             path.open("rb") as file,
-        ):  # a path would be judged by its suffix
+        ):  # torch.load would judge a path by its suffix
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} {_why_refused(str(error))}") from error
-    except Exception as error:  # damaged bytes make the readers fail in every which way
+    except Exception as error:  # damaged bytes make the readers raise many types
         raise ModelError(f"{path} cannot be read as weights: {type(error).__name__}: {error!s:.200}") from error
 
 
 def _is_safetensors(start: bytes, size: int) -> bool:
-    """Whether the bytes begin as safetensors do: the length of a JSON header, 8 bytes, then that header."""
+    """Return whether the bytes start like safetensors: 8 bytes of header length, then the JSON header."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
@@ -241,7 +241,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     text = start.lstrip().lower()
     signs = {
         "is empty": not start,
-        "is a pointer of Git LFS and not the file itself; fetch it with 'git lfs pull'": text.startswith(
+        "is a Git LFS pointer and not the file itself; fetch it with 'git lfs pull'": text.startswith(
             b"version https://git-lfs"
         ),
         "is a web page; download the file itself": text.startswith((b"<!doctype", b"<html")),
@@ -263,7 +263,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
 
 
 def _other_archive(names: list[str]) -> str | None:
-    """Say what a zip archive is, if it is not one of :func:`torch.save`."""
+    """Return what a zip archive is, if :func:`torch.save` did not write it."""
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         return (
             "is a TorchScript program and not a file of weights. Opening it would run its code, which is refused. "
@@ -289,7 +289,7 @@ def _other_archive(names: list[str]) -> str | None:
 def _why_refused(error: str) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", error)
     if found is None:
-        return "holds no weights that PyTorch can read: its bytes are another format, or are damaged"
+        return "holds no weights that PyTorch can read: its bytes are in another format or damaged"
     return (
         f"holds more than tensors: a Python object of {found[1]}. Opening it would run code, which is refused. Where "
         "you trust the file, save the state dict alone: torch.save(model.state_dict(), FILE)"
@@ -297,7 +297,7 @@ def _why_refused(error: str) -> str:
 
 
 def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: Collection[str]) -> dict[str, Tensor]:
-    """Take dicts and prefixes off until neither is left."""
+    """Remove dicts and prefixes around the state dict repeatedly."""
     wanted = branch.split(".") if branch else []
     taken: list[str] = []
     whole = content
@@ -305,7 +305,7 @@ def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: 
         key = _choice(options, path, wanted, taken)
         others = [name for name in options if name != key]
         if others and not wanted:
-            say(f"{path}: '{key}' was taken and {', '.join(others)} left; {path}#NAME takes another")
+            say(f"{path}: '{key}' is used and {', '.join(others)} not; {path}#NAME chooses another")
         if wanted and key == wanted[0]:
             wanted.pop(0)
         taken.append(key)
@@ -318,7 +318,7 @@ def _unwrapped(content: Any, path: Path, branch: str | None, say: Say, network: 
 
 
 def _options(content: Any, wanted: str | None, network: Collection[str]) -> dict[str, Any]:
-    """Return the sets of weights that lie in ``content`` under a key or a prefix; none where it is one itself."""
+    """Return the sets of weights in ``content`` by key or prefix; empty if it is itself a state dict."""
     if not isinstance(content, Mapping):
         return {}
     if not _is_state_dict(content):
@@ -338,7 +338,7 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def _leads_to_weights(content: Any) -> bool:
-    if not isinstance(content, Mapping) or "param_groups" in content:  # those belong to an optimizer
+    if not isinstance(content, Mapping) or "param_groups" in content:  # the state of an optimizer
         return False
     return _is_state_dict(content) or any(_leads_to_weights(value) for value in content.values())
 
@@ -351,7 +351,7 @@ def _choice(options: Mapping[str, Any], path: Path, wanted: list[str], taken: li
         return (known or list(options))[0]
     example = ".".join([*taken, next(iter(options))])
     raise ModelError(
-        f"{path} holds several sets of weights: {', '.join(options)}. Name one behind a #, as in {path}#{example}"
+        f"{path} holds several sets of weights: {', '.join(options)}. Choose one with #, as in {path}#{example}"
     )
 
 
@@ -374,7 +374,7 @@ def _refuse_non_finite(weights: Mapping[str, Tensor], path: Path) -> None:
         shown = _first(f"{name} ({count} of {weights[name].numel()} numbers)" for name, count in counts.items())
         raise ModelError(
             f"{path} holds weights that are NaN or infinite, in {len(counts)} of {len(weights)} tensors: {shown}. The "
-            "training that wrote it had failed; take an earlier state of it"
+            "training that wrote it had failed; use an earlier checkpoint of it"
         )
 
 
