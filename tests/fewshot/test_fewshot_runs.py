@@ -64,7 +64,7 @@ def test_a_test_leaves_a_folder_that_explains_itself(run, tmp_path):
     assert result.data["pool"].endswith(":unseen")
     assert len(result.data["fingerprint"]) == 64
     assert result.n_query == 4
-    assert "4 query images a class" in result.data["notes"][0]
+    assert "4 query images per class" in result.data["notes"][0]
     assert result.teacher["name"] == run.teacher
     assert {"refilled", "torch"} <= set(result.versions)
 
