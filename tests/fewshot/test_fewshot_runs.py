@@ -249,8 +249,8 @@ def test_meta_training_may_start_from_a_model(meta_run, teacher, tmp_path):
     ("search", "message"),
     [
         ({"d": "1..2"}, "unknown parameter 'd'"),
-        ({"c": "2..1"}, "c=2..1 is no range"),
-        ({"c": "a..b"}, "c=a..b is no range"),
+        ({"c": "2..1"}, "c=2..1 is not a range"),
+        ({"c": "a..b"}, "c=a..b is not a range"),
         ({"normalize": "0..1"}, "normalize is not a number"),
     ],
 )
