@@ -64,6 +64,7 @@ def quick(command: str, teacher: str) -> list[str]:
     return [argument.replace("timm/mobilenetv3_small_050", "wrn_10_1") for argument in arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", ["README.md", "docs/start.md", "docs/data.md"])
 def test_the_commands_of_the_documents_run(document, folder_of_a_reader, teacher):
     listed = commands((ROOT / document).read_text())

@@ -169,6 +169,7 @@ def test_a_known_error_is_one_red_line_and_no_traceback(monkeypatch, capsys):
         main()
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     flags = [
@@ -223,6 +224,7 @@ def test_every_field_of_a_run_is_a_flag_with_help():
     assert "Learning rate at its highest" in shown
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     begin = [

@@ -167,6 +167,7 @@ def test_the_command_says_what_a_run_is_and_leaves_nothing_behind(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_is_seen_and_followed_to_more_images():
     # In a process of its own: memory that others have freed, but not given back, would be reused and not seen.
     script = """

@@ -274,6 +274,7 @@ def test_second_derivatives_through_batch_norm_are_those_of_finite_differences(t
     assert slope.item() == pytest.approx((ends[0] - ends[1]).item() / 2e-5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_maml_learns_sinusoids():
     """A regression net that has seen many sinusoids fits a new one from ten points after one step."""
     generator = torch.Generator().manual_seed(0)
@@ -531,6 +532,7 @@ def test_each_image_is_embedded_once(pool, teacher, monkeypatch):
     torch.testing.assert_close(first[0], teacher(pixels[drawn.support[0]]).embedding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -571,7 +573,7 @@ def test_every_method_scores_every_query(pool, teacher, name):
         ("linear", {"d": 1}, "unknown parameter 'd'"),
         ("refilled", {"stps": 1}, "unknown parameter 'stps'; did you mean 'steps'"),
         ("feat", {}, "needs a model that was trained with it"),
-        ("maml", {}, "as many classes as a task has, 3, but the model was trained for 6"),
+        ("maml", {}, "as many classes as a task, 3, but the model was trained for 6"),
         ("kd", {"steps": 1}, "not known which classes the teacher has; use refilled or rkd"),
     ],
 )

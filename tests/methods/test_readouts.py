@@ -158,7 +158,7 @@ def test_the_page_takes_readouts_for_baseline_and_for_the_row_that_is_shown(teac
     runs = {"probe": reading(teacher, "linear_probe"), "alone": QUICK, "near": reading(teacher, "nearest_neighbour")}
     rows = [Row(name, [distill(run, tmp_path / name)], [tmp_path / name]) for name, run in runs.items()]
     write_report(tmp_path / "report.html", "Readouts", rows, rows[0], rows[-1], [on_the_teacher(rows[-1], rows[0])])
-    assert "nearest class mean in the teacher" in (tmp_path / "report.html").read_text()
+    assert "Nearest class mean in the teacher" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == 2
 
 

@@ -84,6 +84,7 @@ def test_evaluating_a_student_gives_the_accuracy_of_its_run(teacher, tmp_path):
     assert again["class_accuracies"] == result.class_accuracies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"precision": "bf16-mixed"}, {"views": 2}, {"sampler": "balanced"}, {"mixup": 0.4}], ids=str
 )
@@ -118,6 +119,7 @@ class _Stopping(Display):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"views": 2, "cutmix": 1.0, "settings": {"centers": "global"}}], ids=str)
 def test_a_run_stopped_at_any_step_goes_on_exactly(teacher, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
@@ -165,6 +167,7 @@ def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
         assert record.read_text() == (tmp_path / "whole" / "run.toml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_times_goes_on_exactly(teacher, tmp_path):
     run = refilled(teacher, epochs=16, precision="bf16-mixed")
     distill(run, tmp_path / "whole")

@@ -157,6 +157,7 @@ def test_a_trial_that_another_process_holds_is_left_to_it(probe, tmp_path):
     assert tuned.val_accuracy == max(accuracy for *_, accuracy in [*others, *last])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_trials(probe, tmp_path):
     (tmp_path / "run.toml").write_text(probe.to_toml())
     script = (

@@ -236,9 +236,7 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
             return None
         if not study.get_trials(states=(states.COMPLETE,)):
-            raise RunError(
-                f"the loss diverged in each of {len(study.trials)} trials; search lower learning rates or loss weights"
-            )
+            raise RunError(f"the loss diverged in each of {len(study.trials)} trials; search lower rates or weights")
         best = study.best_trial
         final = replace(_with(run, best.params), val=0.0, score="test")
         assert best.value is not None  # it is complete
