@@ -196,7 +196,7 @@ def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, m
     assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
 
 
-def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
+def test_a_preset_sets_what_is_not_given_too(student, tmp_path):
     common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
     teacher = student.parent / "teacher"
     refilled("distill", *common, "--teacher", teacher, "--set", "kd_weight=2", "--out", tmp_path / "a")
@@ -225,7 +225,7 @@ def test_every_field_of_a_run_is_a_flag_with_help():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
+def test_an_interrupted_run_says_how_to_resume_and_does(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     begin = [
         "train",

@@ -161,7 +161,7 @@ def test_a_folder_of_an_earlier_version_is_refused(page):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_leaves_no_worker_and_goes_on(tmp_path):
+def test_a_killed_comparison_leaves_no_worker_and_resumes(tmp_path):
     (tmp_path / "c.toml").write_text(TEXT.replace("epochs = 2", "epochs = 200"))
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     arguments = ["compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out")]

@@ -591,7 +591,7 @@ def test_a_method_without_its_model_says_so(pool):
         load_few_shot_method("rkd").learner(Bank(pixels), {})(episodes_of(labels))
 
 
-def test_a_file_of_ones_own_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
+def test_a_file_of_your_own_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
     pixels, labels = pool
     (tmp_path / "mine.py").write_text(
         "from refilled.methods.vanilla import vanilla\n\n\n"

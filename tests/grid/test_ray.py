@@ -81,7 +81,7 @@ def test_a_killed_worker_loses_nothing_and_a_failed_run_leaves_the_others_alone(
 
 
 @pytest.mark.slow
-def test_a_cache_goes_on_where_a_killed_worker_left_it(ray):
+def test_a_cache_resumes_where_a_killed_worker_left_it(ray):
     run = replace(RUN, teacher="deadly.py:teacher", teacher_mean=(0.5,) * 3, teacher_std=(0.5,) * 3, shots=16, views=3)
     built = build_cache_together(run, 2, ray)
     assert int(Path("cache grave").read_text()) != os.getpid()

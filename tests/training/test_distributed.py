@@ -398,7 +398,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_number_of_processes(two, teacher, whole, tmp_path):
+def test_a_run_resumes_in_another_number_of_processes(two, teacher, whole, tmp_path):
     run, folder = replace(QUICK, teacher=teacher), tmp_path / "b"
     with pytest.raises(Interrupted):
         distill(run, folder, display=Signalled(2))
@@ -409,7 +409,7 @@ def test_a_run_goes_on_in_another_number_of_processes(two, teacher, whole, tmp_p
 
 
 @pytest.mark.slow
-def test_a_stopped_run_of_two_processes_goes_on_to_the_bit(two, teacher, tmp_path):
+def test_a_stopped_run_of_two_processes_resumes_bit_for_bit(two, teacher, tmp_path):
     run = replace(QUICK, teacher=teacher, mixup=0.4)
     digests = []
     for name, stops in (("a", [None]), ("b", [3, 2, None])):
@@ -468,7 +468,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(teacher, whole, tmp_path):
+def test_under_torchrun_a_killed_rank_is_named_and_the_run_ends_in_the_same_way(teacher, whole, tmp_path):
     (tmp_path / "run.toml").write_text(replace(QUICK, teacher=teacher).to_toml())
     (tmp_path / "killed.py").write_text(_KILLED)
     killed = torchrun(str(tmp_path / "killed.py"), str(tmp_path / "b"))

@@ -158,7 +158,7 @@ def test_what_was_made_for_something_else_is_refused(tmp_path):
     )
 
 
-def test_a_build_that_broke_off_goes_on_where_it_stood(tmp_path):
+def test_a_build_that_broke_off_resumes_where_it_stood(tmp_path):
     task, calls = made_up(), []
 
     def breaking(images):

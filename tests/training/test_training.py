@@ -121,7 +121,7 @@ class _Stopping(Display):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"views": 2, "cutmix": 1.0, "settings": {"centers": "global"}}], ids=str)
-def test_a_run_stopped_at_any_step_goes_on_exactly(teacher, tmp_path, monkeypatch, changes):
+def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = refilled(teacher, **changes)
     distill(run, tmp_path / "whole")
@@ -146,7 +146,7 @@ def test_a_run_of_an_earlier_version_is_not_gone_on_with(teacher, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used here")
-def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
+def test_a_run_begun_elsewhere_resumes_here(teacher, tmp_path):
     """A state says nothing of the machine; the record does, and is changed with it."""
     run = refilled(teacher)
     distill(run, tmp_path / "whole")
@@ -168,7 +168,7 @@ def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_times_goes_on_exactly(teacher, tmp_path):
+def test_a_run_killed_at_random_times_resumes_exactly(teacher, tmp_path):
     run = refilled(teacher, epochs=16, precision="bf16-mixed")
     distill(run, tmp_path / "whole")
     (tmp_path / "run.toml").write_text(run.to_toml())

@@ -164,7 +164,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def embeddings(baseline: Row, shown: Row, test: Split) -> dict[str, Tensor]:
-    """Embed the test images with the first seed's students: baseline, ``shown`` after each stage, ``shown`` at the end."""
+    """Embed the test images with the first seed's students: the baseline, and ``shown`` after each stage."""
     folder = shown.folders[0]
     found = {baseline.name: _embed(network_of(baseline.folders[0]), test)}
     for stage in sorted(path.stem for path in (folder / "stages").glob("*.safetensors")):
