@@ -49,7 +49,7 @@ def commands(text: str) -> list[str]:
 
 
 def quick(command: str, teacher: str) -> list[str]:
-    """Return the arguments of a command, with few epochs and a small student in place of timm's.
+    """Return the arguments of a command, with few epochs and a small student instead of timm's.
 
     The weights of timm's teacher would have to be downloaded; a small teacher takes its place.
     """

@@ -30,7 +30,7 @@ CHANCE = np.random.default_rng(0)
 
 @pytest.fixture(autouse=True)
 def small_shards(tmp_path, monkeypatch) -> Path:
-    """Shards of five images of 8 x 8, in a cache of one's own; returns where they lie."""
+    """Shards of five images of 8 x 8, in a cache that no other test uses; returns their folder."""
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "_SHARD_BYTES", 5 * 3 * SIDE**2)
     return tmp_path / "cache" / "images"

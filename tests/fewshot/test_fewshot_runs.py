@@ -88,7 +88,7 @@ def test_tests_of_one_process_embed_an_image_once(run, tmp_path, monkeypatch):
     torch.manual_seed(1)
     save_model(create_model("convnet4_average", 5, image_size=16), tmp_path / "other")
     evaluate_few_shot(replace(run, teacher=str(tmp_path / "other")), tmp_path / "c")
-    assert sum(embedded) == 2 * first, "another model embeds anew"
+    assert sum(embedded) == 2 * first, "another model embeds again"
 
 
 @contextmanager

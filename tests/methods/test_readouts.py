@@ -35,13 +35,6 @@ OURS_AND_THEIRS = {
 readouts = pytest.mark.parametrize("name", OURS_AND_THEIRS)
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(QUICK, task="digits:0-4", epochs=8, shots=40), folder)
-    return str(folder)
-
-
 def reading(teacher: str, name: str, **changes: object) -> Run:
     return replace(QUICK, method=name, teacher=teacher, settings=OURS_AND_THEIRS[name][0], **changes)
 

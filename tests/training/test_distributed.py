@@ -360,7 +360,7 @@ QUICK = Run(
 
 
 def carried_out(world: World, run: Run, folder: Path, stop: int | None = None) -> int:
-    """Begin a run or go on with it; rank 1 is told to stop after so many steps. Returns the signal that ended it."""
+    """Start or resume a run. Rank 1 stops after this many steps. Returns the signal that ended the run."""
     display = Signalled(stop) if stop and world.rank == 1 else Display()
     prepared = Prepared(resolve(run))
     try:
@@ -368,13 +368,6 @@ def carried_out(world: World, run: Run, folder: Path, stop: int | None = None) -
     except Interrupted as interruption:
         return interruption.number
     return 0
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(QUICK, task="digits:0-4", method="vanilla", epochs=2, shots=40), folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

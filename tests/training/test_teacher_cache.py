@@ -33,13 +33,6 @@ QUICK = Run(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(Run(task="digits:0-4", student="wrn_10_1", epochs=4, shots=30, batch_size=20, threads=1), folder)
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "caches"))

@@ -42,7 +42,7 @@ def content(folder: Path) -> bytes:
 
 
 class Stopping(Display):
-    """Interrupt a run after so many steps."""
+    """Interrupt a run after this many steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps

@@ -1,4 +1,4 @@
-"""Tuning: it finds what is best on held-out images, looks at the test images once, and goes on where it stood."""
+"""Tuning finds the best values on held-out images, uses the test images once, and resumes."""
 
 import json
 import os
@@ -27,13 +27,6 @@ from refilled.tuning.student import tune
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=1, batch_size=20, shots=12, threads=1, precision="32-true")
 SEARCH = {"C": "0.001..100:log"}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(QUICK, task="digits:0-4", epochs=8, shots=40), folder)
-    return str(folder)
 
 
 @pytest.fixture

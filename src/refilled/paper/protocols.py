@@ -1,8 +1,8 @@
 """The setup of the paper's experiments, and reduced versions of it: protocols, scales, recipes.
 
 A protocol defines the images and the teacher of an experiment (supplement 2). A scale defines its size: ``paper`` is
-the paper's; ``mini`` is the same protocol with fewer classes, images and epochs and smaller networks; ``smoke`` only shows
-that everything runs. A recipe defines how all networks are optimised. Two recipes never share a table.
+the paper's; ``mini`` is the same protocol with fewer classes, images and epochs and smaller networks; ``smoke`` only
+shows that everything runs. A recipe defines how all networks are optimised. Two recipes never share a table.
 """
 
 from collections.abc import Mapping
