@@ -77,6 +77,7 @@ def test_parameters_of_the_method_and_of_training_are_searched_together(teacher,
     assert tuned.val_accuracy == max(accuracy for *_, accuracy in told)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_continues_as_if_it_had_not_been(probe, tmp_path):
     tune(probe, SEARCH, 4, tmp_path / "whole", whole := Trials())
 
