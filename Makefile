@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check docs pages bench teacher clean
+.PHONY: demo test quick check docs pages bench teacher clean
 
 demo: $(STAMP)
 	$(BIN)/refilled demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests without those that take more than five seconds.
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 check: $(STAMP)
 	$(BIN)/ruff check .

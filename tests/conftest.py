@@ -16,13 +16,13 @@ torch.set_num_threads(1)  # small tensors, and several test processes
 
 
 def data_root() -> Path:
-    """Where the real images lie: $REFILLED_DATA, else beside the repository."""
+    """Return the folder of real images: $REFILLED_DATA, or next to the repository."""
     return Path(os.environ.get("REFILLED_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of real images; a test that asks for it is skipped where it is absent."""
+    """Return the folder of real images. Tests that need it are skipped if it is absent."""
     root = data_root()
     if not root.is_dir():
         pytest.skip(f"no real images at {root}; set REFILLED_DATA")
@@ -31,7 +31,7 @@ def real_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Let no test reach beyond this machine; what would need to must say so in an error."""
+    """Refuse connections to other machines."""
     connect = socket.socket.connect
 
     def only_here(self, address):
@@ -43,7 +43,7 @@ def no_network(monkeypatch):
 
 
 class InProcess:
-    """An executor that makes its calls at once, in this process, and keeps what it was asked."""
+    """An executor that runs its calls at once in this process and records them."""
 
     def __init__(self) -> None:
         self.jobs: list[int] = []
@@ -63,7 +63,7 @@ class InProcess:
 
 @pytest.fixture
 def in_process() -> InProcess:
-    """An executor of one's own."""
+    """Return a new in-process executor."""
     return InProcess()
 
 
@@ -86,7 +86,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> str:
-    """The folder of a small network that knows the digits 0-4; some tests have a teacher of their own."""
+    """Train a small network on the digits 0-4; return its folder."""
     from refilled.config import Run
     from refilled.runs.experiment import distill
 

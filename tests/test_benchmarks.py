@@ -18,6 +18,7 @@ def output_of(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_has_a_row_for_every_method_that_trains_a_student_of_a_teacher():
     rows = {line[:24].strip() for line in output_of("step.py", "--quick").splitlines()}
     methods = {name: load_method(name) for name in list_methods()}
@@ -26,6 +27,7 @@ def test_the_step_benchmark_has_a_row_for_every_method_that_trains_a_student_of_
     assert rows >= {"student alone", "stage 1", "stage 2", "stage 1, cache", "stage 1, float32", "authors' stage 1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["small", "photographs"])
 def test_the_data_benchmark_compares_with_torchvision(kind):
     lines = output_of("data.py", "--quick", "--kinds", kind).splitlines()
@@ -34,17 +36,20 @@ def test_the_data_benchmark_compares_with_torchvision(kind):
     assert float(rates["later epochs"][-1]) > 0
 
 
+@pytest.mark.slow
 def test_the_mining_benchmark_runs():
     lines = output_of("mining.py", "--sizes", "32", "--dims", "8", "--runs", "1").splitlines()
     assert lines[-1].split()[:2] == ["32", "8"]
 
 
+@pytest.mark.slow
 def test_the_cost_benchmark_predicts_and_models():
     lines = output_of("cost.py", "--quick").splitlines()
     assert [line.split()[2] for line in lines if line.startswith("      wrn_16_1")] == ["batch", "image"]
     assert [line.split()[2] for line in lines if line.lstrip().startswith(("1,000", "21,841"))] == ["1", "8", "64"] * 2
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_large_data_goes_through_all_phases(tmp_path):
     phases = ["make the shards", "load, first time", "load again", "channel statistics", "an epoch of batches"]
     lines = output_of("large.py", "--images", "600", "--folder", str(tmp_path)).splitlines()

@@ -30,11 +30,13 @@ def example(request, monkeypatch):
 QUIET = {"lightning_module": pytest.mark.filterwarnings("ignore")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", [pytest.param(n, marks=QUIET.get(n, ())) for n in OF_LOSSES], indirect=True)
 def test_the_losses_teach_in_other_peoples_loops(example):
     assert example.main(epochs=4, teacher_epochs=4) > 2 * CHANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["timm_training"], indirect=True)
 def test_timms_loop_trains(example, capsys):
     example.main(teacher="resnet10t", epochs=2)
@@ -42,12 +44,14 @@ def test_timms_loop_trains(example, capsys):
     assert second < first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", OF_RUNS, indirect=True)
 def test_runs_from_python_leave_a_whole_folder(example, tmp_path):
     assert example.main(tmp_path, epochs=3) > CHANCE
     assert list(tmp_path.glob("*/DONE"))
 
 
+@pytest.mark.slow
 def test_an_example_runs_as_a_script():
     command = [sys.executable, str(EXAMPLES / "plain_torch.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -55,6 +59,7 @@ def test_an_example_runs_as_a_script():
     assert "% of the test images" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_example_is_listed_and_tested():
     files = {path.stem for path in EXAMPLES.glob("*.py")} - {"digits"}
     assert files == {*OF_LOSSES, *OF_RUNS, "timm_training"}

@@ -49,7 +49,7 @@ def commands(text: str) -> list[str]:
 
 
 def quick(command: str, teacher: str) -> list[str]:
-    """Return the arguments of a command, with few epochs and a small student in place of timm's.
+    """Return the arguments of a command, with few epochs and a small student instead of timm's.
 
     The weights of timm's teacher would have to be downloaded; a small teacher takes its place.
     """
@@ -64,6 +64,7 @@ def quick(command: str, teacher: str) -> list[str]:
     return [argument.replace("timm/mobilenetv3_small_050", "wrn_10_1") for argument in arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", ["README.md", "docs/start.md", "docs/data.md"])
 def test_the_commands_of_the_documents_run(document, folder_of_a_reader, teacher):
     listed = commands((ROOT / document).read_text())

@@ -100,8 +100,8 @@ MISTAKES = [
     (["distill"], "name a task or a folder"),
     (["distill", "digits:5-9", "--method", "rdk"], "did you mean 'rkd'"),
     (["distill", "digits:5-9"], "'refilled' learns from a teacher; name one with --teacher"),
-    (["distill", "digits:5-9", "--teacher", "no/such/folder"], "no/such/folder"),
-    (["distill", "digits:5-9", "--teacher", "timm/resnet5O"], "resnet5"),
+    (["distill", "digits:5-9", "--teacher", "no/such/folder"], "a teacher is a student folder, timm/<name>"),
+    (["distill", "digits:5-9", "--teacher", "timm/resnet5O"], "did you mean timm/resnet50"),
     (["distill", "digits:5-9", "--set", "temperature"], "'temperature' must be KEY=VALUE"),
     (["distill", "digits:5-9", "--set", "temprature=2"], "did you mean 'temperature'"),
     (
@@ -113,24 +113,24 @@ MISTAKES = [
         ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
         "leave out --epochs. What may change is: --data-r",
     ),
-    (["distill", "--resume", "no_run"], "no_run holds no run"),
+    (["distill", "--resume", "no_run"], "no_run holds no run to resume"),
     (["distill", "digits:5-9", "--preset", "papre"], "did you mean 'paper'"),
-    (["distill", "digits:5-9", "--student", "wrn_15_1", "--method", "vanilla"], "depth"),
+    (["distill", "digits:5-9", "--student", "wrn_15_1", "--method", "vanilla"], "depth must be 6n + 4"),
     (["distill", "digits:5-9", "--student", "wrn16_1", "--method", "vanilla"], "did you mean 'wrn_16_1'"),
     (
         ["distill", "digits:5-9", "--teacher", "{teacher}", "--method", "kd"],
         "share 0 of 5 classes; use refilled or rkd",
     ),
     (["distill", "digits:5-9", "--method", "mine.py"], "no method file mine.py"),
-    (["train", "digits:5-12"], "12"),
-    (["train", "no_such_data"], "no_such_data"),
+    (["train", "digits:5-12"], "within the classes 0-9"),
+    (["train", "no_such_data"], "unknown data set 'no_such_data'; known: cifar100"),
     (["train", "digits", "--epochs", "0"], "epochs = 0 is out of range"),
     (["train", "digits", "--lr", "nan"], "lr = nan is out of range"),
     (["train", "digits", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
-    (["train", "digits", "--model", "mobilenet_0"], "width"),
-    (["train", "digits", "--shots", "100000"], "100000"),
-    (["evaluate", "no_run"], "no_run"),
-    (["predict", "no_run", "a.png"], "no_run"),
+    (["train", "digits", "--model", "mobilenet_0"], "width must be above 0 and at most 4"),
+    (["train", "digits", "--shots", "100000"], "class '0' has 128 readable images"),
+    (["evaluate", "no_run"], "no_run/model.json cannot be read"),
+    (["predict", "no_run", "a.png"], "no_run/model.json cannot be read"),
     (["list", "metods"], "did you mean 'methods'"),
     (["compare", "missing.toml"], "missing.toml cannot be read"),
     (["compare", "digits:5-9", "--methods", "vanilla,rdk", "--teacher", "{teacher}"], "did you mean 'rkd'"),
@@ -169,6 +169,7 @@ def test_a_known_error_is_one_red_line_and_no_traceback(monkeypatch, capsys):
         main()
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     flags = [
@@ -195,7 +196,7 @@ def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, m
     assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
 
 
-def test_a_preset_sets_what_is_not_given_besides(student, tmp_path):
+def test_a_preset_sets_what_is_not_given_explicitly(student, tmp_path):
     common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
     teacher = student.parent / "teacher"
     refilled("distill", *common, "--teacher", teacher, "--set", "kd_weight=2", "--out", tmp_path / "a")
@@ -223,7 +224,8 @@ def test_every_field_of_a_run_is_a_flag_with_help():
     assert "Peak learning rate" in shown
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path):
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_resume_and_does(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     begin = [
         "train",

@@ -63,6 +63,7 @@ def page(tmp_path_factory) -> Path:
     return compare(Comparison.from_toml(TEXT), tmp_path_factory.mktemp("comparison"), jobs=2)
 
 
+@pytest.mark.slow
 def test_the_page_shows_table_and_pictures_and_runs_nothing(page):
     parsed = _Page()
     parsed.feed(page.read_text())
@@ -93,6 +94,7 @@ def test_the_page_shows_the_images_of_teacher_and_student(page):
     assert (figures / "images.svg").read_text().count("<image") == 3  # of the teacher, labelled, test
 
 
+@pytest.mark.slow
 def test_raw_results_lie_beside_the_page(page):
     lines = (page.parent / "results.csv").read_text().splitlines()
     assert lines[0].startswith("row,seed,accuracy,ncm_accuracy,ncm_after_embedding")
@@ -100,6 +102,7 @@ def test_raw_results_lie_beside_the_page(page):
     assert (page.parent / "results.md").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_a_second_start_repeats_nothing(page):
     folder = page.parent
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
@@ -108,6 +111,7 @@ def test_a_second_start_repeats_nothing(page):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_what_was_run_elsewhere_is_found_here(page):
     """A comparison is begun on one machine and read on another; what is done need not be done again."""
     record = next(page.parent.glob("*-s0/run.toml"))
@@ -121,6 +125,7 @@ def test_what_was_run_elsewhere_is_found_here(page):
         record.write_text(whole)
 
 
+@pytest.mark.slow
 def test_a_comparison_may_be_moved_with_the_teacher_that_it_trained(page, tmp_path):
     away = tmp_path / "away"
     shutil.copytree(page.parent, away)
@@ -150,12 +155,14 @@ def test_a_row_may_change_a_preset():
         Comparison.from_toml(text.replace('"good"', '"better"'))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_comparison_is_refused(page):
     other = Comparison.from_toml(TEXT)
     with pytest.raises(RunError, match="holds a run of another configuration"):
         compare(replace(other, run=replace(other.run, lr=0.05)), page.parent)
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_is_refused(page):
     """What a record does not name may have been otherwise: a default that came later says nothing about it."""
     record = next(path for path in page.parent.glob("*/run.toml") if "kd_average" in path.read_text())
@@ -168,7 +175,8 @@ def test_a_folder_of_an_earlier_version_is_refused(page):
         record.write_text(whole)
 
 
-def test_a_killed_comparison_leaves_no_worker_and_goes_on(tmp_path):
+@pytest.mark.slow
+def test_a_killed_comparison_leaves_no_worker_and_resumes(tmp_path):
     (tmp_path / "c.toml").write_text(TEXT.replace("epochs = 2", "epochs = 200"))
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     arguments = ["compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out")]
@@ -285,6 +293,7 @@ def test_recipes_are_compared_by_what_the_runs_were_trained_with(tmp_path):
     assert rows[0].differences_to(rows[0]) == []
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_to_the_executor_that_it_is_given(tmp_path, in_process):
     comparison = Comparison.from_toml(TEXT)
     small = replace(comparison, seeds=[0], run=replace(comparison.run, epochs=1))

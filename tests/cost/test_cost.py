@@ -20,19 +20,11 @@ from refilled.cost.step import Cost, Line, Network
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.models import create_model
-from refilled.runs.experiment import distill
 from refilled.stages import Stage, Term
 
 RUN = Run(task="digits:5-9", student="wrn_10_1", batch_size=16, epochs=10, threads=1, device="cpu")
 SIZE = TaskSize(tuple("56789"), train=1000, val=100, test=200, image_size=16, augmentation="crop", images_per_second=50)
 costs = st.floats(1e-3, 1e3)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(RUN, task="digits:0-4", epochs=1, shots=8), folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -167,6 +159,7 @@ def test_the_command_says_what_a_run_is_and_leaves_nothing_behind(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_is_seen_and_followed_to_more_images():
     # In a process of its own: memory that others have freed, but not given back, would be reused and not seen.
     script = """

@@ -23,7 +23,7 @@ def put(path: Path, colour: int, size: tuple[int, int] = (8, 8)) -> None:
 
 
 def fill(root: Path, counts: dict[str, int], first_colour: int = 0) -> Path:
-    """Write so many different pictures into each class folder."""
+    """Write this many different pictures into each class folder."""
     colour = first_colour
     for name, count in counts.items():
         for number in range(count):
@@ -95,7 +95,7 @@ def test_pictures_may_lie_deeper_and_other_files_are_passed_over(tmp_path):
     assert task.skipped == ()
 
 
-def test_selecting_classes_numbers_them_anew_and_keeps_their_order(tmp_path):
+def test_selecting_classes_renumbers_them_and_keeps_their_order(tmp_path):
     fill(tmp_path, {name: 5 for name in "abcde"})
     task = load_task(f"{tmp_path}:d,b")
     assert task.classes == ("b", "d")
@@ -240,7 +240,7 @@ def test_a_file_or_a_name_that_is_no_text_is_refused(tmp_path):
 # Bad pictures
 
 
-def test_bad_pictures_are_listed_and_the_run_goes_on(tmp_path):
+def test_bad_pictures_are_listed_and_the_run_continues(tmp_path):
     fill(tmp_path, {"cat": 150, "dog": 150})
     (tmp_path / "cat" / "zero.png").write_bytes(b"")
     (tmp_path / "cat" / "x.png").mkdir()

@@ -116,6 +116,7 @@ def test_folders_beside_train_are_named(tmp_path):
     assert "not used, since they lie beside train: extra" in load_task(str(tmp_path)).notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [6, 0])
 def test_a_test_part_without_labels_is_no_part(tmp_path, flat):
     fill(tmp_path / "d" / "train", images=12)

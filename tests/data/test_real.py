@@ -23,6 +23,7 @@ def test_cifar100_is_read_as_it_lies_on_disk(real_data):
         assert row["fine_label"] == (3, 98)[task.test.labels[position]]
 
 
+@pytest.mark.slow
 def test_halves_of_cifar100_share_no_class_and_leave_none_out(real_data):
     halves = [
         set(load_task(f"cifar100:{half}@seed=5,shots=1,val=0", data_root=real_data).classes)
@@ -38,6 +39,7 @@ def test_coarse_labels_are_a_column_like_any_other(real_data):
     assert len(task.train) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "classes", "train", "test", "side"),
     [("cub100_84", 100, 2999, 2903, 84), ("omniglot:0-19", 20, 324, 76, 105), ("tinyimagenet64:0-9", 10, 813, 187, 64)],

@@ -30,7 +30,7 @@ CHANCE = np.random.default_rng(0)
 
 @pytest.fixture(autouse=True)
 def small_shards(tmp_path, monkeypatch) -> Path:
-    """Shards of five images of 8 x 8, in a cache of one's own; returns where they lie."""
+    """Shards of five images of 8 x 8, in a cache that no other test uses; returns their folder."""
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "_SHARD_BYTES", 5 * 3 * SIDE**2)
     return tmp_path / "cache" / "images"
@@ -92,6 +92,7 @@ def test_a_task_on_disk_is_the_task_in_memory(photos, text):
     assert channel_statistics(disk.train.pixels) == channel_statistics(memory.train.pixels)
 
 
+@pytest.mark.slow
 def test_training_from_disk_gives_the_same_bits(tmp_path):
     run = Run(task="digits:0-4", student="wrn_10_1", epochs=2, shots=12, batch_size=16, threads=1, device="cpu")
     digests = []
@@ -221,6 +222,7 @@ class DeadlyPart(ArrayPart):
         return super().pictures(rows)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(part, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     deadly = DeadlyPart(part.labels, part.pixels, part.prefix)
@@ -228,6 +230,7 @@ def test_a_killed_worker_loses_nothing(part, monkeypatch):
     assert np.array_equal(whole(found.images).permute(0, 2, 3, 1).numpy(), part.pixels)
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_work(photos, tmp_path):
     """Each shard is decoded by one of them, and all of them have the same images in the end."""
     (tmp_path / "share.py").write_text(

@@ -274,6 +274,7 @@ def test_second_derivatives_through_batch_norm_are_those_of_finite_differences(t
     assert slope.item() == pytest.approx((ends[0] - ends[1]).item() / 2e-5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_maml_learns_sinusoids():
     """A regression net that has seen many sinusoids fits a new one from ten points after one step."""
     generator = torch.Generator().manual_seed(0)
@@ -531,6 +532,7 @@ def test_each_image_is_embedded_once(pool, teacher, monkeypatch):
     torch.testing.assert_close(first[0], teacher(pixels[drawn.support[0]]).embedding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -571,7 +573,7 @@ def test_every_method_scores_every_query(pool, teacher, name):
         ("linear", {"d": 1}, "unknown parameter 'd'"),
         ("refilled", {"stps": 1}, "unknown parameter 'stps'; did you mean 'steps'"),
         ("feat", {}, "needs a model that was trained with it"),
-        ("maml", {}, "as many classes as a task has, 3, but the model was trained for 6"),
+        ("maml", {}, "as many classes as a task, 3, but the model was trained for 6"),
         ("kd", {"steps": 1}, "the classes of the teacher are not known; use refilled or rkd"),
     ],
 )
@@ -589,7 +591,7 @@ def test_a_method_without_its_model_says_so(pool):
         load_few_shot_method("rkd").learner(Bank(pixels), {})(episodes_of(labels))
 
 
-def test_a_file_of_ones_own_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
+def test_a_file_of_your_own_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
     pixels, labels = pool
     (tmp_path / "mine.py").write_text(
         "from refilled.methods.vanilla import vanilla\n\n\n"

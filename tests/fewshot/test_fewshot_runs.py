@@ -64,7 +64,7 @@ def test_a_test_leaves_a_folder_that_explains_itself(run, tmp_path):
     assert result.data["pool"].endswith(":unseen")
     assert len(result.data["fingerprint"]) == 64
     assert result.n_query == 4
-    assert "4 query images a class" in result.data["notes"][0]
+    assert "4 query images per class" in result.data["notes"][0]
     assert result.teacher["name"] == run.teacher
     assert {"refilled", "torch"} <= set(result.versions)
 
@@ -88,7 +88,7 @@ def test_tests_of_one_process_embed_an_image_once(run, tmp_path, monkeypatch):
     torch.manual_seed(1)
     save_model(create_model("convnet4_average", 5, image_size=16), tmp_path / "other")
     evaluate_few_shot(replace(run, teacher=str(tmp_path / "other")), tmp_path / "c")
-    assert sum(embedded) == 2 * first, "another model embeds anew"
+    assert sum(embedded) == 2 * first, "another model embeds again"
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def in_this_process(jobs):
     yield Pool()
 
 
-def test_tasks_that_are_shared_are_those_of_one_process_and_go_on(run, tmp_path):
+def test_tasks_that_are_shared_are_those_of_one_process_and_resume(run, tmp_path):
     def stop(done, accuracy, interval):
         if done >= 10:
             raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_the_command_shares_tasks_among_processes(photos, teacher, tmp_path):
     assert accuracies[1] == accuracies[2]
 
 
-def test_an_interrupted_test_goes_on(run, tmp_path):
+def test_an_interrupted_test_resumes(run, tmp_path):
     def stop(done, accuracy, interval):
         if done == 14:
             raise KeyboardInterrupt
@@ -207,7 +207,7 @@ def test_meta_training_teaches(meta_run, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["protonet", "feat"])
-def test_interrupted_meta_training_goes_on_bit_for_bit(meta_run, tmp_path, monkeypatch, method):
+def test_interrupted_meta_training_resumes_bit_for_bit(meta_run, tmp_path, monkeypatch, method):
     run = replace(meta_run, method=method)
     whole = meta_train(run, tmp_path / "whole")
 
@@ -249,8 +249,8 @@ def test_meta_training_may_start_from_a_model(meta_run, teacher, tmp_path):
     ("search", "message"),
     [
         ({"d": "1..2"}, "unknown parameter 'd'"),
-        ({"c": "2..1"}, "c=2..1 is no range"),
-        ({"c": "a..b"}, "c=a..b is no range"),
+        ({"c": "2..1"}, "c=2..1 is not a range"),
+        ({"c": "a..b"}, "c=a..b is not a range"),
         ({"normalize": "0..1"}, "normalize is not a number"),
     ],
 )
@@ -260,7 +260,7 @@ def test_a_search_that_makes_no_sense_is_explained(run, tmp_path, search, messag
         tune(run, search, trials=1, n_episodes=1, storage=tmp_path / "t", progress=print)
 
 
-def test_tuning_looks_at_validation_classes_alone_and_goes_on(run, tmp_path, monkeypatch):
+def test_tuning_looks_at_validation_classes_alone_and_resumes(run, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     asked, load = [], evaluation.load_pool
     monkeypatch.setattr(
@@ -286,7 +286,7 @@ def refilled(*arguments):
     return result.output
 
 
-def test_the_command_tests_a_folder_of_ones_own(photos, teacher, tmp_path):
+def test_the_command_tests_a_folder_of_your_own(photos, teacher, tmp_path):
     common = ["fewshot", "--data", photos, "--teacher", teacher, "--n-way", 3, "--n-episodes", 6, "--threads", 1]
     shown = refilled(*common, "--method", "svm", "--set", "c=3", "--out", tmp_path / "a", "--quiet")
     assert "over 6 tasks" in shown

@@ -63,6 +63,7 @@ def ray(tmp_path_factory):
     os.environ.pop("REFILLED_CACHE") if cache is None else os.environ.update(REFILLED_CACHE=cache)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_a_failed_run_leaves_the_others_alone(ray, tmp_path):
     runs = {
         "alive": RUN,
@@ -79,7 +80,8 @@ def test_a_killed_worker_loses_nothing_and_a_failed_run_leaves_the_others_alone(
     assert "learns from a teacher" in str(failures["wrong"]).splitlines()[0]
 
 
-def test_a_cache_goes_on_where_a_killed_worker_left_it(ray):
+@pytest.mark.slow
+def test_a_cache_resumes_where_a_killed_worker_left_it(ray):
     run = replace(RUN, teacher="deadly.py:teacher", teacher_mean=(0.5,) * 3, teacher_std=(0.5,) * 3, shots=16, views=3)
     built = build_cache_together(run, 2, ray)
     assert int(Path("cache grave").read_text()) != os.getpid()
@@ -87,12 +89,14 @@ def test_a_cache_goes_on_where_a_killed_worker_left_it(ray):
     assert built.problems() == {}
 
 
+@pytest.mark.slow
 def test_a_missing_ray_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RunError, match=r"pip install 'refilled\[ray\]'"):
         find_executor("ray")
 
 
+@pytest.mark.slow
 def test_an_unknown_executor_is_said_before_anything_begins(tmp_path):
     result = CliRunner().invoke(app, ["compare", "digits", "--executor", "rya", "--out", str(tmp_path / "runs")])
     assert isinstance(result.exception, RunError)
@@ -100,6 +104,7 @@ def test_an_unknown_executor_is_said_before_anything_begins(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_ray_is_not_loaded_unless_it_is_asked_for():
     script = (
         "import sys; from refilled.grid.executors import find_executor; import refilled.grid.runner;"

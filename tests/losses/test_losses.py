@@ -279,6 +279,7 @@ def test_no_gradient_reaches_the_teacher():
     assert teacher.grad is None
 
 
+@pytest.mark.slow
 @negatives
 @pytest.mark.parametrize("size", [512, pytest.param(4096, marks=pytest.mark.slow)])
 def test_memory_stays_below_ten_matrices_of_the_batch(negatives, size):

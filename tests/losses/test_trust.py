@@ -62,7 +62,7 @@ def test_label_information_does_not_see_scale_position_and_direction():
 
 
 def test_an_image_does_not_vouch_for_itself():
-    """Two images a class of pure noise in many dimensions, which their own means would seem to separate."""
+    """Two images per class of pure noise in many dimensions, which their own means would seem to separate."""
     noise = torch.randn(200, 500, generator=torch.Generator().manual_seed(3))
     assert label_information(noise, torch.arange(100).repeat(2)) < 0.02
 

@@ -187,7 +187,7 @@ def test_contrastive_transfer_is_that_of_the_loop(batch, images, seed, temperatu
     assert found == pytest.approx(reference.contrast(*rows, temperature), rel=1e-6, abs=1e-9)
 
 
-def test_contrastive_transfer_goes_on_with_the_bank_it_had():
+def test_contrastive_transfer_resumes_with_the_bank_it_had():
     before, after, empty = (ContrastiveLoss(6, 5) for _ in range(3))
     before.prepare(normal(9, 5), torch.arange(9) % 3)
     after.load_state_dict(before.state_dict())

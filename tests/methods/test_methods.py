@@ -194,7 +194,7 @@ def test_a_method_needs_a_student_exactly_if_it_trains_one_of_its_own(name):
         method.build(None, shape(24), {})
 
 
-def test_a_method_of_ones_own_without_annotations_is_believed(tmp_path):
+def test_a_method_of_your_own_without_annotations_is_believed(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from refilled.stages import Readout, Stage, Term\nfrom torch import nn\n"
         "def mine(student, teacher, *, reads: bool = False):\n"
@@ -206,7 +206,7 @@ def test_a_method_of_ones_own_without_annotations_is_believed(tmp_path):
         mine.build(shape(16), None, {"reads": True})
 
 
-def test_a_file_of_ones_own_is_a_method(tmp_path: Path):
+def test_a_file_of_your_own_is_a_method(tmp_path: Path):
     text = Path(__file__).parents[2].joinpath("CONTRIBUTING.md").read_text()
     file = tmp_path / "similarity.py"
     file.write_text(text.split("```python\n")[1].split("```")[0])

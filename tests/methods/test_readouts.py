@@ -35,13 +35,6 @@ OURS_AND_THEIRS = {
 readouts = pytest.mark.parametrize("name", OURS_AND_THEIRS)
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(QUICK, task="digits:0-4", epochs=8, shots=40), folder)
-    return str(folder)
-
-
 def reading(teacher: str, name: str, **changes: object) -> Run:
     return replace(QUICK, method=name, teacher=teacher, settings=OURS_AND_THEIRS[name][0], **changes)
 
@@ -158,7 +151,7 @@ def test_the_page_takes_readouts_for_baseline_and_for_the_row_that_is_shown(teac
     runs = {"probe": reading(teacher, "linear_probe"), "alone": QUICK, "near": reading(teacher, "nearest_neighbour")}
     rows = [Row(name, [distill(run, tmp_path / name)], [tmp_path / name]) for name, run in runs.items()]
     write_report(tmp_path / "report.html", "Readouts", rows, rows[0], rows[-1], [on_the_teacher(rows[-1], rows[0])])
-    assert "nearest class mean in the teacher" in (tmp_path / "report.html").read_text()
+    assert "Nearest class mean in the teacher" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == 4
 
 

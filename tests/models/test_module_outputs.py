@@ -128,7 +128,7 @@ def test_the_input_of_the_last_linear_layer_is_the_embedding_and_said(tmp_path, 
         torch.testing.assert_close(seen.logits, teacher.module.head(rows))
 
 
-def test_a_method_of_ones_own_is_taken_at_its_word(tmp_path):
+def test_a_method_of_your_own_is_taken_at_its_word(tmp_path):
     code = (
         "class Mine(Net):\n    def embed(self, x): return self.head(self.rows(x))\ndef make(): return Mine(), ABOUT\n"
     )

@@ -93,7 +93,7 @@ def test_the_size_is_the_larger_of_the_images_and_224_but_no_more_than_in_traini
         assert load_teacher(text, input_size=112)(IMAGES).logits.shape == (2, 3)
 
 
-def test_positions_are_resampled_and_not_drawn_anew(tmp_path):
+def test_positions_are_resampled_and_not_drawn_again(tmp_path):
     """A patch in the middle of constant images is embedded alike at any size."""
     text = saved(tmp_path, "test_vit", timm.create_model("test_vit", num_classes=0).state_dict())
     large, small = load_teacher(text, input_size=160), load_teacher(text, input_size=80)

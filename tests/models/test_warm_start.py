@@ -29,7 +29,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_run_goes_on_to_other_classes_with_its_normalisation(teacher):
+def test_a_run_continues_to_other_classes_with_its_normalisation(teacher):
     student, notes = start(teacher)
     before = load_model(Path(teacher))
     assert same(body(student), body(before))

@@ -52,7 +52,7 @@ WRAPPED = {
     "sharded": lambda s: under("_fsdp_wrapped_module", s),
     "a part is compiled": lambda s: {name.replace("block1.", "block1._orig_mod."): v for name, v in s.items()},
     "AveragedModel": lambda s: {"n_averaged": torch.tensor(3), **under("module", s)},
-    "a key of one's own": lambda s: {"my_network": s, "epoch": 3, "optimizer": OPTIMIZER},
+    "an unknown key": lambda s: {"my_network": s, "epoch": 3, "optimizer": OPTIMIZER},
     "options and NumPy numbers beside": lambda s: {
         "net": s,
         "args": argparse.Namespace(lr=0.1),

@@ -240,6 +240,7 @@ def test_a_few_shot_test_is_named_after_all_that_decides_it():
     assert len({name_of(job), *map(name_of, others)}) == 1 + len(others)
 
 
+@pytest.mark.slow
 def test_a_few_shot_table_shows_the_interval_over_tasks(folder):
     page = fill(TABLES["table7"], Choice(), folder, console=quiet()).page
     rows = read_csv(page.parent / "results.csv")
@@ -253,6 +254,7 @@ def test_a_few_shot_table_shows_the_interval_over_tasks(folder):
     assert "digits:unseen" in page.read_text()
 
 
+@pytest.mark.slow
 def test_settings_that_were_searched_for_are_those_of_the_test(folder):
     (cell,) = [c for c in cells(TABLES["table7"], ONE) if (c.row.name, c.column.name) == ("SVM", "10-shot")]
     name = Plan([cell], folder / "runs").run_of(cell)
@@ -388,24 +390,25 @@ def test_an_unknown_scale_or_recipe_is_refused_with_the_nearest(field, value):
 # Carrying out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
 def test_every_table_runs(table, folder, capsys):
     runs = sorted((folder / "runs").iterdir())
     outcome = fill(table, ONE, folder, console=Console(width=300))
     assert "nothing is left to do" in capsys.readouterr().out
     assert sorted((folder / "runs").iterdir()) == runs
-    undescribed = Plan(cells(table, ONE), folder / "runs").problems  # rows whose method is not in this package
-    assert set(outcome.failures) == {cell.name for cell in undescribed}
+    assert not outcome.failures
     lines = read_csv(outcome.page.parent / "results.csv")
     expected = cells(table, ONE)
     assert [(line["row"], line["column"]) for line in lines] == [(c.row.name, c.column.name) for c in expected]
     for line, cell in zip(lines, expected, strict=True):
         too_many = (cell.column.classes or 0) > 10  # digits
-        assert bool(line["value"]) == (cell.name not in outcome.failures and not too_many), line
+        assert bool(line["value"]) == (not too_many), line
     assert (outcome.page.parent / "picture.svg").exists() == (table.picture is not None)
     assert table.title.partition(":")[0] in (outcome.page.parent / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_page_says_where_its_figures_come_from(folder):
     page = fill(TABLES["table4"], ONE, folder, console=quiet()).page.read_text()
     for said in (
@@ -413,21 +416,23 @@ def test_a_page_says_where_its_figures_come_from(folder):
         "smoke",
         "refilled reproduce table4 --scale smoke",
         "the last epoch",
-        "float",
         "wrn_10_1 for",
     ):
-        assert said in page or (said == "float" and "precision" in page)
+        assert said in page
     result = Result.load(next((folder / "runs").glob("wrn_10_1-vanilla-*")))
     assert result.data["fingerprint"][:16] in page
+    assert all(f"{name} {value}" in page for name, value in result.hardware.items())
     assert not re.search(r"<script|https?://", page)
 
 
+@pytest.mark.slow
 def test_values_agree_with_the_runs_that_they_come_from(folder):
     page = fill(TABLES["figure3"], ONE, folder, console=quiet()).page
     for line in read_csv(page.parent / "results.csv"):
         assert line["value"] == f"{Result.load(folder / 'runs' / line['run']).accuracy:.2f}"
 
 
+@pytest.mark.slow
 def test_a_failed_cell_shows_no_number_and_leaves_the_others_alone(tmp_path, capsys):
     failing = tmp_path / "failing.py"
     failing.write_text("def failing(student, teacher):\n    raise RuntimeError('out of luck')\n")
@@ -451,6 +456,7 @@ def test_a_failed_cell_shows_no_number_and_leaves_the_others_alone(tmp_path, cap
     assert "raises/0 seed 0: RuntimeError: out of luck" in capsys.readouterr().out.replace("failed: ", "")
 
 
+@pytest.mark.slow
 def test_students_of_a_teacher_that_fails_fail_with_that_reason(tmp_path):
     failing = tmp_path / "failing.py"
     failing.write_text("def failing(student, teacher):\n    raise RuntimeError('out of luck')\n")
@@ -471,6 +477,7 @@ def test_students_of_a_teacher_that_fails_fail_with_that_reason(tmp_path):
     assert list(results) == ["alone"]
 
 
+@pytest.mark.slow
 def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_path):
     (tmp_path / "counted.py").write_text(
         "import os\nfrom refilled.methods.vanilla import vanilla\n\n"
@@ -544,6 +551,7 @@ def test_embeddings_that_lie_on_disk_are_not_counted_again(tmp_path, monkeypatch
     assert module.left_to_embed(run) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "work",
     [
@@ -689,6 +697,7 @@ def test_the_command_line_lists_and_refuses(tmp_path):
         find_table("tabel2")
 
 
+@pytest.mark.slow
 def test_the_command_line_estimates_without_running_and_tells_of_failures(folder, tmp_path):
     result = CliRunner().invoke(app, ["reproduce", "figure4", "--seeds", "1", "--out", str(tmp_path), "--dry-run"])
     assert result.exit_code == 0

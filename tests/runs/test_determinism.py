@@ -28,6 +28,7 @@ print(*faults)
     assert last - before < 100  # pages of 4 KiB, of 20,992 in the blocks of two steps
 
 
+@pytest.mark.slow
 @glibc
 def test_kept_memory_is_given_back_on_demand():
     code = """

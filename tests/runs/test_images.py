@@ -72,6 +72,7 @@ def trained(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_student_is_scored_at_its_own_size_whatever_the_images_are(trained, tmp_path):
     own = evaluate(trained / "run")["accuracy"]
     assert own == 100
@@ -79,6 +80,7 @@ def test_a_student_is_scored_at_its_own_size_whatever_the_images_are(trained, tm
     assert json.loads(refilled("evaluate", trained / "run", large, "--json"))["accuracy"] == own
 
 
+@pytest.mark.slow
 def test_classes_are_matched_by_name_and_missing_ones_are_named(trained, tmp_path):
     folder = draw(tmp_path / "two", classes="abc")
     shutil.rmtree(folder / "a")
@@ -90,6 +92,7 @@ def test_classes_are_matched_by_name_and_missing_ones_are_named(trained, tmp_pat
         evaluate(trained / "run", str(folder))
 
 
+@pytest.mark.slow
 def test_scoring_images_that_were_trained_on_is_said(trained, tmp_path):
     copy = tmp_path / "everything" / "test"
     shutil.copytree(trained / "small", copy)
@@ -101,6 +104,7 @@ def test_scoring_images_that_were_trained_on_is_said(trained, tmp_path):
     assert evaluate(trained / "run")["notes"] == []
 
 
+@pytest.mark.slow
 def test_an_added_picture_is_said_and_moves_no_other(trained, tmp_path):
     home = tmp_path / "moved"
     shutil.copytree(trained, home)

@@ -38,6 +38,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_with_adamw_and_an_average_stopped_at_any_step_continues_exactly(teacher, tmp_path):
     changes = {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, "settings": {"regression_weight": 1.0}}
     run = replace(QUICK, method="refilled", teacher=teacher, **changes)

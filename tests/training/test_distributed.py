@@ -190,6 +190,7 @@ def test_every_row_is_of_one_rank_and_parts_differ_by_one_row():
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STAGED)
 def test_two_processes_train_as_one_does(two, method):
     assert_same(two(trained, method), trained(ALONE, method), 1e-6 if method in SINGLE_PRECISION else 1e-12)
@@ -218,6 +219,7 @@ def with_changes(world, settings, changes):
     return trained(world, "refilled", settings, **changes)
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_gradients_is_found_out(two, four):
     one = trained(ALONE, "refilled", {"gamma": 0.1})
     for ranks in (two, four):
@@ -225,6 +227,7 @@ def test_the_mean_of_the_gradients_is_found_out(two, four):
         assert ratio(wrong, one) == pytest.approx(1 / len(ranks.processes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["wrn_10_1", "timm/mobilenetv3_small_050"])
 def test_batch_norm_is_that_of_the_whole_batch(two, student):
     one = trained(ALONE, "vanilla", None, student)
@@ -248,6 +251,7 @@ def normalized(world, dtype: torch.dtype, training: bool, affine: bool, momentum
     return [value.detach().double().numpy() for value in (y, by_x, norm.running_mean, norm.running_var)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("affine", "momentum"), [(True, 0.1), (False, None)])
@@ -296,6 +300,7 @@ def test_rows_of_every_type_are_gathered(four, dtype):
         np.testing.assert_array_equal(rank, torch.arange(10).view(5, 2).to(dtype).double().numpy())
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_step(two):
     for rank in two(trained, "vanilla", None, None, World, 1):
         assert "The step was not taken" in rank["error"]
@@ -315,6 +320,7 @@ def refused_by_rank_0(world):
     world.lead(refuse)
 
 
+@pytest.mark.slow
 def test_what_rank_0_finds_or_refuses_all_ranks_do(two):
     assert [str(error) for error in two(refused_by_rank_0)] == ["rank 0 says no"] * 2
 
@@ -323,6 +329,7 @@ def holding(world):
     world.check_same(images="these", teacher=f"teacher {world.rank}")
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_different_things_do_not_train(two):
     assert {str(error) for error in two(holding)} == {
         "rank 1 has other teacher than rank 0; give all machines the same files and versions"
@@ -354,7 +361,7 @@ QUICK = Run(
 
 
 def carried_out(world: World, run: Run, folder: Path, stop: int | None = None) -> int:
-    """Begin a run or go on with it; rank 1 is told to stop after so many steps. Returns the signal that ended it."""
+    """Start or resume a run. Rank 1 stops after this many steps. Returns the signal that ended the run."""
     display = Signalled(stop) if stop and world.rank == 1 else Display()
     prepared = Prepared(resolve(run))
     try:
@@ -362,13 +369,6 @@ def carried_out(world: World, run: Run, folder: Path, stop: int | None = None) -
     except Interrupted as interruption:
         return interruption.number
     return 0
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    distill(replace(QUICK, task="digits:0-4", method="vanilla", epochs=2, shots=40), folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +391,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert not list(folder.glob("*.ckpt"))
 
 
-def test_a_run_goes_on_in_another_number_of_processes(two, teacher, whole, tmp_path):
+@pytest.mark.slow
+def test_a_run_resumes_in_another_number_of_processes(two, teacher, whole, tmp_path):
     run, folder = replace(QUICK, teacher=teacher), tmp_path / "b"
     with pytest.raises(Interrupted):
         distill(run, folder, display=Signalled(2))
@@ -401,7 +402,8 @@ def test_a_run_goes_on_in_another_number_of_processes(two, teacher, whole, tmp_p
     assert_same_run(folder, whole)
 
 
-def test_a_stopped_run_of_two_processes_goes_on_to_the_bit(two, teacher, tmp_path):
+@pytest.mark.slow
+def test_a_stopped_run_of_two_processes_resumes_bit_for_bit(two, teacher, tmp_path):
     run = replace(QUICK, teacher=teacher, mixup=0.4)
     digests = []
     for name, stops in (("a", [None]), ("b", [3, 2, None])):
@@ -484,7 +486,8 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_under_torchrun_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(teacher, whole, tmp_path):
+@pytest.mark.slow
+def test_under_torchrun_a_killed_rank_is_named_and_the_run_ends_in_the_same_way(teacher, whole, tmp_path):
     (tmp_path / "run.toml").write_text(replace(QUICK, teacher=teacher).to_toml())
     (tmp_path / "killed.py").write_text(_KILLED)
     killed = torchrun(str(tmp_path / "killed.py"), str(tmp_path / "b"))

@@ -85,6 +85,7 @@ def test_evaluating_a_student_gives_the_accuracy_of_its_run(teacher, tmp_path):
     assert again["class_accuracies"] == result.class_accuracies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"precision": "bf16-mixed"}, {"views": 2}, {"sampler": "balanced"}, {"mixup": 0.4}], ids=str
 )
@@ -119,8 +120,9 @@ class _Stopping(Display):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"views": 2, "cutmix": 1.0, "settings": {"centers": "global"}}], ids=str)
-def test_a_run_stopped_at_any_step_goes_on_exactly(teacher, tmp_path, monkeypatch, changes):
+def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = refilled(teacher, **changes)
     distill(run, tmp_path / "whole")
@@ -145,7 +147,7 @@ def test_a_run_of_an_earlier_version_is_not_gone_on_with(teacher, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used here")
-def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
+def test_a_run_begun_elsewhere_resumes_here(teacher, tmp_path):
     """A state says nothing of the machine; the record does, and is changed with it."""
     run = refilled(teacher)
     distill(run, tmp_path / "whole")
@@ -166,7 +168,8 @@ def test_a_run_begun_elsewhere_goes_on_here(teacher, tmp_path):
         assert record.read_text() == (tmp_path / "whole" / "run.toml").read_text()
 
 
-def test_a_run_killed_at_random_times_goes_on_exactly(teacher, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_at_random_times_resumes_exactly(teacher, tmp_path):
     run = refilled(teacher, epochs=16, precision="bf16-mixed")
     distill(run, tmp_path / "whole")
     (tmp_path / "run.toml").write_text(run.to_toml())

@@ -42,7 +42,7 @@ def content(folder: Path) -> bytes:
 
 
 class Stopping(Display):
-    """Interrupt a run after so many steps."""
+    """Interrupt a run after this many steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -112,6 +112,7 @@ def test_two_stages_distil_without_labels_and_tune_with_them(teacher, tmp_path):
     assert entries[1]["lr"] < 0.2 * entries[0]["lr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["self_training", "feature_mse"])
 def test_methods_beside_it_learn_from_them(teacher, tmp_path, method):
     settings = {"threshold": 0.3, "start": 0} if method == "self_training" else {}

@@ -1,1 +1,1 @@
-"""Comparisons: several methods and seeds at equal cost, and the page that says whether the teacher helped."""
+"""Comparisons of methods over several seeds at equal cost, with a page that reports whether the teacher helped."""

@@ -1,23 +1,23 @@
-"""Compare methods on a task at equal cost: what to run as one readable file, and a page that says who won.
+"""Compare methods on a task at equal cost: one readable file of what to run, and a page with the result.
 
 A comparison is TOML::
 
     title = "Birds"
     seeds = [0, 1, 2]
 
-    [run]                       # what all rows share: the fields of a run
+    [run]                       # the fields of a run that all rows share
     task = "cub100_84"
     student = "mobilenet_0.25"
     teacher = "tf_mobilenet.py:load_mobilenet:mobilenetv2_100_inat_bird"
     epochs = 40
 
-    [rows]                      # the first is the baseline, the last the one that the page is about
+    [rows]                      # first: the baseline; last: the row that the page is about
     vanilla = { method = "vanilla" }
     RKD = { method = "rkd" }
     ReFilled = { preset = "good", settings = { kd_temperature = 0.1 } }
 
-A row's preset is what ``--preset`` is on the command line. With a table ``[teacher]``, the fields of a run, the teacher
-is trained first.
+A row's preset is that of ``--preset`` on the command line. An optional table ``[teacher]``, with the fields of a run,
+describes a teacher that is trained first.
 """
 
 import csv
@@ -56,14 +56,14 @@ from refilled.runs.result import Result
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several methods on one task, each with several seeds.
+    """Several methods on one task, each run with several seeds.
 
     Attributes:
         title: The heading of the page.
-        run: What all rows share.
-        rows: Each row's name, and the fields in which its runs differ.
-        seeds: One run of every row for each.
-        teacher: A teacher to train first, if ``run`` does not name one.
+        run: The run that all rows share.
+        rows: By name, the fields in which a row differs from ``run``.
+        seeds: Seeds; every row is run once per seed.
+        teacher: A teacher to train first. None: ``run`` names the teacher, or there is none.
     """
 
     title: str
@@ -78,14 +78,14 @@ class Comparison:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"a comparison needs different seeds, not {list(self.seeds)}")
         for row in self.grid(Path()).values():
-            resolve(row[self.seeds[0]])  # so that a wrong row is found before anything trains
+            resolve(row[self.seeds[0]])  # to find a wrong row before anything is trained
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
         """Read a comparison.
 
         Raises:
-            RunError: the text is no TOML, or something in it is unknown, missing or of the wrong type.
+            RunError: The text is not TOML, or something in it is unknown, missing or of the wrong type.
         """
         try:
             return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
@@ -96,7 +96,7 @@ class Comparison:
             raise RunError(f"not a comparison: {'; '.join(problems)}") from error
 
     def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
-        """Return the run of each row and seed; a teacher that is to be trained lies in ``folder/teacher``."""
+        """Return the run of each row and seed. A teacher that is trained first lies in ``folder/teacher``."""
         shared = self.run if self.teacher is None else replace(self.run, teacher=str(folder / "teacher"))
         return {
             name: {seed: _with(shared, {**changes, "seed": seed}) for seed in self.seeds}
@@ -111,10 +111,10 @@ def compare(
     console: Console | None = None,
     executor: Executor = processes,
 ) -> Path:
-    """Carry out what is missing of a comparison, and write its table and page.
+    """Run what is missing of a comparison, and write its table and page.
 
     Returns:
-        The page, ``report.html``; beside it lie ``results.csv``, a line a run, and ``results.md``.
+        The page, ``report.html``. The same folder holds ``results.csv``, one line per run, and ``results.md``.
     """
     console = console or Console()
     if comparison.teacher is not None:
@@ -152,7 +152,7 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
     changed = replace(run, **with_preset(changes.get("preset"), given))
     if not load_method(changed.method).ignores_teacher:
         return changed
-    # It is the same run whatever the teacher, and need not be repeated for another one.
+    # The run does not depend on the teacher, so it need not be repeated for another one.
     return replace(
         changed, teacher=None, teacher_mean=None, teacher_std=None, teacher_size=None, teacher_embedding=None
     )

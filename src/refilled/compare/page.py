@@ -1,4 +1,4 @@
-"""A page that says whether the teacher helped: one HTML file, without scripts and without anything from elsewhere."""
+"""The page of a comparison: one HTML file without scripts and without external resources."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ _EXAMPLES = 40  # of each group of images
 
 @dataclass(frozen=True)
 class Row:
-    """A method in the table: its results, one a seed, and the folders that they lie in."""
+    """A method in the table: its results, one per seed, and their folders."""
 
     name: str
     results: Sequence[Result]
@@ -60,17 +60,17 @@ class Row:
         return all((result.teacher or {}).get("ignored", False) for result in self.results)
 
     def gain_over(self, other: "Row") -> Gain:
-        """Compare with another row, seed by seed."""
+        """Return the gain over another row, paired by seed."""
         return paired_gain(self.accuracies, other.accuracies)
 
     def differences_to(self, other: "Row") -> list[str]:
-        """List in what the two were trained differently, their methods apart: ``cutmix 1.0 against 0.0``."""
+        """List the differences in training other than the method, such as ``cutmix 1.0 against 0.0``."""
         ours, theirs = _recipe(self.folders[0]), _recipe(other.folders[0])
         return [f"{name} {value} against {theirs[name]}" for name, value in ours.items() if value != theirs[name]]
 
 
 def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
-    """Lay the rows out as text, with the gain of each over the baseline."""
+    """Return the rows as text, each with its gain over the baseline."""
     return [
         {
             "method": row.name,
@@ -84,7 +84,7 @@ def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
 
 
 def verdict(row: Row, baseline: Row) -> str:
-    """Say in a sentence whether the teacher helped; that a recipe did is not the teacher's merit."""
+    """Return a sentence on whether the teacher helped. A gain from another recipe is not credited to the teacher."""
     gain, seeds = row.gain_over(baseline), len(row.results)
     if differences := row.differences_to(baseline):
         return (
@@ -107,14 +107,14 @@ def verdict(row: Row, baseline: Row) -> str:
 
 
 def on_the_teacher(row: Row, baseline: Row) -> str:
-    """Say how much the teacher had to teach: what its embedding alone makes of the same images."""
+    """Return a sentence on the accuracy of the teacher's embedding alone on the same images."""
     accuracy = teacher_accuracy(row.folders[0])
     if accuracy is None:
         return f"{row.name} has no teacher."
     compared = "less" if accuracy < mean(baseline.accuracies) else "more"
     return (
-        f"By the nearest class mean in the teacher's own embedding, {accuracy:.1f} % of the test images are right: "
-        f"{compared} than {baseline.name} reaches."
+        f"Nearest class mean in the teacher's embedding classifies {accuracy:.1f} % of the test images correctly, "
+        f"{compared} than {baseline.name} does."
     )
 
 
@@ -135,16 +135,16 @@ def on_the_unlabelled(rows: Sequence[Row], baseline: Row, shown: Row) -> list[st
 
 
 def on_the_cache(row: Row) -> list[str]:
-    """Say how far the teacher's cached embeddings are from the live ones, where there was a cache."""
+    """Return a sentence that compares cached and live embeddings of the teacher; empty if there was no cache."""
     cache = (row.results[0].teacher or {}).get("cache")
     if cache is None:
         return []
     recipe = _recipe(row.folders[0])
     mixed = ", each mixed with another image," if recipe["mixup"] or recipe["cutmix"] else ""
     return [
-        f"The teacher's embeddings of {cache['views']} views of each image came from disk: by the nearest class mean "
-        f"{cache['cached_accuracy']:.1f} % of {cache['images']} training images{mixed} are right with them, "
-        f"{cache['live_accuracy']:.1f} % with the live teacher."
+        f"The teacher's embeddings of {cache['views']} views of each image came from disk. Nearest class mean "
+        f"classifies {cache['images']} training images{mixed} with {cache['cached_accuracy']:.1f} % accuracy in them, "
+        f"and with {cache['live_accuracy']:.1f} % in the live teacher's embeddings."
     ]
 
 
@@ -157,11 +157,11 @@ def write_report(
 
     Args:
         path: The HTML file.
-        title: What was done, as a heading.
-        rows: All methods, the baseline among them.
+        title: Heading of the page.
+        rows: All methods, including the baseline.
         baseline: The student without a teacher.
-        shown: The method that the pictures are about.
-        sentences: What there is to say above the table.
+        shown: The method that the pictures show.
+        sentences: Sentences above the table.
     """
     task = task_of(shown.folders[0])
     held_out = any("val_accuracy" in entry for row in rows for entry in _log(row.folders[0]))

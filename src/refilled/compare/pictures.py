@@ -1,4 +1,4 @@
-"""Figures: embeddings in two dimensions, lines over columns, and how they get into a page or a file."""
+"""Figures: scatter plots of embeddings, line plots, and their encoding for a page or a file."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ COLORS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3", "#937860", "#DA
 
 @dataclass(frozen=True)
 class Scatter:
-    """The same N images in several embeddings, each brought to two dimensions."""
+    """The same N images in several embeddings, each projected to two dimensions."""
 
     points: Mapping[str, Any]
     """Arrays ``(N, 2)`` by the name of the embedding."""
@@ -34,11 +34,11 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Line:
-    """A row's values at some places along an axis."""
+    """A row's values at some positions along an axis."""
 
     name: str
     points: Sequence[tuple[str, float, float]]
-    """Place, mean and standard deviation over seeds."""
+    """Position, mean and standard deviation over seeds."""
 
 
 def rows_to_project(labels: Tensor, images: int = 1000) -> Tensor:
@@ -69,7 +69,7 @@ def draw_scatter(scatter: Scatter, classes: Sequence[str]) -> Figure:
         axes.set_yticks([])
     dots = [Line2D([], [], color=color, marker="o", linestyle="", markersize=4) for color in COLORS]
     names = [name[:24] for name in classes[: len(COLORS)]]
-    inches = 0.5 + 0.065 * max(len(name) for name in names)  # of a column with its dot
+    inches = 0.5 + 0.065 * max(len(name) for name in names)  # width of a legend column with its dot
     columns = max(1, min(5, int(figure.get_figwidth() / inches)))
     legend = figure.legend(
         dots[: len(names)], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
@@ -132,7 +132,7 @@ def examples(labels: Tensor, count: int) -> Tensor:
 
 
 def draw_lines(lines: Sequence[Line], places: Sequence[str], xlabel: str, ylabel: str) -> Figure:
-    """Draw each line over the places, which stand at equal distances."""
+    """Plot each line over the places, which are equally spaced."""
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
     for line, color in zip(lines, COLORS, strict=False):
@@ -150,7 +150,7 @@ def draw_lines(lines: Sequence[Line], places: Sequence[str], xlabel: str, ylabel
 
 
 def plain_text(legend: Legend) -> None:
-    """Show names as they are: a class may be called $x$."""
+    """Show names verbatim, since a class may be called $x$."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -174,7 +174,7 @@ def _mosaic(pixels: Tensor, columns: int) -> Tensor:
 
 
 def svg(figure: Figure) -> bytes:
-    """Write a figure down; the same figure gives the same bytes."""
+    """Return a figure as SVG. The same figure gives the same bytes."""
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None}
     with mpl.rc_context({"svg.hashsalt": "refilled"}):
@@ -183,5 +183,5 @@ def svg(figure: Figure) -> bytes:
 
 
 def address(picture: bytes) -> str:
-    """Turn an SVG into the address of an image that carries itself; as an image it can run nothing."""
+    """Return an SVG as a ``data:`` URL. In an image element it cannot run scripts."""
     return f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"

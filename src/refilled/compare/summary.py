@@ -1,4 +1,4 @@
-"""What several seeds say together: means, spreads, and whether a gain over the student alone is established."""
+"""Statistics over seeds: means, spreads, and whether a gain over the student alone is established."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Gain:
 
     @property
     def established(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def paired_gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
-    """Compare accuracies seed by seed, with Student's t for the interval; one seed establishes nothing."""
+    """Return the mean gain, paired by seed, with Student's t interval. One seed establishes nothing."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     center = mean(differences)
     if len(differences) < 2:

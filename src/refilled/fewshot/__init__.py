@@ -1,1 +1,1 @@
-"""Few-shot learning: classifiers of a few images, learned anew for each of many tasks, and their accuracy."""
+"""Few-shot learning: classifiers learned from a few images for each of many tasks, and their accuracy."""

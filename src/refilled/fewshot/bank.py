@@ -1,4 +1,4 @@
-"""The images of a pool with what a frozen model says about them: each image goes through the model once."""
+"""The images of a pool and their embeddings by a frozen model. Each image goes through the model once."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,25 +13,25 @@ from refilled.training.evaluation import embed
 from refilled.training.teacher_cache import VIEW_SEED
 
 Learner = Callable[[Episodes], Tensor]
-"""Scores ``(T, N Q, N)`` of the query images of T tasks, learned from their support images."""
+"""Scores ``(T, N Q, N)`` of the query images of T tasks. The classifiers are learned from the support images."""
 
 
 Known = dict[int | None, tuple[Tensor, Tensor]]
-"""Embeddings ``(M, d)`` and which of them there are ``(M,)``, by view."""
+"""By view: embeddings ``(M, d)``, and a mask ``(M,)`` of those that have been computed."""
 
 
 class Bank:
-    """Images by row number, and their embeddings by a frozen model, computed when first asked for.
+    """Images by row number, with their embeddings by a frozen model. An embedding is computed on first use.
 
     Args:
         pixels: uint8 ``(M, 3, S, S)``.
-        sources: The names of the images, for messages; None for their row numbers.
-        notes: What a user should know about the model.
-        model: The frozen model; None where a method needs none.
-        augmentation: What the views of an image differ by.
-        device: Where the model runs; embeddings stay on the CPU.
-        head: Weights besides the model's that meta-training learned, by name.
-        known: Embeddings, by view, that another bank of the same images and model has found, and what this one finds.
+        sources: Names of the images, used in messages. None: row numbers.
+        notes: Remarks on the model for the user.
+        model: The frozen model. None for methods that need none.
+        augmentation: The augmentation that makes the views of an image.
+        device: The device that the model runs on. Embeddings stay on the CPU.
+        head: Weights that meta-training learned in addition to the model's, by name.
+        known: Embeddings by view, shared with other banks of the same images and model. New ones are added to it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Bank:
 
     @property
     def has_model(self) -> bool:
-        """Whether there is a frozen model."""
+        """Whether the bank has a frozen model."""
         return self._model is not None
 
     @property
@@ -63,14 +63,14 @@ class Bank:
         """The frozen model.
 
         Raises:
-            MethodError: There is none.
+            MethodError: The bank has none.
         """
         if self._model is None:
-            raise MethodError("this method builds on a model of the seen classes; name one with --teacher")
+            raise MethodError("this method needs a model of the seen classes; pass one with --teacher")
         return self._model
 
     def images(self, rows: Tensor, view: int | None = None) -> Tensor:
-        """Return the images of any number of rows ``(...)`` as uint8 ``(..., 3, S, S)``; None: not augmented."""
+        """Return the images of rows ``(...)`` as uint8 ``(..., 3, S, S)``. View None is not augmented."""
         flat = rows.flatten()
         pixels = self.pixels[flat]
         if view is not None:
@@ -79,7 +79,7 @@ class Bank:
         return images
 
     def embedding(self, rows: Tensor, view: int | None = None) -> Tensor:
-        """Return the model's embeddings ``(..., d)`` of any number of rows ``(...)``."""
+        """Return the model's embeddings ``(..., d)`` of rows ``(...)``."""
         if view not in self._known:
             embeddings = torch.empty(len(self.pixels), self.model.embedding_dim)
             self._known[view] = embeddings, torch.zeros(len(self.pixels), dtype=torch.bool)
@@ -98,7 +98,7 @@ class Bank:
 
 
 def on_embeddings(bank: Bank, classify: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Learner:
-    """Make a learner of a classifier of embeddings.
+    """Turn a classifier of embeddings into a learner.
 
     Args:
         bank: The images.
@@ -112,11 +112,11 @@ def on_embeddings(bank: Bank, classify: Callable[[Tensor, Tensor, Tensor], Tenso
 
 
 def one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """Turn labels ``(S,)``, 0 .. N - 1, into ``(S, N)`` zeros and ones of the type of ``like``."""
+    """Turn labels ``(S,)``, 0 .. N - 1, into a one-hot matrix ``(S, N)`` with the dtype of ``like``."""
     member: Tensor = F.one_hot(labels).to(like)
     return member
 
 
 def normalized(embedding: Tensor, normalize: bool = True) -> Tensor:
-    """Bring embeddings ``(..., d)`` to length 1, if wanted; zeros stay zeros."""
+    """Scale embeddings ``(..., d)`` to unit length if ``normalize`` is set. Zero vectors stay zero."""
     return F.normalize(embedding, dim=-1) if normalize else embedding

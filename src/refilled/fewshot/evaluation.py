@@ -1,7 +1,7 @@
-"""A few-shot test from its configuration to its result: the mean accuracy over many tasks, with its interval.
+"""A few-shot test, from its configuration to the mean accuracy over many tasks and its interval.
 
-The folder of a test explains itself: ``run.toml`` (the configuration, fully resolved), ``tasks.jsonl`` (each task's
-accuracy), ``result.json``, and ``DONE`` when whole. A test that was interrupted goes on when it is started again.
+The folder of a test holds ``run.toml`` (the resolved configuration), ``tasks.jsonl`` (the accuracy of each task),
+``result.json``, and ``DONE`` once the test is complete. An interrupted test resumes when it is started again.
 """
 
 import json
@@ -33,24 +33,24 @@ from refilled.training.checkpoints import hold
 from refilled.training.teacher_cache import fingerprint
 
 TASKS = "tasks.jsonl"
-"""Each task's accuracy."""
+"""File with the accuracy of each task."""
 HEAD = "head.safetensors"
-"""Beside a model, what meta-training learned besides it."""
+"""File next to a model: the weights that meta-training learned in addition to it."""
 
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """What a finished test found: the content of ``result.json``."""
+    """The result of a finished test, as in ``result.json``."""
 
     accuracy: float
-    """Percent of the query images, a mean over tasks."""
+    """Accuracy on the query images in percent, mean over tasks."""
     interval: float | None
-    """Half the width of its 95 % interval over tasks; None for a single task."""
+    """Half the width of the 95 % interval over tasks; None for a single task."""
     n_episodes: int
     n_query: int
-    """Query images of each class that there were."""
+    """Query images per class."""
     seconds: float
-    """Of embedding, learning and classifying, over all starts of the test; loading not counted."""
+    """Time to embed, learn and classify, summed over all starts of the test. Loading is not included."""
     tasks_per_second: float
     seed: int
     data: dict[str, Any]
@@ -63,7 +63,7 @@ class FewShotResult:
         """Read a finished test's result.
 
         Raises:
-            RunError: the test is not finished.
+            RunError: The test is not finished.
         """
         if not (folder / "DONE").exists():
             raise RunError(f"{folder} holds no finished few-shot test")
@@ -71,11 +71,11 @@ class FewShotResult:
 
 
 Progress = Callable[[int, float, float | None], None]
-"""Told after each batch: how many tasks are done, their mean accuracy and its interval."""
+"""Called after each batch with the number of finished tasks, their mean accuracy and its interval."""
 
 
 Testing = Callable[[FewShotRun, Sequence[range]], Generator[list[float], None, None]]
-"""Finds the accuracies of the tasks with these numbers, batch after batch."""
+"""Yields the accuracies of the tasks in each range of task numbers, one batch after another."""
 
 
 def evaluate_few_shot(
@@ -85,18 +85,18 @@ def evaluate_few_shot(
     testing: Testing | None = None,
     jobs: int = 1,
 ) -> FewShotResult:
-    """Carry out a test, or what is left of it, and leave everything in the folder.
+    """Run a test, or the rest of it, and write everything to its folder.
 
     Args:
         run: The test.
         folder: Its folder.
-        progress: Told how far it is.
-        testing: Where the tasks are carried out; here, if not given.
-        jobs: How many batches that does at a time.
+        progress: Called after each batch.
+        testing: Runs the tasks. None: this process runs them.
+        jobs: Number of batches that ``testing`` runs at a time.
 
     Raises:
-        RunError: the folder holds something else, or another process is at it.
-        RefilledError: anything in the run that cannot work.
+        RunError: The folder holds something else, or another process holds its lock.
+        RefilledError: The run cannot work as configured.
     """
     run = resolve(run)
     refuse_other(folder, run.to_toml())
@@ -108,7 +108,7 @@ def evaluate_few_shot(
     learner = load_few_shot_method(run.method).learner(bank, run.settings)
     n_query = queries_left(pool.train.labels, run.n_shot, run.n_query, pool.classes)
     filled = replace(run, n_query=n_query)
-    folder.mkdir(parents=True, exist_ok=True)  # only now, since all that can be wrong has been looked at
+    folder.mkdir(parents=True, exist_ok=True)  # only after everything has been checked
     with hold(folder):
         write_atomic(folder / "run.toml", run.to_toml().encode())
         done = _Record(folder / TASKS)
@@ -128,10 +128,10 @@ def evaluate_few_shot(
 
 
 def resolve(run: FewShotRun) -> FewShotRun:
-    """Settle what the run leaves to the machine and to the method's defaults.
+    """Fill in what the run leaves to the machine and to the method's defaults.
 
     Raises:
-        RefilledError: the device cannot be used here, or the method or a parameter of it does not exist.
+        RefilledError: The device is not available, or the method or one of its parameters does not exist.
     """
     return replace(
         run,
@@ -142,10 +142,10 @@ def resolve(run: FewShotRun) -> FewShotRun:
 
 
 def refuse_other(folder: Path, configuration: str) -> None:
-    """Refuse a folder that holds anything but a run of the same configuration.
+    """Check that a folder is empty or holds a run of the same configuration.
 
     Raises:
-        RunError: it does.
+        RunError: It holds something else.
     """
     file = folder / "run.toml"
     if file.exists() and file.read_text(encoding="utf-8") != configuration:
@@ -155,13 +155,13 @@ def refuse_other(folder: Path, configuration: str) -> None:
 
 
 def load_side(run: FewShotRun, side: Side | None = None) -> Task:
-    """Load the images of the classes that a run's tasks are of, or of another side of the split."""
+    """Load the images of the run's side of the class split, or of another side."""
     root = Path(run.data_root) if run.data_root else None
     return load_pool(run.data, side or run.side, data_root=root, image_size=run.image_size, allow_bad=run.allow_bad)
 
 
 def make_bank(run: FewShotRun, pool: Task) -> Bank:
-    """Put the pool's images together with the run's frozen model, if it names one."""
+    """Make a bank of the pool's images and the run's frozen model, if it names one."""
     if run.teacher is None:
         return Bank(pool.train.pixels, augmentation=pool.augmentation, device=run.device)
     name = os.path.expandvars(run.teacher)
@@ -187,14 +187,14 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
     )
 
 
-@lru_cache(maxsize=2)  # of the unseen and the validation classes
+@lru_cache(maxsize=2)  # for the unseen and the validation classes
 def _known(name: str, model: str, images: str, augmentation: str, device: str) -> Known:
-    """Share embeddings among the tests of a process that are of the same images and model."""
+    """Return one shared store of embeddings per pair of images and model in this process."""
     return {}
 
 
 def batch_accuracies(run: FewShotRun, numbers: range) -> list[float]:
-    """Carry out some tasks of a resolved test; what a process needs for it, it makes ready once."""
+    """Run some tasks of a resolved test. Each process loads the images and the model once."""
     learner, labels = _ready(json.dumps(asdict(run)))
     return task_accuracies(learner, labels, numbers, run)
 
@@ -208,27 +208,30 @@ def _ready(described: str) -> tuple[Learner, Tensor]:
 
 
 def task_accuracies(learner: Learner, labels: Tensor, numbers: range, run: FewShotRun) -> list[float]:
-    """Percent of the query images that are right, in each of the tasks with these numbers."""
+    """Return the accuracy on the query images, in percent, of each task in ``numbers``."""
     episodes = sample_episodes(labels, numbers, n_way=run.n_way, n_shot=run.n_shot, n_query=run.n_query, seed=run.seed)
     right = learner(episodes).argmax(2) == episodes.query_labels
     return (100 * right.double().mean(1)).tolist()
 
 
 def mean_and_interval(accuracies: list[float]) -> tuple[float, float | None]:
-    """Return the mean, and half the width of its 95 % interval: 1.96 standard errors, as the field reports it."""
+    """Return the mean and half the width of its 95 % interval, 1.96 standard errors as is usual in the field."""
     if len(accuracies) < 2:
         return mean(accuracies), None
     return mean(accuracies), 1.96 * stdev(accuracies) / len(accuracies) ** 0.5
 
 
 def recorded_accuracies(folder: Path) -> list[float]:
-    """Read the accuracy of each task of a finished test; with one seed, the first tasks of all methods are the same."""
+    """Read the accuracy of each task of a finished test.
+
+    With the same seed, all methods see the same tasks in the same order.
+    """
     lines = (folder / TASKS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["accuracy"] for line in lines]
 
 
 class _Record:
-    """The accuracy of each task so far, a line each in a file; a line torn by a crash is cut off."""
+    """The accuracies so far, one line per task in a file. A line torn by a crash is cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,14 +259,14 @@ class _Record:
 
 
 def _batches(numbers: range, size: int, jobs: int) -> Iterator[range]:
-    if jobs > 1:  # so small that all have something to do until the end
+    if jobs > 1:  # small batches keep all processes busy until the end
         size = min(size, max(1, len(numbers) // (4 * jobs)))
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int) -> FewShotResult:
     accuracy, interval = mean_and_interval(done.accuracies)
-    fewer = [] if n_query == run.n_query else [f"{n_query} query images a class: the smallest class has no more"]
+    fewer = [] if n_query == run.n_query else [f"{n_query} query images per class: the smallest class has no more"]
     return FewShotResult(
         accuracy=accuracy,
         interval=interval,

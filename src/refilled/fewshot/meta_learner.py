@@ -1,4 +1,4 @@
-"""What meta-training asks of a learner: a loss of whole tasks."""
+"""The interface of a meta-learner: a loss over whole tasks."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from refilled.models import Backbone
 
 
 class MetaTask(NamedTuple):
-    """The images of T tasks; all share their labels."""
+    """The images of T tasks, which all share the same labels."""
 
     support: Tensor
     """uint8 ``(T, S, 3, H, W)``."""
@@ -26,9 +26,9 @@ class MetaTask(NamedTuple):
 
 
 class MetaLearner(nn.Module):
-    """A backbone, and what else is learned from many tasks.
+    """A backbone and any other weights that are learned from many tasks.
 
-    Whoever writes one gives :meth:`scores`, or :meth:`loss` where it is more than the cross-entropy of the scores.
+    Subclasses define :meth:`scores`. They also define :meth:`loss` where it is not the cross-entropy of the scores.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -36,26 +36,26 @@ class MetaLearner(nn.Module):
         self.backbone = backbone
 
     def scores(self, task: MetaTask) -> Tensor:
-        """Scores ``(T, Q, N)`` of the query images."""
+        """Return the scores ``(T, Q, N)`` of the query images."""
         raise NotImplementedError
 
     def loss(self, task: MetaTask) -> tuple[Tensor, Tensor]:
-        """Return the scalar to go down on, and the scores ``(T, Q, N)`` of the query images."""
+        """Return the scalar loss to minimise, and the scores ``(T, Q, N)`` of the query images."""
         scores = self.scores(task)
         return query_loss(scores, task.query_labels), scores
 
     def embed(self, task: MetaTask) -> tuple[Tensor, Tensor]:
-        """Embed support and query images, together: ``(T, S, d)`` and ``(T, Q, d)``."""
+        """Embed support and query images in one pass; return ``(T, S, d)`` and ``(T, Q, d)``."""
         images = torch.cat([task.support, task.query], 1)
         embedding = self.backbone(images.flatten(0, 1)).embedding.unflatten(0, images.shape[:2])
         support, query = embedding.split([task.support.shape[1], task.query.shape[1]], 1)
         return support, query
 
     def head(self) -> dict[str, Tensor]:
-        """Return the weights besides the backbone's, by name."""
+        """Return all weights except the backbone's, by name."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
 
 
 def query_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the scores ``(T, Q, N)`` of T tasks, with labels ``(Q,)`` that they share."""
+    """Return the cross-entropy of scores ``(T, Q, N)`` of T tasks that share the labels ``(Q,)``."""
     return F.cross_entropy(scores.flatten(0, 1), labels.repeat(len(scores)))

@@ -1,9 +1,9 @@
-"""Meta-training: a backbone, and what else a method learns, from many tasks of the seen classes.
+"""Meta-training of a backbone, and of a method's other weights, on many tasks of the seen classes.
 
 The run's folder is a teacher's folder: ``model.safetensors`` and ``model.json`` hold the weights that did best on tasks
-of the validation classes, and ``head.safetensors`` what the method learned besides the backbone. ``run.toml``,
-``log.jsonl``, ``result.json``, ``last.ckpt`` and ``DONE`` are those of any run. A run that was interrupted goes on when
-it is started again, bit for bit.
+of the validation classes. ``head.safetensors`` holds the method's other weights. ``run.toml``, ``log.jsonl``,
+``result.json``, ``last.ckpt`` and ``DONE`` are as in any run. An interrupted run resumes when it is started again, with
+a bit-identical result.
 """
 
 import json
@@ -34,19 +34,19 @@ from refilled.training.loop import Position
 from refilled.training.progress import Display
 
 _STAGE = Stage("meta-training", {})
-_HALVINGS = 10  # of the learning rate, as FEAT's authors do
+_HALVINGS = 10  # of the learning rate, as in FEAT's code
 
 
 @dataclass(frozen=True)
 class MetaResult:
-    """What a finished meta-training found: the content of ``result.json``."""
+    """The result of a finished meta-training, as in ``result.json``."""
 
     val_accuracy: float
-    """Percent on tasks of the validation classes, at its best."""
+    """Best accuracy on tasks of the validation classes, in percent."""
     interval: float | None
-    """Half the width of its 95 % interval over tasks."""
+    """Half the width of the 95 % interval over tasks."""
     best_epoch: int
-    """When that was, counted from 1."""
+    """Epoch of the best accuracy, counted from 1."""
     seconds: float
     parameters: int
     data: dict[str, Any]
@@ -62,12 +62,12 @@ class MetaResult:
 def meta_train(
     run: MetaRun, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0
 ) -> MetaResult:
-    """Carry out a run of meta-training, or what is left of it, and leave everything in the folder.
+    """Run meta-training, or the rest of it, and write everything to the folder.
 
     Raises:
-        RunError: the folder holds something else, or another process is at it.
-        NonFiniteError: the loss is NaN or infinite; the step is not taken.
-        RefilledError: anything else in the run that cannot work.
+        RunError: The folder holds something else, or another process holds its lock.
+        NonFiniteError: The loss is NaN or infinite. The step is not taken.
+        RefilledError: The run cannot work as configured.
     """
     run = resolve(run)
     refuse_other(folder, run.to_toml())
@@ -92,7 +92,7 @@ def meta_train(
 
 
 def resolve(run: MetaRun) -> MetaRun:
-    """Settle what the run leaves to the machine and to the method's defaults."""
+    """Fill in what the run leaves to the machine and to the method's defaults."""
     return replace(
         run,
         device=find_device(run.device).type,
@@ -102,7 +102,7 @@ def resolve(run: MetaRun) -> MetaRun:
 
 
 class _MetaTraining:
-    """A learner under way; an epoch is what lies between two looks at the validation classes."""
+    """A learner in training. An epoch lasts from one validation to the next."""
 
     def __init__(self, run: MetaRun) -> None:
         self.run, self.device = run, torch.device(run.device)
@@ -114,7 +114,7 @@ class _MetaTraining:
         make = load_meta_learner(run.method).recipe
         learner = make(_backbone(run, self.seen), **run.settings)
         assert isinstance(learner, MetaLearner)
-        # Convolutions take two thirds of the time in this layout.
+        # In this layout convolutions take two thirds of the time.
         self.learner = learner.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(
             [
@@ -142,7 +142,7 @@ class _MetaTraining:
             self.position = Position(0, epoch + 1)
 
     def finish(self, folder: Path, seconds: float) -> MetaResult:
-        """Write the best weights down."""
+        """Write the best weights to the folder."""
         self.learner.load_state_dict(self.best)
         save_model(self.learner.backbone, folder)
         if head := self.learner.head():
@@ -166,13 +166,13 @@ class _MetaTraining:
     def _step(self, number: int, journal: RunJournal, position: Position) -> None:
         first = number * self.run.tasks
         task = self._task(self.seen, range(first, first + self.run.tasks), seed=self.run.seed, view=number)
-        # From its own number, so that drop-out does not depend on what else drew random numbers before.
+        # Seeded by the step number, so that dropout does not depend on earlier random draws.
         torch.manual_seed(int(keyed_integers(2**31, self.run.seed, "dropout", number)))
         loss, scores = self.learner.loss(task)
         self.optimizer.zero_grad()
         loss.backward()
         if not loss.isfinite():
-            raise NonFiniteError(f"meta-training, step {number + 1}: the loss is not finite; a lower --lr may mend it")
+            raise NonFiniteError(f"meta-training, step {number + 1}: the loss is not finite; a lower --lr may help")
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * self._learning_rate(number)
         self.optimizer.step()
@@ -185,7 +185,7 @@ class _MetaTraining:
             journal.save(self._state())
 
     def _look(self, epoch: int) -> dict[str, Any]:
-        """Look at the validation classes, keep the weights if they are the best so far, and sum up the epoch."""
+        """Validate, keep the weights if they are the best so far, and summarise the epoch."""
         self.learner.eval()
         accuracies: list[float] = []
         with torch.no_grad():
@@ -243,7 +243,7 @@ class _MetaTraining:
 
 
 def _backbone(run: MetaRun, seen: Task) -> Backbone:
-    """Make the backbone, whose classifier has an output for each class of a task."""
+    """Make the backbone. Its classifier has one output per class of a task."""
     if run.start is not None:
         if not Path(run.start).is_dir():
             raise RunError(f"there is no folder {run.start} with a model to start from")

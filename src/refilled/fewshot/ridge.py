@@ -1,13 +1,13 @@
-r"""Linear classifiers of many tasks at once, each step a few products of small matrices.
+r"""Linear classifiers of many tasks at once. Each step is a few products of small matrices.
 
-A loss of the scores F whose second derivative is h lies, near the present scores, on a parabola. The minimum of the
-parabola plus :math:`\frac{1}{2}\|W\|^2` is a ridge regression, with penalty 1 / h, onto the working response
-F + R(F), where R is the negative gradient over h. The matrix of that regression depends on the images alone: it is
-inverted once, of the size of the embedding or of the number of images, whichever is smaller. Where h is at least the
-second derivative everywhere, every step goes down (:func:`descend`); where it is the usual one, steps are longer, and
-those before help to aim the next (:func:`extrapolate`).
+Near the current scores F, a loss with second derivative h is approximated by a parabola. Minimising the parabola plus
+:math:`\frac{1}{2}\|W\|^2` is a ridge regression, with penalty 1 / h, onto the working response F + R(F), where R is
+the negative gradient divided by h. The matrix of this regression depends on the images alone, so it is inverted once.
+Its size is the embedding dimension or the number of images, whichever is smaller. If h is an upper bound of the second
+derivative, every step decreases the loss (:func:`descend`). If h is a typical value, steps are longer, and earlier
+steps are used to extrapolate the next (:func:`extrapolate`).
 
-Scores stand class after class, ``(T, N, S)``: so the products take a fifth of the time, and the softmax a tenth.
+Scores are stored class-major, ``(T, N, S)``. The products then take a fifth of the time, and the softmax a tenth.
 
 References:
     Böhning, Multinomial logistic regression algorithm, Annals of the Institute of Statistical Mathematics 1992;
@@ -21,21 +21,23 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_NUMBERS_TOGETHER = 500_000  # of the support images of tasks that stay in a processor's cache
-_TASKS_TOGETHER = 16  # at the least
-_REMEMBERED = 4  # steps that an extrapolation looks back on
-_PATIENCE = 60  # steps until a task is given up
+_NUMBERS_TOGETHER = 500_000  # entries of support embeddings that fit in a processor's cache
+_TASKS_TOGETHER = 16  # at least
+_REMEMBERED = 4  # earlier steps that an extrapolation uses
+_PATIENCE = 60  # steps after which a task is given up
 
 
 Residual = Callable[[Tensor], Tensor]
-"""Maps scores ``(T, N, S)`` to the negative gradient of the loss over its second derivative, of the same shape."""
+"""Maps scores ``(T, N, S)`` to the negative gradient of the loss divided by its second derivative, same shape."""
 
 
 class Ridge:
-    r"""Ridge regressions of T tasks with free intercepts: least :math:`\|W X^\top + b - Z\|^2 + \lambda \|W\|^2`.
+    r"""Ridge regressions of T tasks with unpenalised intercepts.
 
-    Coefficients ``(T, N, P + 1)`` are P weights and the intercept; the weights are of the d dimensions, or, where these
-    are more, of the S images.
+    .. math:: \min_{W, b} \|W X^\top + b - Z\|^2 + \lambda \|W\|^2
+
+    Coefficients ``(T, N, P + 1)`` are P weights and the intercept. P is d, the embedding dimension, or S, the number of
+    images, whichever is smaller.
 
     Args:
         support: X, ``(T, S, d)``.
@@ -59,20 +61,20 @@ class Ridge:
         self.penalty[size] = 0
 
     def nothing(self, classes: int) -> Tensor:
-        """Coefficients ``(T, N, P + 1)`` that are zero."""
+        """Return zero coefficients ``(T, N, P + 1)``."""
         return self.basis.new_zeros(len(self.basis), classes, self.basis.shape[2])
 
     def scores(self, coefficients: Tensor) -> Tensor:
-        """Scores ``(T, N, S)`` of the support images."""
+        """Return the scores ``(T, N, S)`` of the support images."""
         return coefficients @ self.basis.mT
 
     def step(self, coefficients: Tensor, residual: Tensor) -> Tensor:
-        """From coefficients to the regression onto their scores plus ``residual`` ``(T, N, S)``: the difference."""
+        """Return the change of coefficients that fits their scores plus ``residual`` ``(T, N, S)``."""
         pulled = torch.cat([residual, residual.sum(2, keepdim=True)], 2) if self.of_images else residual @ self.basis
         return (pulled - self.penalty * coefficients) @ self.inverse
 
     def weights(self, coefficients: Tensor) -> Tensor:
-        """Weights of the d dimensions and, last, the intercepts: ``(T, N, d + 1)``."""
+        """Return the d weights followed by the intercept, ``(T, N, d + 1)``."""
         weights, intercept = coefficients[..., :-1], coefficients[..., -1:]
         if self.of_images:
             weights = weights @ self.centered
@@ -80,24 +82,24 @@ class Ridge:
 
 
 def read(query: Tensor, weights: Tensor) -> Tensor:
-    """Scores ``(T, Q, N)`` of query images ``(T, Q, d)`` by :meth:`Ridge.weights`."""
+    """Return the scores ``(T, Q, N)`` of query images ``(T, Q, d)``, given :meth:`Ridge.weights`."""
     return query @ weights[..., :-1].mT + weights[..., -1:].mT
 
 
 def descend(ridge: Ridge, residual: Residual, classes: int, tolerance: float, limit: int = 1000) -> Tensor:
-    """Go to where the coefficients are the ridge fit of their own working response, by Nesterov's steps.
+    """Find the coefficients that are the ridge fit of their own working response, by Nesterov's steps.
 
-    Each task stops for itself, so that its result does not depend on the others.
+    Each task stops independently, so that its result does not depend on the others.
 
     Args:
         ridge: The regressions.
-        residual: See :data:`Residual`; of a second derivative that the loss nowhere exceeds.
+        residual: See :data:`Residual`, with an upper bound of the second derivative.
         classes: Number N of classes.
-        tolerance: A task is done when a step changes none of its scores by more.
-        limit: Steps at most.
+        tolerance: A task is done when a step changes none of its scores by more than this.
+        limit: Maximum number of steps.
 
     Returns:
-        The coefficients ``(T, N, P + 1)`` where it ends.
+        The final coefficients ``(T, N, P + 1)``.
     """
     at = ahead = ridge.nothing(classes)
     scores = scores_ahead = ridge.scores(at)
@@ -120,18 +122,18 @@ def descend(ridge: Ridge, residual: Residual, classes: int, tolerance: float, li
 
 
 def extrapolate(ridge: Ridge, residual: Residual, classes: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Go to the same place by Anderson's extrapolation, in fewer steps where the loss is smooth.
+    """Find the same coefficients by Anderson's extrapolation, in fewer steps where the loss is smooth.
 
-    Nothing warrants that it arrives; but whoever arrives is at the minimum, since no other place stays as it is.
+    Convergence is not guaranteed. A task that has converged is at the minimum, the only fixed point.
 
     Args:
-        ridge: See :func:`descend`, as for all that follow.
-        residual: Of any second derivative.
-        classes: Likewise.
-        tolerance: Likewise.
+        ridge: See :func:`descend`.
+        residual: See :data:`Residual`, with any second derivative.
+        classes: See :func:`descend`.
+        tolerance: See :func:`descend`.
 
     Returns:
-        The coefficients ``(T, N, P + 1)``, and which tasks have arrived ``(T,)``.
+        The coefficients ``(T, N, P + 1)``, and a mask ``(T,)`` of the tasks that converged.
     """
     at = ridge.nothing(classes)
     active = torch.ones(len(at), 1, 1, dtype=torch.bool, device=at.device)
@@ -150,9 +152,9 @@ def extrapolate(ridge: Ridge, residual: Residual, classes: int, tolerance: float
 
 
 def _aimed(steps: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
-    """Aim a move ``(T, D)`` by the steps ``(T, D)`` so far, the one at hand last, and the moves between them.
+    """Return the next move ``(T, D)``, given the steps ``(T, D)`` so far, latest last, and the moves between them.
 
-    It is the step from that mixture of the places so far from which the step, were it linear, would be shortest.
+    It is the step from the mixture of earlier points at which a linear model of the step is shortest.
     """
     if not moves:
         return steps[-1]
@@ -165,7 +167,7 @@ def _aimed(steps: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
 
 
 def by_blocks(fit: Callable[[Tensor], Tensor], support: Tensor) -> Tensor:
-    """Fit so many tasks at a time that their matrices stay in the processor's cache; elsewhere, all of them."""
+    """Fit in groups of tasks whose matrices fit in the processor's cache. On other devices, fit all at once."""
     together = len(support)
     if support.device.type == "cpu":
         together = max(_TASKS_TOGETHER, _NUMBERS_TOGETHER // support[0].numel())

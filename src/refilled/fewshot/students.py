@@ -1,7 +1,7 @@
-"""Students of few images: a network for each task, trained by the stages of a distillation method.
+"""Few-shot students: one network per task, trained by the stages of a distillation method.
 
-The losses are those of :mod:`refilled.methods`, as they are, on the images of one task. Several ConvNet-4s can go side
-by side as one network, with grouped convolutions.
+The losses are those of :mod:`refilled.methods`, unchanged, on the images of one task. Several ConvNet-4s can be trained
+as one network with grouped convolutions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,26 +35,27 @@ Norm = Literal["batch", "frozen"]
 
 @dataclass(frozen=True, kw_only=True)
 class StudentRecipe:
-    """How a student of few images is optimised: SGD on the support images of its task.
+    """How a few-shot student is optimised: SGD on the support images of its task.
 
     Attributes:
-        steps: Steps of all stages together; the epochs that weights of losses depend on.
-        lr: Learning rate at its highest; it falls to 0 over each stage.
+        steps: Steps of all stages together. A step counts as an epoch in the schedules of loss weights.
+        lr: Peak learning rate. It falls to 0 over each stage.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        copies: Views of each image in a step; None for 1, or 2 where there is one shot, since a class with a single
-            image has no positives.
-        shots: Support images a class in a step, at most; they take turns.
-        views: Augmented views that an image takes turns in; the frozen model embeds each once, for all tasks.
-        classifier: Where a fresh classifier starts: at ``random`` weights, or as a ``probe``, the logistic regression
-            on the embedding that the student has then, lest gradients of a random one spoil that embedding (Kumar et
+        copies: Views of each image per step. None: 1, or 2 for one-shot tasks, since a class with a single image has no
+            positives.
+        shots: Maximum number of support images per class in a step. The images take turns.
+        views: Number of augmented views per image to cycle through. The frozen model embeds each view once for all
+            tasks.
+        classifier: Initial classifier. ``random``: random weights. ``probe``: the logistic regression on the student's
+            embedding at that point, so that the gradients of a random classifier do not distort the embedding (Kumar et
             al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022).
-        probe_c: C of that regression, of embeddings whose mean length is 1.
-        norm: What batch norm takes off: the statistics of each ``batch``, and in the end those of the support images;
-            or, ``frozen``, those that the student starts with.
-        together: Networks trained as one; None for 1 on a CPU and 64 elsewhere.
-        precision: ``auto`` takes bfloat16 where the processor computes with it, else float32.
-        seed: Of the initial weights.
+        probe_c: C of that regression, on embeddings scaled to mean length 1.
+        norm: Statistics of batch norm. ``batch``: those of each batch, and those of the support images at the end.
+            ``frozen``: those that the student starts with.
+        together: Number of networks trained as one. None: 1 on a CPU, 64 elsewhere.
+        precision: ``auto``: bfloat16 where the processor supports it, else float32.
+        seed: Seed of the initial weights.
     """
 
     steps: int = 100
@@ -80,7 +81,7 @@ class StudentRecipe:
 
 
 class Students(nn.Module):
-    """T networks, each of which sees the images of its own task."""
+    """T networks, one per task."""
 
     def __init__(self, models: Sequence[Backbone]) -> None:
         super().__init__()
@@ -91,13 +92,13 @@ class Students(nn.Module):
         return [model(own, features=features) for model, own in zip(self.models, images, strict=True)]
 
     def reset_classifiers(self, generators: Sequence[torch.Generator]) -> None:
-        """Draw each classifier anew."""
+        """Draw new random weights for each classifier."""
         for model, generator in zip(self.models, generators, strict=True):
             assert isinstance(model, Backbone)
             model.reset_classifier(generator)
 
     def set_classifiers(self, weights: Tensor) -> None:
-        """Set each classifier to its weights and, last, intercepts: ``(T, N, d + 1)``."""
+        """Set each classifier from ``(T, N, d + 1)``, the d weights followed by the intercept."""
         for model, own in zip(self.models, weights, strict=True):
             classifier = cast(nn.Linear, model.classifier)
             with torch.no_grad():
@@ -106,12 +107,12 @@ class Students(nn.Module):
 
 
 class StackedConvNets(nn.Module):
-    """T ConvNet-4s as one network whose channels are theirs, side by side.
+    """T ConvNet-4s as one network that concatenates their channels.
 
-    Convolutions go in groups, and batch norm looks at each channel for itself, so that no network feels the others.
+    Convolutions are grouped and batch norm works per channel, so that the networks do not influence each other.
 
     Args:
-        models: The networks, all with the same pool and number of classes; their weights are copied.
+        models: The networks, all with the same pooling and number of classes. Their weights are copied.
     """
 
     def __init__(self, models: Sequence[ConvNet4]) -> None:
@@ -126,7 +127,7 @@ class StackedConvNets(nn.Module):
         classifiers = [cast(nn.Linear, model.classifier) for model in models]
         self.weight = nn.Parameter(torch.stack([c.weight.detach() for c in classifiers]))
         self.bias = nn.Parameter(torch.stack([c.bias.detach() for c in classifiers]))
-        self.to(models[0].mean)  # device and type
+        self.to(models[0].mean)  # device and dtype
 
     def forward(self, images: Tensor, features: bool = False) -> list[Outputs]:
         """Map uint8 images ``(T, B, 3, S, S)`` to the outputs of each task."""
@@ -143,7 +144,7 @@ class StackedConvNets(nn.Module):
         return [Outputs(*seen) for seen in zip(logits, embedding, own, strict=True)]
 
     def reset_classifiers(self, generators: Sequence[torch.Generator]) -> None:
-        """Draw each classifier anew, as the network alone would."""
+        """Draw new random weights for each classifier, as each network alone would."""
         for task, generator in enumerate(generators):
             model = deepcopy(self.first[0])
             model.reset_classifier(generator)
@@ -153,18 +154,18 @@ class StackedConvNets(nn.Module):
                 self.bias[task].copy_(classifier.bias)
 
     def set_classifiers(self, weights: Tensor) -> None:
-        """Set each classifier to its weights and, last, intercepts: ``(T, N, d + 1)``."""
+        """Set each classifier from ``(T, N, d + 1)``, the d weights followed by the intercept."""
         with torch.no_grad():
             self.weight.copy_(weights[..., :-1])
             self.bias.copy_(weights[..., -1])
 
 
 def _side_by_side(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(values)) if values[0].ndim else values[0]  # a counter of batches is common to all
+    return torch.cat(list(values)) if values[0].ndim else values[0]  # the counter of batches is shared
 
 
 def students(models: Sequence[Backbone]) -> Students | StackedConvNets:
-    """Put the networks of some tasks together, side by side where they are several ConvNet-4s."""
+    """Group the networks of some tasks. Several ConvNet-4s become one network."""
     convnets = [model for model in models if isinstance(model, ConvNet4)]
     if len(convnets) == len(models) > 1:
         return StackedConvNets(convnets)
@@ -172,7 +173,7 @@ def students(models: Sequence[Backbone]) -> Students | StackedConvNets:
 
 
 def with_classifier(model: Backbone, num_classes: int) -> Backbone:
-    """Copy a model, trainable, with a fresh classifier for ``num_classes`` classes."""
+    """Return a trainable copy of a model with a new classifier for ``num_classes`` classes."""
     copy = deepcopy(model).requires_grad_(True)
     copy.classifier = nn.Linear(copy.embedding_dim, num_classes).to(copy.mean.device)
     copy.num_classes, copy.class_names = num_classes, tuple(map(str, range(num_classes)))
@@ -180,13 +181,13 @@ def with_classifier(model: Backbone, num_classes: int) -> Backbone:
 
 
 def student_learner(bank: Bank, create: Callable[[int], Backbone], stages: Stages, recipe: StudentRecipe) -> Learner:
-    """Train a student for each task, and let it classify the queries.
+    """Train a student for each task, and classify the queries with it.
 
     Args:
         bank: The images, with the teacher as the frozen model.
-        create: Makes an untrained student for a number of classes; called with the random state of its task.
+        create: Makes an untrained student for a number of classes. It is called under the random state of its task.
         stages: The stages of the method for a student and the teacher.
-        recipe: How to train.
+        recipe: How the students are optimised.
     """
     together = recipe.together or (1 if bank.device.type == "cpu" else 64)
 
@@ -198,7 +199,7 @@ def student_learner(bank: Bank, create: Callable[[int], Backbone], stages: Stage
 
 
 def some_of(episodes: Episodes, which: Tensor) -> Episodes:
-    """Take some of the tasks."""
+    """Return some of the tasks."""
     return episodes._replace(
         numbers=episodes.numbers[which],
         classes=episodes.classes[which],
@@ -224,7 +225,7 @@ class _Group:
         teacher = bank.model if bank.has_model else None
         models, self.stages = [], []
         for seed in self._seeds("student"):
-            with _random_state(seed):  # of the weights, and of adapters in the losses
+            with _random_state(seed):  # for the weights and for adapters in the losses
                 models.append(create(classes).to(bank.device))
                 self.stages.append(stages(models[-1], teacher))
         self.students = students(models).to(bank.device)
@@ -266,7 +267,7 @@ class _Group:
             if not loss.isfinite():
                 raise NonFiniteError(
                     f"stage '{stages[0].name}', step {step + 1}: the loss of a few-shot student is not finite; a lower "
-                    "lr usually mends it: --set lr=..."
+                    "lr usually helps: --set lr=..."
                 )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(schedule, steps, step)
@@ -290,7 +291,7 @@ class _Group:
         return torch.cat([weights[..., :-1] / length, weights[..., -1:]], 2)
 
     def _loss(self, stages: Sequence[Stage], step: int) -> Tensor:
-        """Sum the losses of all tasks; what one task's weights feel is its own."""
+        """Sum the losses of all tasks. Each task's weights receive gradients from its own loss only."""
         copies = self.recipe.copies or (2 if self.shots == 1 else 1)
         views = [(step * copies + copy) % self.recipe.views for copy in range(copies)]
         turn = self._turn(step)
@@ -314,11 +315,11 @@ class _Group:
         return torch.autocast(self.bank.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
     def _turn(self, step: int) -> Tensor:
-        """Return which of the support images of a task take part in a step, as many of each class."""
+        """Return the support images of a task that a step uses, equally many per class."""
         taken = min(self.shots, self.recipe.shots)
         of_a_class = (step * taken + torch.arange(taken)) % self.shots
         classes = len(self.episodes.labels) // self.shots
-        return (self.shots * torch.arange(classes)[:, None] + of_a_class).flatten()  # they stand class after class
+        return (self.shots * torch.arange(classes)[:, None] + of_a_class).flatten()  # images are sorted by class
 
     def _teach(self, stage: Stage, images: Tensor, support: Tensor, views: Sequence[int]) -> Sequence[Outputs | None]:
         if not stage.needs_teacher:
@@ -330,10 +331,10 @@ class _Group:
         return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
 
     def _take_statistics(self) -> None:
-        """Take the statistics of batch norm anew, over the views of the support images.
+        """Recompute the statistics of batch norm over the views of the support images.
 
-        The running ones are averages over steps in which the weights still changed: after the few steps here they
-        belong to no network that there ever was (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021).
+        Running statistics average over steps in which the weights still changed. After the few steps here they do not
+        match the final network (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021).
         """
         for module in self.students.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -357,14 +358,14 @@ class _Group:
 
 
 def _for_losses(outputs: Outputs) -> Outputs:
-    """Bring outputs to a type in which losses can be computed."""
+    """Convert outputs to a dtype in which losses can be computed."""
     logits, embedding, *features = map(at_least_float32, (outputs.logits, outputs.embedding, *outputs.features))
     return Outputs(logits, embedding, tuple(features))
 
 
 @contextmanager
 def _random_state(seed: int) -> Iterator[None]:
-    """Let torch's global random state be that of ``seed`` for a while: weights are drawn from it."""
+    """Seed torch's global random state, from which weights are drawn, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,1 +1,1 @@
-"""The tables and figures of the paper: as data, carried out, and set beside the printed numbers."""
+"""The tables and figures of the paper: as data, reproduced, and compared with the printed numbers."""

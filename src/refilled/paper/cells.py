@@ -1,4 +1,4 @@
-"""From a table to the jobs that fill it: what each cell carries out, and where it finds it done already."""
+"""From a table to the jobs that fill it: what each cell runs, and where finished results lie."""
 
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -21,13 +21,13 @@ _WARM_UP = 20 / 240  # of the epochs, in which the weight of decoupled distillat
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a table is to be done, and how: the options of ``refilled reproduce``.
+    """Which part of a table to reproduce, and how: the options of ``refilled reproduce``.
 
     Attributes:
         scale: One of :data:`~refilled.paper.protocols.SCALES`.
         recipe: One of :data:`~refilled.paper.protocols.RECIPES`.
-        seeds: One run of every cell for each; the first alone where tasks take the place of seeds.
-        only: Rows, columns and cells to carry out, as ``ROW``, ``/COLUMN`` or ``ROW/COLUMN``; all if empty.
+        seeds: One run of every cell per seed. Tables that average over tasks use the first seed alone.
+        only: Rows, columns and cells to run, as ``ROW``, ``/COLUMN`` or ``ROW/COLUMN``; empty: all.
         data_root: As in a run.
         device: As in a run.
 
@@ -59,21 +59,21 @@ class Cell:
     student: str
     """Architecture at this scale."""
     run: Run | FewShotTest | None
-    """None where the teacher is all there is; the models that it takes are not filled in."""
+    """None where the cell is about the teacher alone. Paths of the models that it reads are not filled in."""
     teacher: Run | None
     meta: MetaRun | None = None
-    """Meta-training of the teacher that comes before a few-shot test."""
+    """Meta-training of the teacher before a few-shot test."""
     start: Run | None = None
     """The model from which the students of few-shot tasks start."""
 
     @property
     def name(self) -> str:
-        """What the cell is called, as ``--only`` reads it, with its seed."""
+        """Name of the cell, as in ``--only``, with its seed."""
         return f"{self.row.name}/{self.column.name} seed {self.seed}"
 
 
 def cells(table: Table, choice: Choice) -> list[Cell]:
-    """Return all cells of a table, row by row, whatever ``choice.only`` says."""
+    """Return all cells of a table, row by row. ``choice.only`` is ignored."""
     return [
         _few_shot_cell(table, row, column, seed, choice)
         if isinstance(row, FewShotRow)
@@ -207,18 +207,18 @@ def _settings(row: Row, protocol: Protocol, data: Data, recipe: Optimisation) ->
         "temperature": protocol.temperature,
         "kd_temperature": protocol.temperature,
         "kd_weight": protocol.kd_weight,
-        # In fewer epochs the weight falls as far over a stage as in the paper's.
+        # With fewer epochs the weight decays as far over a stage as in the paper.
         "kd_decay": _DECAY_OF_THE_PAPER * _EPOCHS_OF_THE_PAPER / _epochs(row, data, recipe),
     }
     return {**of_the_protocol, **row.settings}
 
 
 class Plan:
-    """The jobs behind some cells, and where they lie.
+    """The jobs behind some cells, and their folders.
 
     Args:
         cells: Cells of one table or of several.
-        folder: Each job lies in a folder of its own below ``folder``.
+        folder: Each job has its own folder below ``folder``.
     """
 
     def __init__(self, cells: Sequence[Cell], folder: Path) -> None:
@@ -227,8 +227,8 @@ class Plan:
         self.needs: dict[str, tuple[str, ...]] = {}
         """The jobs whose models a job reads, by its name."""
         self.problems: dict[Cell, RefilledError] = {}
-        """Cells whose jobs cannot even be described."""
-        self._names: dict[Cell, tuple[str, str | None]] = {}  # of a cell's job and of its teacher's
+        """Cells whose jobs cannot be described, with the reason."""
+        self._names: dict[Cell, tuple[str, str | None]] = {}  # names of a cell's job and of its teacher's
         for cell in cells:
             try:
                 self._names[cell] = self._add(cell)
@@ -236,21 +236,21 @@ class Plan:
                 self.problems[cell] = error
 
     def run_of(self, cell: Cell) -> str | None:
-        """Name the job that a cell is about: the student's, or the teacher's where there is no student."""
+        """Return the name of a cell's job: the student's, or the teacher's if there is no student."""
         return None if cell in self.problems else self._names[cell][0]
 
     def teacher_of(self, cell: Cell) -> str | None:
-        """Name the run of a cell's teacher."""
+        """Return the name of the run of a cell's teacher."""
         return None if cell in self.problems else self._names[cell][1]
 
     def result(self, name: str | None) -> Found | None:
-        """Load the result of a job, if it is finished."""
+        """Return the result of a job, or None if it is not finished."""
         if name is None or not (self.folder / name / "DONE").exists():
             return None
         return load(self.runs[name], self.folder / name)
 
     def missing(self, cells: Iterable[Cell]) -> dict[str, Job]:
-        """Return the jobs behind some cells that are not finished, each after those that it needs."""
+        """Return the unfinished jobs behind some cells, each after the jobs that it needs."""
         about = [name for cell in cells if (name := self.run_of(cell))]
         names = dict.fromkeys(needed for name in about for needed in self._with_needs(name))
         return {name: self.runs[name] for name in names if self.result(name) is None}
@@ -262,7 +262,7 @@ class Plan:
         teacher = None if cell.teacher is None else self._add_job(cell.teacher)
         match cell.run:
             case None:
-                assert teacher is not None  # or the cell would be about nothing
+                assert teacher is not None  # every cell has a student or a teacher
                 return teacher, teacher
             case Run():
                 run = cell.run if load_method(cell.run.method).takes_student else replace(cell.run, student=None)
@@ -273,7 +273,7 @@ class Plan:
                 return self._add_job(cell.run, teacher=model, student=start), teacher
 
     def _add_job(self, job: Job, **models: str | None) -> str:
-        """Add a job that takes some models, which are given by field and by the name of the job that makes them."""
+        """Add a job. ``models`` maps its fields to the names of the jobs that make the models it reads."""
         needed: dict[str, Any] = {at: name for at, name in models.items() if name is not None}
         name = name_of(replace(job, **needed))
         if name not in self.runs:
@@ -286,7 +286,7 @@ class Plan:
         return name
 
     def _refuse_outdated(self, name: str, run: Run) -> None:
-        """Refuse a folder whose run had other defaults than a run has now: a name tells only what is no default."""
+        """Refuse a folder whose run used different defaults; the folder's name encodes only non-default settings."""
         path = self.folder / name / "run.toml"
         if not path.exists():
             return
@@ -296,7 +296,7 @@ class Plan:
 
 
 def _in_full(record: str) -> dict[str, Any]:
-    """Return how a recorded run optimises and what its method is set to; not what a machine settles."""
+    """Return a recorded run's optimisation and method settings, without what depends on the machine."""
     recorded = {**YOUNGER, **tomllib.loads(record)}
     recipe = [field.name for field in fields(Recipe) if field.name != "precision"]
     return {name: recorded.get(name) for name in ("settings", *recipe)}

@@ -1,4 +1,4 @@
-"""Carry out a table or figure of the paper, and set what came out beside what the paper prints."""
+"""Reproduce a table or figure of the paper, and compare the results with the printed numbers."""
 
 import itertools
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from refilled.paper.tables import TABLES, Table
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a table.
+    """The outcome of reproducing a table.
 
     Attributes:
         page: The page that shows it.
-        failures: Why cells failed, by the cell's name.
+        failures: The reason of each failure, by the cell's name.
     """
 
     page: Path
@@ -37,7 +37,7 @@ def find_table(name: str) -> Table:
     """Find a table or figure of the paper.
 
     Raises:
-        RunError: There is none of this name.
+        RunError: The name is unknown.
     """
     if name not in TABLES:
         raise RunError(unknown("table", name, TABLES))
@@ -52,14 +52,14 @@ def fill(
     console: Console | None = None,
     executor: Executor = processes,
 ) -> Outcome:
-    """Carry out what is missing of a table, and write it down beside the paper's numbers.
+    """Run what is missing of a table, and report it next to the paper's numbers.
 
-    Runs lie in ``folder/runs`` and are shared by all tables; what is written about the table lies in
-    ``folder/<table>-<scale>-<recipe>``. Several processes may be at it at once, for the same table or others. A cell
-    that fails leaves the others alone.
+    Runs lie in ``folder/runs`` and are shared by all tables. The report of a table lies in
+    ``folder/<table>-<scale>-<recipe>``. Several processes may fill the same table or others at once. A failed cell does
+    not affect the others.
 
     Raises:
-        RefilledError: Something that concerns more than single cells, such as missing data; nothing has begun then.
+        RefilledError: A problem of more than single cells, such as missing data. Nothing has been run then.
     """
     console = console or Console()
     every = cells(table, choice)
@@ -91,7 +91,7 @@ def fill(
 
 
 def estimate_table(table: Table, choice: Choice, folder: Path, jobs: int = 1) -> list[str]:
-    """Say what of a table is missing and how long it will take, and what cannot be done, without doing it."""
+    """Print what is missing of a table, how long it will take, and what cannot be run, without running it."""
     every = cells(table, choice)
     plan = Plan(every, folder / "runs")
     wanted = chosen(table, every, choice.only)
@@ -103,7 +103,7 @@ def estimate_table(table: Table, choice: Choice, folder: Path, jobs: int = 1) ->
 def _carry_out(
     plan: Plan, missing: Mapping[str, Job], jobs: int, console: Console, executor: Executor
 ) -> dict[str, str]:
-    """Carry out the missing runs; returns why runs failed, by their names."""
+    """Carry out the missing runs; return the reasons of failures, by the names of the runs."""
     failures: dict[str, str] = {}
     count = itertools.count(1)
 
@@ -111,7 +111,7 @@ def _carry_out(
         _say(console, f"  {next(count)}/{len(missing)} {name}: {accuracy(found):.2f} %")
 
     def note(name: str, error: Exception) -> None:
-        # Of a failure that is no mistake of the user's, the kind says more than the words.
+        # For unexpected errors, the type is more informative than the message.
         failures[name] = str(error) if isinstance(error, RefilledError) else f"{type(error).__name__}: {error}"
         _say(console, f"  {next(count)}/{len(missing)} {name} failed: {failures[name]}")
 

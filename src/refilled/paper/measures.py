@@ -1,4 +1,4 @@
-"""What cells show: the accuracy of a finished run, or something else that is measured of it, once, and kept."""
+"""The values of cells: the accuracy of a finished run, or another measure of it, computed once and kept."""
 
 import json
 from pathlib import Path
@@ -24,16 +24,16 @@ _PER_MILLE = 1000  # the norms are small
 
 
 def measure(cell: Cell, run: Path, kept: Path) -> float | None:
-    """Return a cell's value from its finished run; None where the data have fewer classes than the cell is about.
+    """Return a cell's value from its finished run, or None if the data have fewer classes than the cell needs.
 
     Args:
         cell: The cell.
-        run: Folder of the run that it is about.
-        kept: Folder of values that took time to find.
+        run: Folder of the cell's run.
+        kept: Folder that caches values.
     """
     kind = cell.row.measure
     if kind == "accuracy":
-        assert cell.run is not None  # or there would be nothing that reaches one
+        assert cell.run is not None  # an accuracy needs a run
         return accuracy(load(cell.run, run))
     about = f"{cell.student}-{cell.column.classes}-s{cell.seed}" if cell.column.classes else ""
     path = kept / f"{run.name}-{kind}-{about}.json".replace(" ", "_").replace("/", "_")
@@ -46,7 +46,7 @@ def measure(cell: Cell, run: Path, kept: Path) -> float | None:
 
 
 def embed_test_images(cell: Cell, run: Path) -> tuple[Tensor, Tensor]:
-    """Embed the test images ``(N, d)`` by the student that a cell is about; returns their labels ``(N,)`` besides."""
+    """Return a cell's student's embeddings ``(N, d)`` of the test images, and their labels ``(N,)``."""
     stage = "embedding" if cell.row.measure == "nmi after stage 1" else None
     test = task_of(run).test
     return embed(network_of(run, stage), test.pixels), test.labels
@@ -58,7 +58,7 @@ def _nmi(cell: Cell, run: Path) -> float:
 
 def _gradient(cell: Cell, run: Path) -> float | None:
     """Measure what a distillation term adds to the head's gradient, with the run's student as the teacher."""
-    assert cell.column.classes is not None  # this is what the column is about
+    assert cell.column.classes is not None  # such columns always set it
     task = task_of(run)
     if cell.column.classes > len(task.classes):
         return None
@@ -82,9 +82,9 @@ def added_gradients(
 ) -> dict[Measure, float]:
     r"""Measure what distillation and local distillation add to the gradient of the student's classifier.
 
-    Beside cross-entropy, a term R adds :math:`\partial R / \partial w_c` to the gradient of the weights :math:`w_c` of
-    class c; the mean over the C classes of its norm is what Figure S1 shows (supplement 1.2, Eq. 5 and 6, with a weight
-    of 1).
+    Added to cross-entropy, a term R contributes :math:`\partial R / \partial w_c` to the gradient of the weights
+    :math:`w_c` of class c. Figure S1 shows its norm, averaged over the C classes (supplement 1.2, Eq. 5 and 6, with
+    weight 1).
 
     Args:
         student: With C classes.
@@ -92,7 +92,7 @@ def added_gradients(
         pixels: A batch of uint8 images ``(N, 3, S, S)``.
         labels: Their classes ``(N,)`` among the teacher's.
         classes: The C classes that the student has ``(C,)``, as the teacher numbers them, ascending.
-        temperature: Of the teacher; distillation takes it for the student besides.
+        temperature: Temperature of the teacher. Distillation also uses it for the student.
     """
     student.train()
     with torch.no_grad():

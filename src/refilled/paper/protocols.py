@@ -1,8 +1,8 @@
-"""How the paper's experiments were done, and how much of that fits a machine: protocols, scales, recipes.
+"""The setup of the paper's experiments, and reduced versions of it: protocols, scales, recipes.
 
-A protocol says which images and which teacher an experiment takes (supplement 2). A scale says how much of it is done:
-``paper`` is the paper; ``mini`` the same protocol on fewer classes, images and epochs, with smaller networks; ``smoke``
-only shows that everything runs. A recipe says how all networks are optimised; two recipes never share a table.
+A protocol defines the images and the teacher of an experiment (supplement 2). A scale defines its size: ``paper`` is
+the paper's; ``mini`` is the same protocol with fewer classes, images and epochs and smaller networks; ``smoke`` only
+shows that everything runs. A recipe defines how all networks are optimised. Two recipes never share a table.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ class Data:
     teacher_task: str
     task: str
     epochs: int | None = None
-    """Of the teacher, and of the student in all its stages; None for those of the recipe."""
+    """Epochs of the teacher, and of the student over all its stages. None: those of the recipe."""
     image_size: int | None = None
-    """Side length in pixels; None for that of the data."""
+    """Side length in pixels. None: that of the data."""
     views: int | None = None
-    """Of each training image, which the teacher looks at once for all runs; None for new ones in every run. With as
-    many as epochs no student sees one twice."""
+    """Views per training image, embedded by the teacher once for all runs. None: new views in every run. With as many
+    views as epochs, no student sees a view twice."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """An experiment of the paper: its teacher, its data at each scale, and what ReFilled is set to."""
+    """An experiment of the paper: its teacher, its data at each scale, and ReFilled's settings."""
 
     summary: str
     teacher: str
@@ -48,22 +48,22 @@ class FewShotData:
     pool: str
     """Images with a class split."""
     epochs: int | None = None
-    """Of the backbones on the seen classes; None for those of the recipe."""
+    """Epochs of the backbones on the seen classes. None: those of the recipe."""
     ways: int = 5
     tasks: int = 600
     costly_tasks: int = 600
-    """Tasks of methods that take long for each."""
+    """Number of tasks for methods that are slow per task."""
     steps: int = 100
-    """Of a network that is trained for a task."""
+    """Steps of a network that is trained for a task."""
     tune_tasks: int = 100
-    """Tasks of the validation classes to try settings, or a meta-trained model, on."""
+    """Number of tasks of the validation classes on which settings and meta-trained models are evaluated."""
     trials: int = 30
-    """Settings to try."""
+    """Number of settings to try."""
     costly_trials: int = 30
-    """Settings to try of methods that take long for each task; with 0, those of the row stay."""
+    """Number of settings to try for methods that are slow per task. 0: keep those of the row."""
     meta_tasks: int = 20000
     meta_shots: int = 30
-    """The most shots of tasks in meta-training; what learned from these is tested on more."""
+    """Maximum number of shots in meta-training. Tests may have more."""
     meta_lr: float = 1e-4
 
     @property
@@ -83,14 +83,14 @@ class FewShotProtocol:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of the paper is done."""
+    """The size of a reproduction."""
 
     summary: str
     networks: Mapping[str, str]
-    """Architectures in place of the paper's; those that are not named stay."""
+    """Replacements of the paper's architectures, by name. The others are kept."""
 
     def network(self, name: str) -> str:
-        """Return what stands in for an architecture of the paper."""
+        """Return the architecture that replaces one of the paper's at this scale."""
         return self.networks.get(name, name)
 
 
@@ -135,7 +135,7 @@ SCALES: Mapping[str, Scale] = {
 
 RECIPES: Mapping[str, Optimisation] = {
     "paper2020": Optimisation(
-        "SGD 0.1, batches of 128, times 0.2 after each quarter of a stage, 200 epochs a stage (supplement 2.1)",
+        "SGD 0.1, batches of 128, times 0.2 after each quarter of a stage, 200 epochs per stage (supplement 2.1)",
         PRESETS["paper"],
         teacher_epochs=200,
     ),
@@ -157,7 +157,7 @@ RECIPES: Mapping[str, Optimisation] = {
 
 _SAME_DIGITS = Data("digits@shots=6,shots_seed=0", "digits@shots=6,shots_seed=0", epochs=2)
 _OTHER_DIGITS = Data("digits:0-2@test=0.8", "digits:5-7@test=0.8", epochs=2)
-# The draw is the same for teacher, student and all seeds, as a data set of this size would be.
+# Teacher, student and all seeds share the same draw, as if the data set had this size.
 _FEW_CIFAR = "cifar100:0-49@shots=100,shots_seed=0"
 _CIFAR = {
     "smoke": _SAME_DIGITS,
@@ -229,11 +229,11 @@ _MINI: Mapping[str, Any] = {
 
 FEW_SHOT: Mapping[str, FewShotProtocol] = {
     "few-shot": FewShotProtocol(
-        "MiniImageNet, 64 seen, 16 validation and 20 unseen classes, 15 queries a class; at scale mini CIFAR-FS",
+        "MiniImageNet, 64 seen, 16 validation and 20 unseen classes, 15 queries per class; at scale mini CIFAR-FS",
         {"smoke": _FEW_DIGITS, "mini": FewShotData("cifar_fs", **_MINI), "paper": _MINI_IMAGENET},
     ),
     "few-shot, Tiny-ImageNet": FewShotProtocol(
-        "MiniImageNet, 64 seen, 16 validation and 20 unseen classes, 15 queries a class; at scale mini Tiny-ImageNet",
+        "MiniImageNet, 64 seen, 16 validation and 20 unseen classes, 15 queries per class; at scale mini Tiny-ImageNet",
         {
             "smoke": _FEW_DIGITS,
             "mini": FewShotData("tinyimagenet64@split=tiny_imagenet", **_MINI),

@@ -1,4 +1,4 @@
-"""A table of the paper with our numbers beside its own: on the terminal, as CSV, Markdown and a page."""
+"""A table of the paper with our numbers next to the printed ones: on the terminal, as CSV, Markdown and HTML."""
 
 import csv
 import io
@@ -28,10 +28,10 @@ from refilled.paper.tables import Column, Row, Table
 from refilled.runs.inference import task_of
 from refilled.runs.result import Result
 
-_FEWEST_ROWS = 3  # whose order says anything
+_FEWEST_ROWS = 3  # for an order to be meaningful
 _FIGURE = {
-    "seeds": "the last epoch; the test images are looked at once, at the end",
-    "tasks": "the last epoch, or the best on validation tasks in meta-training; the unseen classes are looked at once",
+    "seeds": "the last epoch; the test images are used once, at the end",
+    "tasks": "the last epoch, or the best on validation tasks in meta-training; the unseen classes are used once",
 }
 _TRAINED = {"teacher": "teacher", "student, all stages together": "run"}
 _IN_ORDER = "rows, best first"
@@ -41,12 +41,12 @@ _RANKS = "order of the rows against the paper's (Spearman)"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a cell.
+    """A cell and its value.
 
     Attributes:
         cell: The cell.
         run: Folder of the run that it is about, where there is one.
-        value: What the cell shows; None where it was not run.
+        value: The value of the cell. None: it was not run.
         interval: Half the width of its 95 % interval over tasks; None where it is about one task.
     """
 
@@ -77,7 +77,7 @@ class Shown:
 
     @property
     def beside(self) -> str:
-        """What stands beside ours."""
+        """The paper's number and the difference."""
         return ", ".join(text for text in (self.paper, self.difference) if text)
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Order:
-    """The rows of a column that the paper has a number for, best first.
+    """The rows of a column for which the paper prints a number, best first.
 
     Attributes:
         column: The column.
@@ -103,15 +103,15 @@ class Order:
 
 @dataclass(frozen=True)
 class TableReport:
-    """All that there is to show of a table.
+    """The report of a table.
 
     Attributes:
         table: The table.
-        choice: How it was done.
+        choice: How it was reproduced.
         entries: One for each cell.
         teachers: The folder of each teacher's run, by its name.
-        failures: Why cells failed, by the cell's name.
-        command: What to type in order to go on or to repeat it.
+        failures: The reason of each failure, by the cell's name.
+        command: The command that resumes or repeats it.
     """
 
     table: Table
@@ -123,7 +123,7 @@ class TableReport:
 
     @property
     def title(self) -> str:
-        """The table, and how much of the paper was done."""
+        """Title of the table, with scale and recipe."""
         return f"{self.table.title} ({self.choice.scale}, {self.choice.recipe})"
 
     def write(self, folder: Path) -> Path:
@@ -153,7 +153,7 @@ class TableReport:
         return shown
 
     def sentences(self) -> list[str]:
-        """Say what a reader must know in order to read the table."""
+        """Return the sentences that a reader needs in order to read the table."""
         scale, recipe = SCALES[self.choice.scale], RECIPES[self.choice.recipe]
         said = [
             f"Each cell: ours, {self._mean()}; then the paper's number and the difference. "
@@ -165,17 +165,17 @@ class TableReport:
         stand_ins = {column.student: scale.network(column.student) for column in self.table.columns}
         changed = ", ".join(f"{ours} for {papers}" for papers, ours in stand_ins.items() if ours != papers)
         if changed:
-            said.append(f"Students in place of the paper's: {changed}.")
+            said.append(f"Students instead of the paper's: {changed}.")
         return [*said, self.table.note] if self.table.note else said
 
     def failed(self) -> list[tuple[str, str]]:
-        """Give each reason for which cells failed, with the cells that it concerns."""
+        """Return each reason of failures, with the cells that it concerns."""
         reasons = dict.fromkeys(self.failures.values())
         cells = {reason: [name for name, why in self.failures.items() if why == reason] for reason in reasons}
         return [(r, f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]) for r, names in cells.items()]
 
     def shown(self, row: Row, column: Column) -> Shown | None:
-        """Put a cell into words; None where the row has no cell in the column."""
+        """Return a cell as text, or None if the row has no cell in the column."""
         entries = self._at(row, column)
         if not entries:
             return None
@@ -192,7 +192,7 @@ class TableReport:
         return Shown(ours + partly, paper, difference)
 
     def ranks(self) -> list[str]:
-        """Correlate the order of the rows with the paper's, for each column; empty where too few rows have both."""
+        """Return the rank correlation with the paper for each column; empty where too few rows have both numbers."""
         found = {order.column: f"{order.correlation:+.2f}" for order in self.orders()}
         return [found.get(column.name, "") for column in self.table.columns]
 
@@ -201,9 +201,9 @@ class TableReport:
         return [order for column in self.table.columns if (order := self._order(column))]
 
     def gains(self) -> list[list[str]]:
-        """Set each row against the student alone, seed by seed: a line of headings, then a line a row.
+        """Return each row's gain over the student alone, paired by seed: headings, then one line per row.
 
-        Empty where no row and column has both, or where tasks take the place of seeds.
+        Empty if no row and column has both, or if the table averages over tasks.
         """
         alone = next((r for r in self.table.rows if r.method == "vanilla" and r.measure == "accuracy"), None)
         if alone is None or self.table.mean_over != "seeds":
@@ -274,7 +274,7 @@ class TableReport:
         }
 
     def _epochs(self) -> dict[str, str]:
-        """Say for how long networks were trained here, which a recipe's summary says of the whole paper."""
+        """Return the epochs of networks in this reproduction. A recipe's summary has those of the paper."""
         taken = {name: [vars(e.cell)[part] for e in self.entries] for name, part in _TRAINED.items()}
         epochs = {name: sorted({job.epochs for job in jobs if isinstance(job, Run)}) for name, jobs in taken.items()}
         said = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
@@ -290,7 +290,7 @@ class TableReport:
             ["table", "row", "column", "seed", "measure", "value", "paper", "run", "data", "scale", "recipe"]
         ]
         if self.table.mean_over == "tasks":
-            lines[0] += ["interval", "tasks", "tasks a second"]
+            lines[0] += ["interval", "tasks", "tasks per second"]
         for entry in self.entries:
             cell = entry.cell
             result = entry.result
@@ -343,7 +343,7 @@ class TableReport:
         )
 
     def _picture(self) -> tuple[str, Figure, list[list[Any]]] | None:
-        """Draw what the table has to show besides numbers: its caption, the figure, and the numbers in it."""
+        """Draw the table's picture; return its caption, the figure, and the numbers in it."""
         if self.table.picture == "lines" and self._lines():
             lines = self._lines()
             numbers = [[line.name, *point] for line in lines for point in line.points]
@@ -381,7 +381,7 @@ def _mean_value(entries: Sequence[Entry]) -> float:
 
 
 def _on_common_tasks(rows: Sequence[Sequence[Entry]]) -> list[float]:
-    """Take means over the tasks that all rows had, the first ones, so that easier tasks make nobody better."""
+    """Return means over the first tasks, which all rows share, so that no row benefits from easier tasks."""
     accuracies = [recorded_accuracies(entry.run) for (entry,) in rows if entry.run is not None]
     common = min(map(len, accuracies), default=0)
     return [mean(found[:common]) for found in accuracies]

@@ -17,7 +17,7 @@ Measure = Literal["accuracy", "nmi", "nmi after stage 1", "gradient of kd", "gra
 
 @dataclass(frozen=True)
 class Column:
-    """Whom the cells of a column are about."""
+    """The protocol and student of a column's cells."""
 
     name: str
     protocol: str
@@ -31,18 +31,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """What the cells of a row do, and what the paper prints for them."""
+    """The method of a row's cells, and the paper's numbers for them."""
 
     name: str
     method: str | None
-    """None for a row that looks at the teacher and trains nothing else."""
+    """None for a row that only evaluates the teacher."""
     paper: Numbers
-    """One for each column, None where the paper prints none."""
+    """One number per column. None: the paper prints none."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] | None = None
-    """The columns that it has cells in; None for all."""
+    """The columns in which the row has cells. None: all."""
     epochs: float = 1.0
-    """Relative to those of the other rows."""
+    """Epochs relative to those of the other rows."""
     lr: float | None = None
     """None for the recipe's."""
     measure: Measure = "accuracy"
@@ -55,11 +55,11 @@ class FewShotRow(Row):
     backbone: str = "convnet4"
     """Architecture of the frozen model, as in the paper."""
     search: Mapping[str, str] = field(default_factory=dict)
-    """What to try on the validation classes for parameters of the method."""
+    """Values to try on the validation classes, by parameter of the method."""
     trains: Literal["student", "backbone"] | None = None
     """Which network is trained for each task: a student, which starts from one of the seen classes, or the backbone."""
     costly: bool = False
-    """Whether tasks take so long that a small scale has fewer of them."""
+    """Whether tasks are so slow that small scales have fewer of them."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Table:
     teacher: float | None = None
     """Accuracy of the teacher on its own classes, where the paper prints it."""
     mean_over: Literal["seeds", "tasks"] = "seeds"
-    """What a cell's number is a mean of."""
+    """What a cell's number is averaged over."""
     picture: Literal["lines", "t-SNE"] | None = None
     columns_are: str = ""
-    """What the columns are, for the axis of a picture."""
+    """Label of the columns on the axis of a picture."""
     note: str = ""
 
 
@@ -106,7 +106,7 @@ def _rows(paper: Mapping[str, Sequence[float]]) -> tuple[Row, ...]:
 
 
 def _of_the_teacher(columns: Sequence[Column], paper: Mapping[str, tuple[float, float, float]]) -> tuple[Row, ...]:
-    """Rows that classify by the teacher's embedding, which has one width only (supplement 2.1)."""
+    """Return the rows that classify by the teacher's embedding, which has a single width (supplement 2.1)."""
     one_nn, lr, fine_tune = (tuple(paper[c.name][n] if c.name in paper else None for c in columns) for n in range(3))
     return (
         Row("1NN", "nearest_neighbour", one_nn, columns=tuple(paper), epochs=0),
@@ -139,7 +139,7 @@ _TABLE_2 = _rows(
         "ReFilled": (77.49, 74.01, 72.72, 67.56),
     }
 )
-# Not in the paper: what its baseline is elsewhere, today's bars for a teacher of the same classes, and our own choice.
+# Not in the paper: RKD in one stage, recent baselines for a teacher of the same classes, and our preset.
 _NO_NUMBERS = (None,) * 4  # of the columns
 _RKD_ELSEWHERE = Row("RKD, one stage", "rkd", _NO_NUMBERS, {"joint": True})
 _BARS = (
@@ -153,10 +153,10 @@ _BY_SPLIT_AND_WIDTH = (
     *_columns("cross-task hard", _WIDTHS, "hard "),
 )
 
-# The best of a few on tasks of CIFAR-FS's validation classes (docs/fewshot.md): a random classifier and statistics of
-# a few images spoil what the network knew.
+# The best of a few settings on tasks of CIFAR-FS's validation classes (docs/fewshot.md). A random classifier and
+# statistics of a few images damage the initial network.
 _START_OF_A_TASK: Mapping[str, Any] = {"classifier": "probe", "norm": "frozen", "lr": 0.003}
-# Likewise: means, and not sums, over the few triplets, and a teacher that is sharp enough to say something.
+# Also the best of a few: means instead of sums over the few triplets, and a low temperature for the teacher.
 _REFILLED_OF_A_TASK: Mapping[str, Any] = {
     **_START_OF_A_TASK,
     "reduction": "mean",
@@ -362,7 +362,7 @@ TABLES: Mapping[str, Table] = {
         ),
         Table(
             "figure3",
-            "Figure 3: variants of ReFilled, and fewer training images a class; CUB across tasks",
+            "Figure 3: variants of ReFilled, and fewer training images per class; CUB across tasks",
             (
                 *(Column(str(n), "cross-task hard", "mobilenet_1", shots=n) for n in (5, 10, 15, 20, 25, 30)),
                 Column("all", "cross-task hard", "mobilenet_1"),
@@ -375,8 +375,8 @@ TABLES: Mapping[str, Table] = {
                 Row("ReFilled", "refilled", (*[None] * 6, 73.38)),
             ),
             picture="lines",
-            columns_are="training images a class",
-            note="The figure prints no numbers: those of the paper are Table S1's, for the same runs. It does not say "
+            columns_are="training images per class",
+            note="The figure prints no numbers: the paper's are those of Table S1, for the same runs. It does not say "
             "which methods and which width its right part shows; here they are those of the left part.",
         ),
         Table(
@@ -406,7 +406,7 @@ TABLES: Mapping[str, Table] = {
         ),
         Table(
             "table7",
-            "Table 7: tasks of 10 and 30 images a class",
+            "Table 7: tasks of 10 and 30 images per class",
             _shots("few-shot", 10, 30),
             tuple(replace(row, paper=row.paper[2:]) for row in _TABLE_S3 if row.columns is None),
             unit=_TASKS,

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a few-shot method, chosen on tasks of the validation classes and never on the unseen ones."""
+"""Choose hyper-parameters of a few-shot method on tasks of the validation classes, never on the unseen classes."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -30,21 +30,21 @@ def tune(
 ) -> dict[str, Any]:
     """Search with Optuna for the settings with the best mean accuracy on tasks of the validation classes.
 
-    The search is kept in ``storage``; one that was interrupted goes on when it is started again.
+    The search is kept in ``storage``. An interrupted search resumes when it is started again.
 
     Args:
-        run: The test to tune for; its tasks are drawn from the validation classes instead.
-        search: For each parameter of the method what to try: ``"0.1..10"``, ``"0.1..10:log"``, or choices, ``"a,b"``.
-        trials: Settings to try, those of an earlier start counted.
-        n_episodes: Tasks to try each on.
+        run: The test to tune for. Its tasks are drawn from the validation classes instead.
+        search: By parameter of the method, a range ``"0.1..10"`` or ``"0.1..10:log"``, or choices ``"a,b"``.
+        trials: Number of settings to try, including those of earlier starts.
+        n_episodes: Number of tasks per trial.
         storage: The file that keeps the search.
-        progress: Told about each trial.
+        progress: Called with a line of text after each trial.
 
     Returns:
-        The run's settings with the best ones found.
+        The run's settings, updated with the best values found.
 
     Raises:
-        RunError: Optuna is not installed, or the search makes no sense.
+        RunError: Optuna is not installed, or the search is invalid.
     """
     optuna = _optuna()
     method = load_few_shot_method(run.method)
@@ -74,7 +74,7 @@ def tune(
     )
     complete = (optuna.trial.TrialState.COMPLETE,)
     while (finished := len(study.get_trials(states=complete))) < trials:
-        # Seeded by the number of the trial, so that a search that was interrupted goes on as if it had not been.
+        # Seeded by the number of the trial, so that an interrupted search continues as if it had not been interrupted.
         study.sampler = optuna.samplers.TPESampler(seed=run.seed + finished)
         trial = study.ask(distributions)
         study.tell(trial, accuracy(trial))
@@ -82,7 +82,7 @@ def tune(
 
 
 def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribution":
-    """Read what is to be tried for a parameter."""
+    """Parse the values to try for a parameter."""
     distributions = _optuna().distributions
     if name not in method.parameters:
         raise RunError(f"--tune {name}: {unknown('parameter', name, method.parameters)}")
@@ -93,12 +93,14 @@ def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribut
     types = (method.types[name], *get_args(method.types[name]))
     kind = int if int in types else float
     if kind not in types:
-        raise RunError(f"{name} is not a number and has no range; list what to try, as in {name}=this,that")
+        raise RunError(f"{name} is not a number and has no range; list the values to try, as in {name}=this,that")
     make = distributions.IntDistribution if kind is int else distributions.FloatDistribution
     try:
         found: BaseDistribution = make(kind(bounds[1]), kind(bounds[2]), log=bounds[3] is not None)
     except ValueError as error:
-        raise RunError(f"{name}={text} is no range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log") from None
+        raise RunError(
+            f"{name}={text} is not a range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log"
+        ) from None
     return found
 
 

@@ -1,10 +1,10 @@
-"""Choose parameters by what they reach on held-out training images, then train once on all of them.
+"""Choose parameters by accuracy on held-out training images, then train once on all training images.
 
-Each trial is a run in a folder of its own, scored on the held-out part of the training images. The test images are
-looked at once, by the final run, as the ReFilled paper does it. The trials stand in a journal that several processes
-may share: each takes up trials that were left behind, then begins new ones, and the last to end makes the final run.
+Each trial is a run in its own folder, scored on the held-out part of the training images. Only the final run is scored
+on the test images, as in the ReFilled paper. Several processes may share the journal of trials: each resumes abandoned
+trials, then starts new ones, and the last process to finish carries out the final run.
 
-A folder of tuning holds ``tuning.toml`` (the run and what is searched), ``journal.log`` (Optuna's), ``trials/<number>``
+A tuning folder holds ``tuning.toml`` (the run and the search), ``journal.log`` (Optuna's journal), ``trials/<number>``,
 and ``best/<number>``, the final run with the values of that trial.
 """
 
@@ -34,48 +34,49 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 OnTrial = Callable[[int, Mapping[str, Any], float | None], None]
-_MANY = 10_000  # more trials than any study has: seeds of trials do not meet those of another seed's
+_MANY = 10_000  # more trials than any study has, so that seeds of trials differ between seeds of runs
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found."""
+    """The result of tuning."""
 
     values: Mapping[str, Any]
-    """The best values of what was searched."""
+    """Best values of the searched parameters."""
 
     val_accuracy: float
-    """Percent of the held-out images that their trial reached; the best of many, so it flatters."""
+    """Accuracy of their trial on the held-out images, in percent. It is the best of many, so it is biased upwards."""
 
     result: Result
-    """Of the run with these values on all training images, scored on the test images."""
+    """Result of the run with these values on all training images, scored on the test images."""
 
     folder: Path
-    """Of that run."""
+    """Folder of that run."""
 
 
 def tune(
     run: Run, search: Mapping[str, str], trials: int, folder: Path, on_trial: OnTrial = lambda *trial: None
 ) -> Tuned | None:
-    """Find good values for a run's parameters, and carry the run out with them.
+    """Search for good values of a run's parameters, and carry out the run with them.
 
-    Called again with the same arguments, it goes on where it stood. If ``trials`` has grown, there is another final run
-    where they found better values; which values are best is never decided by the test images.
+    A second call with the same arguments resumes. With more ``trials``, there is another final run if they found better
+    values. The test images never decide which values are best.
 
     Args:
-        run: What all trials share; its ``val`` is the part of the training images that is held out.
-        search: For each name, a parameter of the method or a field of :class:`~refilled.config.Recipe`, what to try:
-            ``"1..100"``, ``"1..100:log"``, or choices, ``"1,2,4"``.
-        trials: How many, those of earlier calls and of other processes included.
-        folder: Where everything is kept.
-        on_trial: Told number, values and accuracy in percent of each trial that ends; None where the loss exploded.
+        run: The run that all trials share. Its ``val`` is the fraction of the training images that is held out.
+        search: By name of a parameter of the method or a field of :class:`~refilled.config.Recipe`, a range
+            ``"1..100"`` or ``"1..100:log"``, or choices ``"1,2,4"``.
+        trials: Number of trials, including those of earlier calls and of other processes.
+        folder: Folder of the tuning.
+        on_trial: Called after each trial with its number, values and accuracy in percent. The accuracy is None if the
+            loss diverged.
 
     Returns:
-        None if other processes are still at some trials: the last of them makes the final run.
+        None if other processes are still running trials. The last of them carries out the final run.
 
     Raises:
-        RunError: Optuna is missing, the search makes no sense, the folder holds another one, or every trial failed.
-        RefilledError: anything in the run that cannot work.
+        RunError: Optuna is missing, the search is invalid, the folder holds another search, or every trial failed.
+        RefilledError: The run cannot work as configured.
     """
     if trials < 1:
         raise RunError(f"the number of trials must be at least 1, but is {trials}")
@@ -97,7 +98,7 @@ def tune(
 
 
 def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
-    """Read what is to be tried for a parameter."""
+    """Parse the values to try for a parameter."""
     distributions = _optuna().distributions
     searchable = {**_recipe_types(), **load_method(run.method).types}
     if name not in searchable:
@@ -111,7 +112,7 @@ def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
         return listed
     types = (searchable[name], *get_args(searchable[name]))
     if int not in types and float not in types:
-        raise RunError(f"{name} is not a number and has no range; list what to try, as in {name}=this,that")
+        raise RunError(f"{name} is not a number and has no range; list the values to try, as in {name}=this,that")
     found: BaseDistribution
     try:
         if int in types:
@@ -119,7 +120,9 @@ def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
         else:
             found = distributions.FloatDistribution(float(bounds[1]), float(bounds[2]), log=bounds[3] is not None)
     except ValueError as error:
-        raise RunError(f"{name}={text} is no range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log") from None
+        raise RunError(
+            f"{name}={text} is not a range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log"
+        ) from None
     for end in (bounds[1], bounds[2]):
         resolve(_with(run, {name: end}))
     return found
@@ -127,11 +130,11 @@ def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
 
 def _recipe_types() -> dict[str, Any]:
     hints = get_type_hints(Recipe)
-    return {field.name: hints[field.name] for field in fields(Recipe) if field.name != "seed"}  # luck is not tuned
+    return {field.name: hints[field.name] for field in fields(Recipe) if field.name != "seed"}  # do not tune luck
 
 
 def _with(run: Run, values: Mapping[str, Any]) -> Run:
-    """Set values in a run, which may be text; the method's parameters come before fields of the same name."""
+    """Set values, possibly text, in a run. The method's parameters take precedence over fields of the same name."""
     own = load_method(run.method).parameters
     settings = {name: value for name, value in values.items() if name in own}
     types = _recipe_types()
@@ -145,7 +148,7 @@ def _with(run: Run, values: Mapping[str, Any]) -> Run:
 
 
 def _begin(run: Run, search: Mapping[str, str], folder: Path) -> None:
-    """Write down what is tuned, or make sure that the folder holds the same."""
+    """Record the run and the search, or check that the folder holds the same ones."""
     path = folder / "tuning.toml"
     wanted = {"search": dict(search), "run": tomllib.loads(run.to_toml())}
     if not path.exists():
@@ -182,16 +185,16 @@ def _next(
     folder: Path,
     claims: ExitStack,
 ) -> "FrozenTrial | None":
-    """Take up a trial that was left behind, else begin a new one; it is held until ``claims`` is closed."""
+    """Resume an abandoned trial, or start a new one. The trial is locked until ``claims`` is closed."""
     optuna = _optuna()
-    with alone(folder):  # one process at a time, so that each sees what the others took
+    with alone(folder):  # one process at a time, so that each sees which trials are taken
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             if _claim(folder, str(trial.number), claims):
                 return trial
         number = len(study.trials)
         if number >= trials:
             return None
-        # Seeded by the trial and not by the process, so that an interrupted search goes on as if it had not been.
+        # Seeded by the trial, not the process, so that an interrupted search continues as if never interrupted.
         study.sampler = optuna.samplers.TPESampler(seed=(seed * _MANY + number) % 2**32)
         asked = study.ask(dict(distributions))
         _claim(folder, str(asked.number), claims)
@@ -199,7 +202,7 @@ def _next(
 
 
 def _claim(folder: Path, name: str, claims: ExitStack) -> bool:
-    """Hold something for this process alone, unless another process does."""
+    """Lock something for this process; return False if another process holds the lock."""
     claim = folder / ".claims" / name
     claim.mkdir(parents=True, exist_ok=True)
     try:
@@ -210,10 +213,10 @@ def _claim(folder: Path, name: str, claims: ExitStack) -> bool:
 
 
 def _try(study: "Study", trial: "FrozenTrial", run: Run, folder: Path) -> float | None:
-    """Return the accuracy in percent that a trial reaches on the held-out images, None where its loss explodes."""
+    """Return a trial's accuracy on the held-out images in percent, or None if its loss diverged."""
     for other in study.get_trials(deepcopy=False):
         if other.params == trial.params and other.value is not None:
-            return other.value  # the same run again would give the same
+            return other.value  # the same run gives the same result
     try:
         return complete(_with(run, trial.params), folder).accuracy
     except NonFiniteError:
@@ -233,7 +236,7 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
             return None
         if not study.get_trials(states=(states.COMPLETE,)):
-            raise RunError(f"the loss exploded in each of {len(study.trials)} trials; search lower rates or weights")
+            raise RunError(f"the loss diverged in each of {len(study.trials)} trials; search lower rates or weights")
         best = study.best_trial
         final = replace(_with(run, best.params), val=0.0, score="test")
         assert best.value is not None  # it is complete

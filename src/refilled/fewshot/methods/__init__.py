@@ -1,8 +1,8 @@
-"""The few-shot methods, one file each: a function of the file's name, from a bank of images to a learner.
+"""The few-shot methods, one per file. A method is a function with the file's name, from a bank of images to a learner.
 
-Its keyword-only parameters are its configuration. A file that also has a function ``meta_learner``, from a backbone
-and keyword-only parameters, can be meta-trained. Every method of :mod:`refilled.methods` that trains a student is a
-few-shot method besides: it trains one for each task.
+Its keyword-only parameters are its configuration. A method can be meta-trained if its file also has a function
+``meta_learner``, from a backbone and keyword-only parameters. Every method of :mod:`refilled.methods` that trains a
+student is also a few-shot method, which trains one student per task.
 """
 
 import importlib
@@ -18,19 +18,19 @@ from refilled.methods import Method
 from refilled.outputs import ModelShape
 from refilled.stages import FineTuning, Readout, Stage
 
-_STUDENT = "student"  # not a method by itself, but what the methods of refilled.methods become here
+_STUDENT = "student"  # not a method itself; it wraps those of refilled.methods
 
 
 class FewShotMethod(Protocol):
-    """A few-shot method by name, ready to be given a bank of images."""
+    """A few-shot method that can be applied to a bank of images."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the method."""
 
     @property
     def summary(self) -> str:
-        """What it does, in a line."""
+        """One-line description."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -38,26 +38,26 @@ class FewShotMethod(Protocol):
 
     @property
     def types(self) -> dict[str, Any]:
-        """What the annotations say of its parameters."""
+        """Annotated types of its parameters."""
 
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the settings with the defaults; values that are text are read as what the signature asks for.
+        """Complete the settings with the defaults. Text values are converted to the annotated types.
 
         Raises:
-            MethodError: an unknown parameter, or a value that its annotation does not allow.
+            MethodError: A parameter is unknown, or its annotation does not allow the value.
         """
 
     def learner(self, bank: Bank, settings: Mapping[str, Any]) -> Learner:
         """Build the learner.
 
         Raises:
-            MethodError: Unknown or unsuitable settings, or a bank without the model that it needs.
+            MethodError: Settings are unknown or unsuitable, or the bank lacks the model that the method needs.
         """
 
 
 @dataclass(frozen=True)
 class OwnMethod(Method):
-    """A method that a file of this folder defines."""
+    """A method defined by a file of this folder."""
 
     def learner(self, bank: Bank, settings: Mapping[str, Any]) -> Learner:
         """Build the learner."""
@@ -67,30 +67,30 @@ class OwnMethod(Method):
 
 @dataclass(frozen=True)
 class StudentMethod:
-    """A method of :mod:`refilled.methods`, by which a student is trained for each task."""
+    """A method of :mod:`refilled.methods` that trains a student for each task."""
 
     distillation: Method
     training: Method
-    """How students are trained, by whatever method."""
+    """The function that trains students with any distillation method."""
 
     @property
     def name(self) -> str:
-        """What the distillation method is called."""
+        """Name of the distillation method."""
         return self.distillation.name
 
     @property
     def summary(self) -> str:
-        """What it does, in a line."""
+        """One-line description."""
         return f"A student for each task: {self.distillation.summary}"
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Those of the training of students, and the distillation method's own."""
+        """Parameters of student training and of the distillation method, with their defaults."""
         return {**self.training.parameters, **self.distillation.parameters}
 
     @property
     def types(self) -> dict[str, Any]:
-        """What the annotations say of the parameters."""
+        """Annotated types of the parameters."""
         return {**self.training.types, **self.distillation.types}
 
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class StudentMethod:
 
 
 def list_few_shot_methods() -> list[str]:
-    """Name the few-shot methods: the files of this folder, and all that train students."""
+    """Return the names of the few-shot methods: the files of this folder, and all methods that train students."""
     students = {name for name in methods.list_methods() if methods.load_method(name).takes_student}
     return sorted(_files() | students)
 
@@ -131,10 +131,10 @@ def _files() -> set[str]:
 
 
 def load_few_shot_method(name: str) -> FewShotMethod:
-    """Find a few-shot method by its name; a file of one's own is a method that trains students.
+    """Find a few-shot method by its name. The path of your own file is a method that trains students.
 
     Raises:
-        MethodError: There is no such method.
+        MethodError: The method does not exist.
     """
     if name in _files():
         return OwnMethod(name, getattr(importlib.import_module(f"{__name__}.{name}"), name))
@@ -148,9 +148,9 @@ def load_meta_learner(name: str) -> Method:
     """Find the function that makes a method's learner for meta-training, from a backbone.
 
     Raises:
-        MethodError: There is no such method, or nothing in it to meta-train.
+        MethodError: The method does not exist or cannot be meta-trained.
     """
-    load_few_shot_method(name)  # says so where there is none
+    load_few_shot_method(name)  # raises if there is none
     make = getattr(importlib.import_module(f"{__name__}.{name}"), "meta_learner", None) if name in _files() else None
     if make is None:
         raise MethodError(f"'{name}' is not meta-trained; {' and '.join(list_meta_learners())} are")
@@ -158,5 +158,5 @@ def load_meta_learner(name: str) -> Method:
 
 
 def list_meta_learners() -> list[str]:
-    """Name the methods that are meta-trained."""
+    """Return the names of the methods that can be meta-trained."""
     return sorted(n for n in _files() if hasattr(importlib.import_module(f"{__name__}.{n}"), "meta_learner"))

@@ -1,4 +1,4 @@
-r"""FEAT: the prototypes of a task are adapted to each other by self-attention before the nearest one decides.
+r"""FEAT: self-attention adapts the prototypes of a task to each other; the nearest adapted prototype wins.
 
 References:
     Ye, Hu, Zhan and Sha, Few-Shot Learning via Embedding Adaptation with Set-to-Set Functions, CVPR 2020.
@@ -23,8 +23,8 @@ class SetAttention(nn.Module):
 
     Args:
         dim: Size d of the members.
-        attention_dropout: Of the attention's weights.
-        dropout: Of what is added.
+        attention_dropout: Dropout rate of the attention weights.
+        dropout: Dropout rate of the added term.
     """
 
     def __init__(self, dim: int, attention_dropout: float = 0.1, dropout: float = 0.5) -> None:
@@ -38,7 +38,7 @@ class SetAttention(nn.Module):
         nn.init.xavier_normal_(self.out.weight)
 
     def forward(self, members: Tensor) -> Tensor:
-        """Adapt the members of sets ``(B, M, d)`` to each other; the order of the members does not matter."""
+        """Adapt the members of sets ``(B, M, d)`` to each other. The result is equivariant to their order."""
         dropout = self.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(
             self.query(members), self.key(members), self.value(members), dropout_p=dropout
@@ -50,8 +50,8 @@ class SetAttention(nn.Module):
 class Feat(MetaLearner):
     """Backbone and attention, trained by the nearness of queries to adapted prototypes.
 
-    Beside it, with weight ``balance``, all images of a class, support and query, are adapted as a set; each image must
-    be near the centre of its own adapted class (Ye et al., Eq. 7).
+    A second term has weight ``balance``: all images of a class, support and query, are adapted as a set, and each image
+    must be near the centre of its own adapted class (Ye et al., Eq. 7).
     """
 
     def __init__(self, backbone: Backbone, temperature: float, temperature2: float, balance: float) -> None:
@@ -60,7 +60,7 @@ class Feat(MetaLearner):
         self.attention = SetAttention(backbone.embedding_dim)
 
     def scores(self, task: MetaTask) -> Tensor:
-        """Scores ``(T, Q, N)`` of the query images."""
+        """Return the scores ``(T, Q, N)`` of the query images."""
         support, query = self.embed(task)
         return adapted_scores(self.attention, support, task.labels, query, self.temperature)
 
@@ -77,14 +77,14 @@ class Feat(MetaLearner):
 def adapted_scores(
     attention: SetAttention, support: Tensor, labels: Tensor, query: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Nearness of query ``(T, Q, d)`` to the adapted prototypes of support ``(T, S, d)``: ``(T, Q, N)``."""
+    """Return the nearness ``(T, Q, N)`` of query ``(T, Q, d)`` to the adapted prototypes of support ``(T, S, d)``."""
     return nearness(query, attention(prototypes(support, labels)), temperature)
 
 
 def adapted_centers(attention: SetAttention, embedding: Tensor, labels: Tensor) -> Tensor:
-    """Mean of each class whose images, as many in each class, have been adapted to each other.
+    """Adapt the images of each class to each other and return the class means ``(T, N, d)``.
 
-    ``(T, M, d)`` with labels ``(M,)`` to ``(T, N, d)``.
+    Takes embeddings ``(T, M, d)`` and labels ``(M,)``, equally many per class.
     """
     order = labels.argsort(stable=True)
     classes = int(labels.max()) + 1
@@ -97,16 +97,16 @@ def adapted_centers(attention: SetAttention, embedding: Tensor, labels: Tensor) 
 def meta_learner(
     backbone: Backbone, *, temperature: float = 64.0, temperature2: float = 16.0, balance: float = 1.0
 ) -> Feat:
-    """Train embedding and attention together (Ye et al., CVPR 2020); defaults of ConvNet-4 and one shot."""
+    """Train embedding and attention together (Ye et al., CVPR 2020). The defaults are for ConvNet-4 and one shot."""
     return Feat(backbone, temperature, temperature2, balance)
 
 
 def feat(bank: Bank, *, temperature: float = 64.0) -> Learner:
-    """The nearest of the prototypes, adapted to each other, in a model meta-trained for it (FEAT)."""
+    """Nearest prototype after self-attention, in a model meta-trained for it (FEAT)."""
     weights = {name.removeprefix("attention."): value for name, value in bank.head.items()}
     attention = SetAttention(bank.model.embedding_dim)
     if set(weights) != set(attention.state_dict()):
-        raise MethodError("feat needs a model that was trained with it, by: refilled meta-train --method feat")
+        raise MethodError("feat needs a model that was trained with it; train one: refilled meta-train --method feat")
     attention.load_state_dict(weights)
     attention.eval()
 

@@ -1,4 +1,4 @@
-"""Gradient descent on the support images: on a new classifier alone, or on all weights of the model.
+"""Gradient descent on the support images, for a new classifier alone or for all weights of the model.
 
 References:
     Chen et al., A Closer Look at Few-shot Classification, ICLR 2019 (a new linear classifier, 100 steps);
@@ -19,7 +19,7 @@ from refilled.stages import Stage, Term
 
 
 def tuned_classifier(support: Tensor, labels: Tensor, query: Tensor, *, steps: int, lr: float) -> Tensor:
-    """Scores of T linear classifiers, each trained from zero by Adam on the cross-entropy of its support images.
+    """Return the scores of T linear classifiers, each trained from zero by Adam on its support images.
 
     Args:
         support: ``(T, S, d)``.
@@ -36,7 +36,7 @@ def tuned_classifier(support: Tensor, labels: Tensor, query: Tensor, *, steps: i
     bias = support.new_zeros(tasks, 1, classes, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr)
     for _ in range(steps):
-        loss = tasks * query_loss(support @ weight + bias, labels)  # the mean is over tasks too, and they share nothing
+        loss = tasks * query_loss(support @ weight + bias, labels)  # the mean is also over tasks; they share nothing
         weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
         optimizer.step()
     return (query @ weight + bias).detach()
@@ -52,17 +52,17 @@ def fine_tune(
     classifier: Classifier = "random",
     norm: Norm = "batch",
 ) -> Learner:
-    """Gradient descent on a new classifier, or on all weights from the model's (Fine-Tune).
+    """Gradient descent on a new classifier, or on all weights of the model (Fine-Tune).
 
     Args:
         bank: The images and the model.
-        layers: ``classifier``: the embedding is frozen, 100 steps of Adam at 0.01; ``all``: SGD on everything, 50 steps
-            at 1e-4 for the embedding as for the classifier, on augmented images, as the ReFilled paper.
-        steps: How many steps, if not as many.
-        lr: Learning rate, if not that one.
-        normalize: Whether a classifier alone sees the embedding L2-normalised.
+        layers: ``classifier``: the embedding is frozen; 100 steps of Adam at 0.01. ``all``: 50 steps of SGD at 1e-4 on
+            all weights, on augmented images, as in the ReFilled paper.
+        steps: Number of steps. None: as above.
+        lr: Learning rate. None: as above.
+        normalize: With ``classifier``, whether the embedding is L2-normalised.
         classifier: With ``all``, see :class:`~refilled.fewshot.students.StudentRecipe`.
-        norm: Likewise.
+        norm: With ``all``, see :class:`~refilled.fewshot.students.StudentRecipe`.
     """
     if layers == "all":
         recipe = StudentRecipe(steps=steps or 50, lr=lr or 1e-4, classifier=classifier, norm=norm)

@@ -17,25 +17,28 @@ from refilled.fewshot.ridge import Ridge, by_blocks, descend, extrapolate, read
 def logistic_regression(
     support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-3
 ) -> Tensor:
-    """Scores ``(T, Q, N)`` of query images ``(T, Q, d)`` by :func:`logistic_weights`, whose the other arguments are."""
+    """Return the scores ``(T, Q, N)`` of query images ``(T, Q, d)``.
+
+    The other arguments are those of :func:`logistic_weights`.
+    """
     return read(query, logistic_weights(support, labels, c=c, tolerance=tolerance))
 
 
 def logistic_weights(support: Tensor, labels: Tensor, *, c: float = 1.0, tolerance: float = 1e-3) -> Tensor:
-    """Weights and, last, intercepts of T logistic regressions, found together; the intercept is not penalised.
+    """Fit T logistic regressions together. The intercept is not penalised.
 
-    The second derivative of the cross-entropy by the scores is 1 / N at the start and nowhere more than a half. With
-    the former it takes few steps; should they lead nowhere, those with the latter do not.
+    The second derivative of the cross-entropy with respect to the scores is 1 / N at the start and at most 1 / 2. With
+    1 / N few steps are needed. Tasks that do not converge with it are fitted with 1 / 2, which always converges.
 
     Args:
         support: ``(T, S, d)``.
         labels: ``(S,)``, 0 .. N - 1.
-        c: The inverse strength of regularisation, C.
-        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.descend`. So scores are closer to the minimum than
-            scikit-learn's by its own defaults.
+        c: Inverse regularisation strength C.
+        tolerance: When to stop; see :func:`~refilled.fewshot.ridge.descend`. The default is closer to the minimum than
+            scikit-learn's.
 
     Returns:
-        ``(T, N, d + 1)``.
+        ``(T, N, d + 1)``, the d weights followed by the intercept.
     """
     truth = one_hot(labels, support).T  # (N, S)
     classes = len(truth)
@@ -44,7 +47,7 @@ def logistic_weights(support: Tensor, labels: Tensor, *, c: float = 1.0, toleran
         return (truth - scores.softmax(1)) / curvature
 
     def fit(support: Tensor) -> Tensor:
-        usual = 1 / classes  # at the start, where all classes are as probable
+        usual = 1 / classes  # at the start, where all classes are equally probable
         ridge = Ridge(support, 1 / (c * usual))
         found, arrived = extrapolate(ridge, partial(residual, curvature=usual), classes, tolerance)
         weights = ridge.weights(found)
@@ -58,7 +61,7 @@ def logistic_weights(support: Tensor, labels: Tensor, *, c: float = 1.0, toleran
 
 
 def linear(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:
-    """Logistic regression on the model's embedding, L2-normalised unless told otherwise (LR)."""
+    """Logistic regression on the model's embedding, L2-normalised by default (LR)."""
 
     def classify(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         return logistic_regression(normalized(support, normalize), labels, normalized(query, normalize), c=c)

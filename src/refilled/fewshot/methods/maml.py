@@ -1,4 +1,4 @@
-r"""MAML: initial weights from which a few steps of gradient descent on the support images go far.
+r"""MAML: initial weights that adapt to a task in a few steps of gradient descent on its support images.
 
 .. math:: \theta_t' = \theta - \alpha \nabla_\theta \ell_t^{\mathrm{support}}(\theta), \qquad
           \min_\theta \sum_t \ell_t^{\mathrm{query}}(\theta_t')
@@ -28,14 +28,14 @@ Weights = dict[str, Tensor]
 def adapt(
     loss: Callable[[Weights], Tensor], weights: Weights, *, steps: int, lr: float, first_order: bool = False
 ) -> Weights:
-    """Take ``steps`` steps of gradient descent on the loss, which can be differentiated through.
+    """Take ``steps`` differentiable steps of gradient descent on the loss.
 
     Args:
         loss: Maps weights by name to a scalar.
-        weights: Where to start.
-        steps: How many steps.
-        lr: Their size.
-        first_order: Take the gradients for constants when differentiating (Finn et al., section 5.2).
+        weights: Initial weights by name.
+        steps: Number of steps.
+        lr: Step size.
+        first_order: Treat the gradients as constants when differentiating (Finn et al., section 5.2).
     """
     for _ in range(steps):
         gradients = grad(loss)(weights)
@@ -46,10 +46,10 @@ def adapt(
 
 
 def each_task(one: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: Tensor, *, together: bool) -> Tensor:
-    """Map ``one`` over the tasks, the first dimension of both; ``together`` in one go, by :func:`torch.func.vmap`.
+    """Map ``one`` over the tasks, the first dimension of both, with :func:`torch.func.vmap` if ``together`` is set.
 
-    On a CPU one after the other takes half the time: the convolutions of many tasks, as one in groups, are slow there.
-    On 32 pixels a training step of ConvNet-4 took 223 ms a task instead of 490 (8 tasks, second order, one thread).
+    On a CPU a loop takes half the time, since grouped convolutions are slow there. On 32 pixels a training step of
+    ConvNet-4 took 223 ms per task instead of 490 (8 tasks, second order, one thread).
     """
     if together:
         mapped: Tensor = vmap(one, randomness="different")(support, query)
@@ -58,10 +58,10 @@ def each_task(one: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: T
 
 
 class BatchStatisticsNorm(nn.BatchNorm2d):
-    """Batch norm by the statistics of the batch at hand alone, which can be differentiated twice.
+    """Twice-differentiable batch norm that uses only the statistics of the current batch.
 
-    Scale and shift stand apart from the normalisation. With them inside, the second derivatives under
-    :func:`torch.func.vmap` are silently wrong (torch 2.15; pytorch/functorch issue 534).
+    Scale and shift are applied outside the normalisation. Inside, second derivatives under :func:`torch.func.vmap` are
+    silently wrong (torch 2.15; pytorch/functorch issue 534).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class BatchStatisticsNorm(nn.BatchNorm2d):
 
 
 def on_batch_statistics(model: nn.Module) -> nn.Module:
-    """Make every batch norm of a model a :class:`BatchStatisticsNorm`, with the same weights; the same model."""
+    """Replace every batch norm of a model by a :class:`BatchStatisticsNorm` with the same weights; return the model."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = BatchStatisticsNorm
@@ -79,26 +79,26 @@ def on_batch_statistics(model: nn.Module) -> nn.Module:
 
 
 class Maml(MetaLearner):
-    """A backbone whose classifier has one output for each class of a task.
+    """A backbone whose classifier has one output per class of a task.
 
-    Batch norm always takes the statistics of the batch at hand, support or query, as the authors do: the running ones
-    of a model under adaptation mean nothing. So the query images of a task are classified together.
+    Batch norm always uses the statistics of the current batch, support or query, as in the authors' code; running
+    statistics do not describe an adapted model. The query images of a task are therefore classified together.
 
     Args:
-        backbone: The backbone; its own batch statistics are left alone.
-        steps: Inner steps.
-        lr: Their size.
-        first_order: Whether to leave out the second derivatives.
+        backbone: The backbone. Its running statistics are not changed.
+        steps: Number of inner steps.
+        lr: Size of inner steps.
+        first_order: Whether to omit second derivatives.
     """
 
     def __init__(self, backbone: Backbone, steps: int, lr: float, first_order: bool) -> None:
         super().__init__(backbone)
         self.steps, self.lr, self.first_order = steps, lr, first_order
-        # Hidden in a tuple, so that its parameters are not counted as the learner's.
+        # A tuple hides it from torch, so that its parameters do not count as the learner's.
         self._body = (_OnNormalized(on_batch_statistics(deepcopy(backbone))),)
 
     def scores(self, task: MetaTask) -> Tensor:
-        """Scores ``(T, Q, N)`` of the query images, by the weights adapted to each task."""
+        """Return the scores ``(T, Q, N)`` of the query images, with weights adapted to each task."""
         weights: Weights = dict(self.backbone.named_parameters())
 
         def one(support: Tensor, query: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Maml(MetaLearner):
             adapted = adapt(loss, weights, steps=self.steps, lr=self.lr, first_order=self.first_order)
             return self._logits(adapted, query)
 
-        # Normalised outside, since what the backbone does in place on bytes cannot be mapped.
+        # Normalise here, since the backbone's in-place operations on bytes cannot be mapped by vmap.
         support, query = (
             self.backbone.normalize(images.flatten(0, 1)).unflatten(0, images.shape[:2])
             for images in (task.support, task.query)
@@ -138,7 +138,7 @@ def meta_learner(backbone: Backbone, *, steps: int = 5, lr: float = 0.01, first_
 
 
 def maml(bank: Bank, *, steps: int = 10, lr: float = 0.01) -> Learner:
-    """Some steps of gradient descent from meta-trained weights, on the support images of each task (MAML)."""
+    """A few steps of gradient descent on the support images of each task, from meta-trained weights (MAML)."""
     model = bank.model
     learner = Maml(model, steps, lr, first_order=True)
 
@@ -146,7 +146,7 @@ def maml(bank: Bank, *, steps: int = 10, lr: float = 0.01) -> Learner:
         classes = int(episodes.labels.max()) + 1
         if model.num_classes != classes:
             raise MethodError(
-                f"maml adapts a classifier of as many classes as a task has, {classes}, but the model was trained for "
+                f"maml needs a model with as many classes as a task, {classes}, but the model was trained for "
                 f"{model.num_classes}; train it with --n-way {classes}"
             )
         support, query = (bank.images(rows).to(bank.device) for rows in (episodes.support, episodes.query))

@@ -1,4 +1,4 @@
-"""The nearest support image decides."""
+"""Each query takes the class of its nearest support image."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from refilled.fewshot.bank import Bank, Learner, normalized, on_embeddings
 
 
 def similarity_to_nearest(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-    """Cosine with the most similar support image of each class.
+    """Return the cosine with the most similar support image of each class.
 
     Args:
         support: ``(T, S, d)``.
@@ -23,5 +23,5 @@ def similarity_to_nearest(support: Tensor, labels: Tensor, query: Tensor) -> Ten
 
 
 def nearest_neighbour(bank: Bank) -> Learner:
-    """The nearest support image in the model's embedding decides (1NN)."""
+    """Class of the nearest support image in the model's embedding (1NN)."""
     return on_embeddings(bank, similarity_to_nearest)

@@ -1,4 +1,4 @@
-r"""Prototypical networks: the nearest class mean decides, and the embedding is trained for that.
+r"""Prototypical networks: classify by the nearest class mean, in an embedding trained for that.
 
 .. math:: f(x)_c = -\|\phi(x) - p_c\|^2 / \tau, \qquad p_c = \frac{1}{K} \sum_{y_i = c} \phi(x_i)
 
@@ -17,14 +17,14 @@ from refilled.models import Backbone
 
 
 def prototypes(support: Tensor, labels: Tensor) -> Tensor:
-    """Mean embedding of each class: ``(T, S, d)`` with labels ``(S,)`` to ``(T, N, d)``."""
+    """Return the mean embedding ``(T, N, d)`` of each class, given ``(T, S, d)`` and labels ``(S,)``."""
     member = one_hot(labels, support)  # (S, N)
     return (member / member.sum(0)).T @ support
 
 
 def nearness(query: Tensor, centers: Tensor, temperature: float = 1.0) -> Tensor:
-    """Negative squared distances over the temperature: ``(T, Q, d)`` and ``(T, N, d)`` to ``(T, Q, N)``."""
-    middle = centers.mean(1, keepdim=True)  # distances from there leave fewer digits to cancel between classes
+    """Return negative squared distances ``(T, Q, N)`` between ``(T, Q, d)`` and ``(T, N, d)``, over the temperature."""
+    middle = centers.mean(1, keepdim=True)  # centring reduces cancellation between classes
     centers = centers - middle
     to_middle = torch.linalg.vector_norm(query, dim=2, keepdim=True).square() - 2 * query @ middle.mT
     to_middle += middle.square().sum(2, keepdim=True)
@@ -34,19 +34,19 @@ def nearness(query: Tensor, centers: Tensor, temperature: float = 1.0) -> Tensor
 
 
 def prototype_scores(support: Tensor, labels: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
-    """:func:`nearness` of query ``(T, Q, d)`` to the prototypes of support ``(T, S, d)``: ``(T, Q, N)``."""
+    """Return the :func:`nearness` ``(T, Q, N)`` of query ``(T, Q, d)`` to the prototypes of support ``(T, S, d)``."""
     return nearness(query, prototypes(support, labels), temperature)
 
 
 class ProtoNet(MetaLearner):
-    """An embedding trained so that the nearest prototype is right, by the cross-entropy of the nearnesses."""
+    """An embedding trained by the cross-entropy of the nearness to prototypes."""
 
     def __init__(self, backbone: Backbone, temperature: float) -> None:
         super().__init__(backbone)
         self.temperature = temperature
 
     def scores(self, task: MetaTask) -> Tensor:
-        """Scores ``(T, Q, N)`` of the query images."""
+        """Return the scores ``(T, Q, N)`` of the query images."""
         support, query = self.embed(task)
         return prototype_scores(support, task.labels, query, self.temperature)
 
@@ -57,5 +57,5 @@ def meta_learner(backbone: Backbone, *, temperature: float = 64.0) -> ProtoNet:
 
 
 def protonet(bank: Bank, *, temperature: float = 64.0) -> Learner:
-    """The nearest class mean in a model that was, at best, meta-trained for it (ProtoNet)."""
+    """Nearest class mean, in a model that is preferably meta-trained for it (ProtoNet)."""
     return on_embeddings(bank, partial(prototype_scores, temperature=temperature))

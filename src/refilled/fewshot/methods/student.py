@@ -1,6 +1,6 @@
-"""A small network for each task, trained with the help of the frozen model by a method of :mod:`refilled.methods`.
+"""One small network per task, distilled from the frozen model by a method of :mod:`refilled.methods`.
 
-With the method ``refilled`` it is what the ReFilled paper does for few and middle shots (section 5.3, Tables 7 and S3).
+With the method ``refilled`` this is the few-shot experiment of the ReFilled paper (section 5.3, Tables 7 and S3).
 
 References:
     Ye, Lu and Zhan, Distilling Cross-Task Knowledge via Relationship Matching, CVPR 2020.
@@ -46,21 +46,21 @@ def student(
     Args:
         bank: The images, with the teacher as the frozen model.
         stages: The stages of the distillation method, for a student and the teacher.
-        student: An architecture, which starts from scratch, or the folder of a model, say of the seen classes, from
-            which each student starts.
-        steps: See :class:`~refilled.fewshot.students.StudentRecipe`, as for all that follow.
-        lr: Likewise.
-        momentum: Likewise.
-        weight_decay: Likewise.
-        copies: Likewise.
-        shots: Likewise.
-        views: Likewise.
-        classifier: Likewise.
-        probe_c: Likewise.
-        norm: Likewise.
-        together: Likewise.
-        precision: Likewise.
-        seed: Likewise.
+        student: An architecture, trained from scratch, or the folder of a model from which each student starts, such as
+            a model of the seen classes.
+        steps: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        lr: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        momentum: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        weight_decay: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        copies: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        shots: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        views: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        classifier: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        probe_c: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        norm: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        together: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        precision: See :class:`~refilled.fewshot.students.StudentRecipe`.
+        seed: See :class:`~refilled.fewshot.students.StudentRecipe`.
     """
     recipe = StudentRecipe(
         steps=steps,

@@ -1,4 +1,4 @@
-r"""Linear support vector machines on a frozen embedding, one against the rest, with the squared hinge.
+r"""Linear one-against-rest support vector machines with the squared hinge, on a frozen embedding.
 
 .. math:: \min_{w, b} \frac{1}{2}\|w\|^2 + C \sum_x \max(0, 1 - y\,(w^\top\phi(x) + b))^2, \qquad y = \pm 1
 
@@ -15,16 +15,16 @@ from refilled.fewshot.ridge import Ridge, by_blocks, descend, read
 def support_vector_machine(
     support: Tensor, labels: Tensor, query: Tensor, *, c: float = 1.0, tolerance: float = 1e-4
 ) -> Tensor:
-    """Margins of T times N support vector machines, found together.
+    """Return the margins of T times N support vector machines, fitted together.
 
-    The second derivative of the squared hinge is at most 2, and jumps: so the steps are those that always go down.
+    The second derivative of the squared hinge is discontinuous and at most 2, so the steps use that bound.
 
     Args:
         support: ``(T, S, d)``.
         labels: ``(S,)``, 0 .. N - 1.
         query: ``(T, Q, d)``.
-        c: The weight of the hinge, C.
-        tolerance: Where to stop; see :func:`~refilled.fewshot.ridge.descend`.
+        c: Weight C of the hinge.
+        tolerance: When to stop; see :func:`~refilled.fewshot.ridge.descend`.
 
     Returns:
         ``(T, Q, N)``.
@@ -42,7 +42,7 @@ def support_vector_machine(
 
 
 def svm(bank: Bank, *, c: float = 1.0, normalize: bool = True) -> Learner:
-    """Linear SVM on the model's embedding, L2-normalised unless told otherwise (SVM)."""
+    """Linear SVM on the model's embedding, L2-normalised by default (SVM)."""
 
     def classify(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         return support_vector_machine(normalized(support, normalize), labels, normalized(query, normalize), c=c)
