@@ -585,7 +585,7 @@ def test_what_cannot_work_is_explained(pool, teacher, name, settings, message):
 
 def test_a_method_without_its_model_says_so(pool):
     pixels, labels = pool
-    with pytest.raises(MethodError, match="name one with --teacher"):
+    with pytest.raises(MethodError, match="pass one with --teacher"):
         load_few_shot_method("svm").learner(Bank(pixels), {})(episodes_of(labels))
     with pytest.raises(MethodError, match="learns from a teacher"):
         load_few_shot_method("rkd").learner(Bank(pixels), {})(episodes_of(labels))

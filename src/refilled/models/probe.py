@@ -43,13 +43,17 @@ _BETTER = 3.0
 _SHOWN = 3  # images in a message
 
 
-def probe(teacher: Backbone, images: Tensor, sources: Sequence[str]) -> tuple[str, ...]:
+def probe(
+    teacher: Backbone, images: Tensor, sources: Sequence[str], *, constant_allowed: bool = False
+) -> tuple[str, ...]:
     """Embed a few images with a frozen teacher, and refuse a teacher whose outputs no training could use.
 
     Args:
         teacher: The teacher, in evaluation mode.
         images: uint8 ``(N, 3, S, S)``, from the training images of the task.
         sources: The names of the images, for messages.
+        constant_allowed: Whether one embedding for all images is a warning only, as for a network that a run trained
+            too briefly.
 
     Returns:
         Warnings for the user that do not prevent training.
@@ -62,8 +66,10 @@ def probe(teacher: Backbone, images: Tensor, sources: Sequence[str]) -> tuple[st
     _refuse_wrong_shape(outputs, teacher, len(images))
     refuse_non_finite(outputs.embedding, sources)
     refuse_non_finite(outputs.logits, sources, "logits")
-    _refuse_constant(outputs.embedding, images)
-    return (*_unsteady(teacher, images, outputs.embedding), *_misnormalized(teacher, images))
+    constant = _constant(outputs.embedding, images)
+    if constant and not constant_allowed:
+        raise ModelError(constant[0])
+    return (*constant, *_unsteady(teacher, images, outputs.embedding), *_misnormalized(teacher, images))
 
 
 def refuse_non_finite(rows: Tensor, sources: Sequence[str], what: str = "embedding", hint: str = "") -> None:
@@ -116,15 +122,16 @@ def _refuse_wrong_shape(outputs: Outputs, teacher: Backbone, count: int) -> None
             raise ModelError(f"the teacher's {what} must be floating-point numbers, but is {rows.dtype}")
 
 
-def _refuse_constant(embedding: Tensor, images: Tensor) -> None:
+def _constant(embedding: Tensor, images: Tensor) -> tuple[str, ...]:
+    """Return a complaint if different images have the same embedding."""
     if (images == images[:1]).all():  # one image, or several equal ones
-        return
-    largest = embedding.abs().max()
-    if (embedding - embedding[:1]).abs().max() <= _SAME * largest:
-        raise ModelError(
-            f"the teacher's embedding is the same for all of {len(images)} different images, so there is nothing to "
-            "learn from it. Check its weights, and the mean, std and size of the images that it expects"
-        )
+        return ()
+    if (embedding - embedding[:1]).abs().max() > _SAME * embedding.abs().max():
+        return ()
+    return (
+        f"the teacher's embedding is the same for all of {len(images)} different images, so there is nothing to learn "
+        "from it. Check its weights, and the mean, std and size of the images that it expects",
+    )
 
 
 def _unsteady(teacher: Backbone, images: Tensor, embedding: Tensor) -> tuple[str, ...]:

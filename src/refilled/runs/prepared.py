@@ -95,8 +95,14 @@ def load_teacher_of(run: Run, image_size: int) -> Backbone:
     )
 
 
-def examine(teacher: Backbone, images: Split) -> tuple[str, ...]:
+def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[str, ...]:
     """Look at what a teacher gives for a few of the images, before anything is done with all of them.
+
+    Args:
+        teacher: The teacher.
+        images: The training images.
+        name: Its name in the run. If it is the folder of a run, a constant embedding is a warning: it was trained too
+            briefly, and whoever trained it may know.
 
     Returns:
         What a user should know about the teacher: how it was loaded, and warnings.
@@ -105,7 +111,9 @@ def examine(teacher: Backbone, images: Split) -> tuple[str, ...]:
         ModelError: it gives nothing that can be used.
     """
     rows = torch.linspace(0, len(images) - 1, min(PROBE_IMAGES, len(images))).round().long()
-    return (*teacher.notes, *probe(teacher, images.pixels[rows], [images.sources[row] for row in rows.tolist()]))
+    own = name is not None and Path(os.path.expandvars(name)).is_dir()
+    sources = [images.sources[row] for row in rows.tolist()]
+    return (*teacher.notes, *probe(teacher, images.pixels[rows], sources, constant_allowed=own))
 
 
 def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
@@ -159,7 +167,7 @@ class Prepared:
             if not any(stage.needs_teacher for stage in plan):
                 self.teacher = None
         if self.teacher is not None:
-            self.notes += examine(self.teacher, self.task.train)
+            self.notes += examine(self.teacher, self.task.train, run.teacher)
 
     @property
     def scored(self) -> Split:

@@ -67,7 +67,7 @@ def build_cache(
         RefilledError: the run has no teacher or no number of views, or names something that cannot be found.
     """
     run, teacher, task = _cacheable(run)
-    for note in examine(teacher, task.train):
+    for note in examine(teacher, task.train, run.teacher):
         say(f"note: {note}")
     cache = _cache_of(run, teacher, task)
     cache.build(task, embedder(teacher, fabric_of(run)), shards, say)
