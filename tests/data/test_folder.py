@@ -230,7 +230,7 @@ def test_a_class_whose_pictures_would_all_be_held_out_with_another_class_keeps_o
 
 def test_a_file_or_a_name_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("no pictures")
-    with pytest.raises(TaskError, match="is not a folder, a .parquet file"):
+    with pytest.raises(TaskError, match=r"is not a folder, a \.parquet file"):
         load_task(str(tmp_path / "notes.md"))
     fill(tmp_path, {"cat": 3, os.fsdecode(b"d\xffg"): 3})
     with pytest.raises(TaskError, match="not valid UTF-8"):
