@@ -29,7 +29,9 @@ from refilled.errors import RunError
     "teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding", "student"
 )
 def train(
-    task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
+    task: Annotated[
+        str, typer.Argument(help="A task, for example digits:0-4, or a folder of images.", show_default=False)
+    ],
     model: Annotated[str, typer.Option("--model", "--student", help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
@@ -40,7 +42,7 @@ def train(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a model from labels alone: a teacher, or a student without one."""
+    """Train a model with labels only: a teacher, or a student without a teacher."""
     run = configure(preset, {"task": task, "student": model, **flags})
     if dry_run:
         _forecast(run, ranks, as_json)
@@ -52,7 +54,7 @@ def train(
 def distill(
     context: typer.Context,
     task: Annotated[
-        str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
+        str | None, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
     ] = None,
     teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
@@ -68,7 +70,8 @@ def distill(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with the run in this folder; nothing else is needed. --device and the like move it.",
+            help="Resume the run in this folder. Only options such as --device, which do not affect the result, may "
+            "be added.",
             show_default=False,
         ),
     ] = None,
@@ -79,12 +82,14 @@ def distill(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a student with the help of a teacher whose classes may be others."""
+    """Train a student with a teacher, whose classes may differ from the student's."""
     if resume is not None:
         _resume(context, resume, quiet, as_json)
         return
     if task is None:
-        raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
+        raise RunError(
+            "name a task or a folder of images, for example refilled distill photos/ --teacher timm/resnet50"
+        )
     settings = dict(key_value(text) for text in set_ or ())
     named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
     run = configure(preset, {**named, **flags})
@@ -107,13 +112,13 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_jso
 def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     from refilled.cost.run import forecast
 
-    found = forecast(run, ranks)
+    predicted = forecast(run, ranks)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(predicted.to_dict()))
         return
-    console.print(found.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
+    console.print(predicted.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
     table = Table(show_header=False)
-    for heading, text in found.rows():
+    for heading, text in predicted.rows():
         table.add_row(heading, escape(text))
     console.print(table)
 
@@ -126,8 +131,8 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) ->
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
-            f"--resume continues a run as it was begun; leave out {', '.join(others)}. What may change is: {movable}; "
-            f"{', '.join(experiment.NAMED)} may be named again where they lie elsewhere now"
+            f"cannot change {', '.join(others)} when resuming; leave it out. {movable} may change; "
+            f"{', '.join(experiment.NAMED)} may be given again if they were moved"
         )
     where = {name: context.params[name] for name in WHERE if name in given}
     named = {name: context.params[name] for name in experiment.NAMED if name in given}
@@ -140,7 +145,7 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) ->
 
 
 def _given(context: typer.Context) -> dict[str, str]:
-    """Return how each parameter that stands on the command line is written there."""
+    """Return the parameters given on the command line, by name, as they are written there."""
     sources = {p: context.get_parameter_source(p.name) for p in context.command.params if p.name}
     given = [p for p, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     return {str(p.name): p.opts[-1] if p.param_type_name == "option" else f"the {p.name}" for p in given}

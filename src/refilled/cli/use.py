@@ -1,4 +1,4 @@
-"""Commands that use what there is: ``evaluate``, ``predict`` and ``list``."""
+"""Commands that train nothing: ``evaluate``, ``predict`` and ``list``."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def evaluate(
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a student on the test part of its task, or of another one."""
+    """Score a student on the test images of its task or of another task."""
     from refilled.runs.inference import evaluate as score
 
     result = score(folder, task, data_root)
@@ -45,11 +45,11 @@ def evaluate(
 def predict(
     folder: Folder,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    top: Annotated[int, typer.Option(help="How many classes to name for each image.", min=1)] = 1,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row an image, with all probabilities.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
+    top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
-    """Name the class of images, with probabilities."""
+    """Print the class of each image, with probabilities."""
     from refilled.runs.inference import classify
 
     predictions, unreadable = classify(folder, images)
@@ -68,7 +68,7 @@ def predict(
                 table.add_row(shown, escape(printable(name)), f"{100 * probability:.1f} %")
         console.print(table)
     for image, reason in unreadable:
-        line = f"left out {printable(str(image))}: {printable(reason)}"
+        line = f"skipped {printable(str(image))}: {printable(reason)}"
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     if unreadable:
         raise typer.Exit(1)
@@ -96,7 +96,7 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
 
 def _cell(text: str) -> str:
-    """Keep a spreadsheet from running a text that begins like a formula."""
+    """Quote a text that a spreadsheet would evaluate as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 

@@ -19,7 +19,7 @@ from refilled.runs.prepared import Prepared
 from refilled.runs.scoring import finite_embedding
 
 _CLASSES, _PER_CLASS = 20, 25  # of the sample
-_ENOUGH = 5  # images of a class, where there are classes with so many
+_ENOUGH = 5  # images per class, if some classes have this many
 _FEWEST = 12  # images; of two classes of 5, a shuffle is as good as the labels in every 126th case
 _FEWEST_HELD_OUT = 40
 _NEXT_TO_NOTHING = 0.02  # untrained networks reach 0.009 to 0.022 on photographs (CUB, CIFAR-100, Tiny-ImageNet)
