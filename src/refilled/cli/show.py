@@ -100,3 +100,8 @@ def listed(values: Mapping[str, Any]) -> str:
 def printable(text: str) -> str:
     """Show control characters, escape sequences of a terminal among them, instead of sending them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(text: str) -> str:
+    """Keep a spreadsheet from running a text that begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
