@@ -122,8 +122,8 @@ def _size(text: str | None) -> int | None:
 def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
     if processes() > 1:
         raise RunError(
-            f"--teacher-size {_AUTO} measures in one process; find the size by 'refilled teachers --sizes ...' first, and "
-            "give it to torchrun"
+            f"--teacher-size {_AUTO} measures in one process; find the size by 'refilled teachers --sizes ...' first, "
+            "and give it to torchrun"
         )
     from refilled.selection.ranking import settle_size
 
