@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -85,9 +84,9 @@ def _sizes_in(texts: list[str]) -> list[int]:
 
 
 def _print(ranking: "Ranking") -> None:
-    table = Table(box=SIMPLE, padding=(0, 0, 0, 1), show_edge=False)
-    table.add_column("teacher", overflow="fold", min_width=16)
-    headings = ("size", "class means, %", "linear probe, %", "label\ninfo", "LogME", "GMAC", "ms", "fore-\ncast")
+    table = Table(box=None, padding=(0, 1, 0, 0))  # all columns fit a terminal of 80 characters
+    table.add_column("teacher", overflow="fold", min_width=12)
+    headings = ("size", "class\nmeans, %", "linear\nprobe, %", "label\ninfo", "LogME", "GMAC", "ms", "fore-\ncast")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for one in ranking.candidates:

@@ -129,8 +129,8 @@ def logme(embedding: Tensor, labels: Tensor) -> float:
 def _evidence(squares: NDArray[Any], projected: NDArray[Any], total: float, n: int) -> float:
     r"""Maximise the log evidence.
 
-    For a ratio :math:`r = \alpha / \beta` the best :math:`\beta` is known, and one variable remains. The paper iterates a
-    fixed point instead, which divides by zero where the embedding explains every label.
+    For a ratio :math:`r = \alpha / \beta` the best :math:`\beta` is known, and one variable remains. The paper iterates
+    a fixed point instead, which divides by zero where the embedding explains every label.
 
     Args:
         squares: Squared singular values s of the embedding.
