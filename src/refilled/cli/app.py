@@ -15,6 +15,7 @@ from refilled.cli.compare import compare, demo
 from refilled.cli.fewshot import fewshot, meta_train
 from refilled.cli.reproduce import reproduce
 from refilled.cli.show import console, err, printable, processes, rank
+from refilled.cli.teachers import teachers
 from refilled.cli.train import distill, train
 from refilled.cli.tune import tune
 from refilled.cli.use import evaluate, list_, predict
@@ -44,7 +45,7 @@ def _options(
     """Handle the options before the command."""
 
 
-for _command in (train, distill, evaluate, predict, compare, fewshot, meta_train, tune, demo, reproduce):
+for _command in (train, distill, evaluate, predict, compare, fewshot, meta_train, tune, teachers, demo, reproduce):
     app.command()(_command)
 app.command(name="list")(list_)
 app.add_typer(cache, name="cache")

@@ -14,7 +14,7 @@ from refilled.cli.options import (
     DataRoot,
     Folder,
 )
-from refilled.cli.show import console, err, printable, say
+from refilled.cli.show import cell, console, err, printable, say
 from refilled.errors import RunError, unknown
 
 
@@ -89,15 +89,10 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
     writer = csv.writer(sys.stdout)
     names = list(predictions[0][1]) if predictions else []
-    writer.writerow(["image", "class", *map(_cell, names)])
+    writer.writerow(["image", "class", *map(cell, names)])
     for image, probabilities in predictions:
         best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow([_cell(str(image)), _cell(best), *(f"{p:.6f}" for p in probabilities.values())])
-
-
-def _cell(text: str) -> str:
-    """Quote a text that a spreadsheet would evaluate as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+        writer.writerow([cell(str(image)), cell(best), *(f"{p:.6f}" for p in probabilities.values())])
 
 
 def _methods() -> Table:
