@@ -43,14 +43,17 @@ def evaluate(
 
 
 def predict(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or an exported .onnx file.", show_default=False)],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
     top: Annotated[int, typer.Option(help="How many classes to name for each image.", min=1)] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row an image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
 ) -> None:
     """Name the class of images, with probabilities."""
-    from refilled.runs.inference import classify
+    if folder.suffix == ".onnx" and not folder.is_dir():
+        from refilled.export.onnx_file import classify_file as classify
+    else:
+        from refilled.runs.inference import classify
 
     predictions, unreadable = classify(folder, images)
     if as_csv:
