@@ -118,7 +118,7 @@ def test_timm_loads_a_timm_student_and_its_preprocessing(tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path / 'w'}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(loaded)
     assert config["mean"] == pytest.approx((0.4, 0.5, 0.6))
-    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 1.0)
+    assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 32, 32), 1.0)
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(loaded(model.normalize(images)), model(images).logits, rtol=0, atol=1e-4)

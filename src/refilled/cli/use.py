@@ -51,11 +51,13 @@ def predict(
 ) -> None:
     """Name the class of images, with probabilities."""
     if folder.suffix == ".onnx" and not folder.is_dir():
-        from refilled.export.onnx_file import classify_file as classify
+        from refilled.export.onnx_file import classify_file
+
+        predictions, unreadable = classify_file(folder, images)
     else:
         from refilled.runs.inference import classify
 
-    predictions, unreadable = classify(folder, images)
+        predictions, unreadable = classify(folder, images)
     if as_csv:
         _print_csv(predictions)
     elif as_json:

@@ -81,7 +81,7 @@ def measure(path: Path, test: Split, repeats: int = 50) -> Measured:
     student = OnnxStudent(path)
     right = 0
     for start in range(0, len(test), _BATCH):
-        pixels = test.pixels[start : start + _BATCH]
+        (pixels,) = test.pixels[start : start + _BATCH].split(_BATCH)
         right += int((student(student.prepare(pixels)).argmax(1) == test.labels[start : start + _BATCH]).sum())
     size = student.metadata["size"]
     image = student.prepare(torch.zeros(1, 3, size, size, dtype=torch.uint8))

@@ -11,9 +11,9 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
 size = about["size"]
 for path in sys.argv[2:]:
-    image = Image.open(path)
-    image.draft(None, (2 * size, 2 * size))
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    file = Image.open(path)
+    file.draft(None, (2 * size, 2 * size))
+    image: Image.Image = ImageOps.exif_transpose(file).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
