@@ -100,7 +100,10 @@ MISTAKES = [
     (["distill"], "name a task or a folder"),
     (["distill", "digits:5-9", "--method", "rdk"], "did you mean 'rkd'"),
     (["distill", "digits:5-9"], "'refilled' learns from a teacher; name one with --teacher"),
-    (["distill", "digits:5-9", "--teacher", "no/such/folder"], "a teacher is a student folder, timm/<name>"),
+    (
+        ["distill", "digits:5-9", "--teacher", "no/such/folder"],
+        "a teacher is a student folder, refilled/letters, timm/<name>",
+    ),
     (["distill", "digits:5-9", "--teacher", "timm/resnet5O"], "did you mean timm/resnet50"),
     (["distill", "digits:5-9", "--set", "temperature"], "'temperature' must be KEY=VALUE"),
     (["distill", "digits:5-9", "--set", "temprature=2"], "did you mean 'temperature'"),
