@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from refilled.cli.cache import cache
 from refilled.cli.compare import compare, demo
+from refilled.cli.export import export
 from refilled.cli.fewshot import fewshot, meta_train
 from refilled.cli.reproduce import reproduce
 from refilled.cli.show import console, err, printable, processes, rank
@@ -45,7 +46,20 @@ def _options(
     """Handle the options before the command."""
 
 
-for _command in (train, distill, evaluate, predict, compare, fewshot, meta_train, tune, teachers, demo, reproduce):
+for _command in (
+    train,
+    distill,
+    evaluate,
+    predict,
+    export,
+    compare,
+    fewshot,
+    meta_train,
+    tune,
+    teachers,
+    demo,
+    reproduce,
+):
     app.command()(_command)
 app.command(name="list")(list_)
 app.add_typer(cache, name="cache")

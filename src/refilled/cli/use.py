@@ -43,16 +43,21 @@ def evaluate(
 
 
 def predict(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or an exported .onnx file.", show_default=False)],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
     top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
     """Print the class of each image, with probabilities."""
-    from refilled.runs.inference import classify
+    if folder.suffix == ".onnx" and not folder.is_dir():
+        from refilled.export.onnx_file import classify_file
 
-    predictions, unreadable = classify(folder, images)
+        predictions, unreadable = classify_file(folder, images)
+    else:
+        from refilled.runs.inference import classify
+
+        predictions, unreadable = classify(folder, images)
     if as_csv:
         _print_csv(predictions)
     elif as_json:

@@ -1,7 +1,7 @@
 """What a finished run's network says about images."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from refilled.runs.prepared import load_task_of, load_teacher_of
 from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, finite_embedding
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
+
+Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
+"""Each image's probability of each class, and for images that cannot be read the reason."""
 
 _BATCH = 256
 _SHOWN = 5  # names in a message
@@ -157,9 +160,7 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
     return _placed(student)
 
 
-def classify(
-    folder: Path, images: Iterable[Path]
-) -> tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]:
+def classify(folder: Path, images: Iterable[Path]) -> Classified:
     """Return each image's probability of each class, and for images that cannot be read the reason.
 
     Args:
@@ -169,22 +170,37 @@ def classify(
     Raises:
         RefilledError: The folder holds no student, or there is no image.
     """
-    model = _load_student(folder)
+    return classify_by(_load_student(folder), images)
+
+
+def classify_by(model: Backbone, images: Iterable[Path]) -> Classified:
+    """Return what :func:`classify` returns, by a student that is loaded already."""
+    assert model.image_size is not None  # every model that can be saved has one
+    assert model.class_names is not None  # every student has them
+    return classify_with(
+        lambda pixels: predict(model, pixels).logits, model.class_names, model.image_size, _grey_range_of(model), images
+    )
+
+
+def classify_with(
+    logits: Callable[[Tensor], Tensor],
+    classes: Sequence[str],
+    size: int,
+    grey: GreyRange | None,
+    images: Iterable[Path],
+) -> Classified:
+    """Return what :func:`classify` returns, by any function from uint8 images ``(N, 3, S, S)`` to logits ``(N, C)``."""
     paths = [path for image in images for path in _images_in(image)]
     if not paths:
         raise TaskError("no images were found; name image files, or folders that hold some")
-    assert model.image_size is not None  # every model that can be saved has one
-    assert model.class_names is not None  # every student has them
     readable: list[tuple[Path, dict[str, float]]] = []
     unreadable: list[tuple[Path, str]] = []
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), model.image_size, _grey_range_of(model))
-        probabilities = predict(model, pixels).logits.softmax(1).tolist()
+        pixels, reasons = read_pixels(batch, len(batch), size, grey)
+        probabilities = logits(pixels).softmax(1).tolist() if len(pixels) else []
         kept = [path for position, path in enumerate(batch) if position not in reasons]
-        readable += [
-            (p, dict(zip(model.class_names, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)
-        ]
+        readable += [(p, dict(zip(classes, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)]
         unreadable += [(batch[position], reason) for position, reason in reasons.items()]
     return readable, unreadable
 
