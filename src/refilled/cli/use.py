@@ -16,6 +16,7 @@ from refilled.cli.options import (
 )
 from refilled.cli.show import console, err, printable, say
 from refilled.errors import RunError, unknown
+from refilled.files import spreadsheet_cell
 
 
 def evaluate(
@@ -89,15 +90,12 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
     writer = csv.writer(sys.stdout)
     names = list(predictions[0][1]) if predictions else []
-    writer.writerow(["image", "class", *map(_cell, names)])
+    writer.writerow(["image", "class", *map(spreadsheet_cell, names)])
     for image, probabilities in predictions:
         best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow([_cell(str(image)), _cell(best), *(f"{p:.6f}" for p in probabilities.values())])
-
-
-def _cell(text: str) -> str:
-    """Keep a spreadsheet from running a text that begins like a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+        writer.writerow(
+            [spreadsheet_cell(str(image)), spreadsheet_cell(best), *(f"{p:.6f}" for p in probabilities.values())]
+        )
 
 
 def _methods() -> Table:

@@ -170,7 +170,7 @@ def classify(
         RefilledError: The folder holds no student, or there is no image.
     """
     model = _load_student(folder)
-    paths = [path for image in images for path in _images_in(image)]
+    paths = [path for image in images for path in images_in(image)]
     if not paths:
         raise TaskError("no images were found; name image files, or folders that hold some")
     assert model.image_size is not None  # every model that can be saved has one
@@ -189,7 +189,12 @@ def classify(
     return readable, unreadable
 
 
-def _images_in(path: Path) -> list[Path]:
+def images_in(path: Path) -> list[Path]:
+    """Return the image files that a path names: those of a folder, at any depth, or the file itself.
+
+    Raises:
+        TaskError: A folder cannot be listed, or the text is the address of a download.
+    """
     if path.is_dir():
         return list_images(path).images
     if re.match(r"[a-z]+:/|-$", str(path)):
