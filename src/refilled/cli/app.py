@@ -15,6 +15,7 @@ from refilled.cli.compare import compare, demo
 from refilled.cli.embed import embed
 from refilled.cli.fewshot import fewshot, meta_train
 from refilled.cli.reproduce import reproduce
+from refilled.cli.serve import serve
 from refilled.cli.show import console, err, printable, processes, rank
 from refilled.cli.train import distill, train
 from refilled.cli.tune import tune
@@ -45,7 +46,7 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (train, distill, evaluate, predict, embed, compare, fewshot, meta_train, tune, demo, reproduce):
+for _command in (train, distill, evaluate, predict, embed, serve, compare, fewshot, meta_train, tune, demo, reproduce):
     app.command()(_command)
 app.command(name="list")(list_)
 app.add_typer(cache, name="cache")
