@@ -1,4 +1,4 @@
-"""Atomic writing of files, and exclusive locks on folders."""
+"""Atomic writing of files, cells of tables, and exclusive locks on folders."""
 
 import fcntl
 import os
@@ -29,6 +29,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Keep a spreadsheet from running a text that begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,9 +12,11 @@ from rich.markup import escape
 
 from refilled.cli.cache import cache
 from refilled.cli.compare import compare, demo
+from refilled.cli.embed import embed
 from refilled.cli.export import export
 from refilled.cli.fewshot import fewshot, meta_train
 from refilled.cli.reproduce import reproduce
+from refilled.cli.serve import serve
 from refilled.cli.show import console, err, printable, processes, rank
 from refilled.cli.teachers import teachers
 from refilled.cli.train import distill, train
@@ -52,6 +54,8 @@ for _command in (
     evaluate,
     predict,
     export,
+    embed,
+    serve,
     compare,
     fewshot,
     meta_train,

@@ -100,8 +100,3 @@ def listed(values: Mapping[str, Any]) -> str:
 def printable(text: str) -> str:
     """Escape control characters, so that a text cannot send escape sequences to the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def cell(text: str) -> str:
-    """Keep a spreadsheet from running a text that begins like a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

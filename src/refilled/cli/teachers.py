@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
-from refilled.cli.show import cell, console, printable, say, silent
+from refilled.cli.show import console, printable, say, silent
 from refilled.config import Recipe
 from refilled.errors import RunError
+from refilled.files import spreadsheet_cell
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy
@@ -142,10 +143,19 @@ def _print_csv(ranking: "Ranking") -> None:
     rest = ["label_information", "logme", "multiplications", "milliseconds", "gain", "error", "sick", "fault"]
     writer.writerow(["candidate", "size", *accuracies, *rest])
     for one in ranking.candidates:
-        row: list[Any] = [cell(one.candidate), one.size]
+        row: list[Any] = [spreadsheet_cell(one.candidate), one.size]
         for found in (one.nearest_class_mean, one.linear_probe):
             row += [None] * 3 if found is None else [f"{x:.2f}" for x in (found.percent, found.low, found.high)]
         cost = (None, None) if one.cost is None else (one.cost.multiplications, one.cost.milliseconds)
         writer.writerow(
-            [*row, one.label_information, one.logme, *cost, one.gain, ranking.error, one.sick, cell(one.fault or "")]
+            [
+                *row,
+                one.label_information,
+                one.logme,
+                *cost,
+                one.gain,
+                ranking.error,
+                one.sick,
+                spreadsheet_cell(one.fault or ""),
+            ]
         )

@@ -14,8 +14,9 @@ from refilled.cli.options import (
     DataRoot,
     Folder,
 )
-from refilled.cli.show import cell, console, err, printable, say
+from refilled.cli.show import console, err, printable, say
 from refilled.errors import RunError, unknown
+from refilled.files import spreadsheet_cell
 
 
 def evaluate(
@@ -94,10 +95,12 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
     writer = csv.writer(sys.stdout)
     names = list(predictions[0][1]) if predictions else []
-    writer.writerow(["image", "class", *map(cell, names)])
+    writer.writerow(["image", "class", *map(spreadsheet_cell, names)])
     for image, probabilities in predictions:
         best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow([cell(str(image)), cell(best), *(f"{p:.6f}" for p in probabilities.values())])
+        writer.writerow(
+            [spreadsheet_cell(str(image)), spreadsheet_cell(best), *(f"{p:.6f}" for p in probabilities.values())]
+        )
 
 
 def _methods() -> Table:

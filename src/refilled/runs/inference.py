@@ -190,7 +190,7 @@ def classify_with(
     images: Iterable[Path],
 ) -> Classified:
     """Return what :func:`classify` returns, by any function from uint8 images ``(N, 3, S, S)`` to logits ``(N, C)``."""
-    paths = [path for image in images for path in _images_in(image)]
+    paths = [path for image in images for path in images_in(image)]
     if not paths:
         raise TaskError("no images were found; name image files, or folders that hold some")
     readable: list[tuple[Path, dict[str, float]]] = []
@@ -205,7 +205,12 @@ def classify_with(
     return readable, unreadable
 
 
-def _images_in(path: Path) -> list[Path]:
+def images_in(path: Path) -> list[Path]:
+    """Return the image files that a path names: those of a folder, at any depth, or the file itself.
+
+    Raises:
+        TaskError: A folder cannot be listed, or the text is the address of a download.
+    """
     if path.is_dir():
         return list_images(path).images
     if re.match(r"[a-z]+:/|-$", str(path)):
