@@ -71,7 +71,7 @@ def step_seconds(student: Backbone, image_size: int) -> dict[Precision, float]:
     best: dict[Precision, float] = {"32-true": float("inf"), "bf16-mixed": float("inf")}
     with torch.random.fork_rng(devices=[]):
         images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-        copy = deepcopy(student).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        copy = deepcopy(student).to(memory_format=torch.channels_last).train()
         for precision in best:
             _step(copy, images, precision)  # the first step sets up the kernels
         start = perf_counter()
