@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from refilled.cli.cache import cache
 from refilled.cli.compare import compare, demo
+from refilled.cli.doctor import doctor
 from refilled.cli.embed import embed
 from refilled.cli.export import export
 from refilled.cli.fewshot import fewshot, meta_train
@@ -63,6 +64,7 @@ for _command in (
     teachers,
     demo,
     reproduce,
+    doctor,
 ):
     app.command()(_command)
 app.command(name="list")(list_)
