@@ -27,6 +27,10 @@ Cpus = Annotated[float, typer.Option(help="CPU cores per run or process, for Ray
 Gpus = Annotated[
     float, typer.Option(help="Accelerators per run or process, for Ray; with 0.5, two share one.", min=0.0)
 ]
+Tracker = Annotated[
+    list[str] | None,
+    typer.Option("--tracker", help="tensorboard, mlflow, wandb or trackio, which get each epoch; may be repeated."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the configuration and the predicted time and memory, and exit.")
 ]

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +30,28 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:
+def carry_out(
+    call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool, trackers: Sequence[str] = ()
+) -> None:
     """Execute a run and print its progress and result, or after an interruption the command that resumes it."""
     from refilled.training.journal import Interrupted
 
+    shown = display(quiet)
+    if trackers and rank() == 0:
+        from refilled.runs.tracking import Tracked
+
+        shown = Tracked(shown, folder, trackers)
     try:
-        result = call(display(quiet))
+        result = call(shown)
     except Interrupted as interruption:
-        command = shlex.join(["refilled", "distill", "--resume", str(folder)])
+        command = shlex.join(
+            ["refilled", "distill", "--resume", str(folder), *(f"--tracker={name}" for name in trackers)]
+        )
         if rank() == 0:
             err.print(f"interrupted; the state is saved. Resume with: {command}", markup=False, soft_wrap=True)
         sys.exit(128 + interruption.number)
+    if trackers and rank() == 0:
+        shown.finish(result)  # type: ignore[attr-defined]
     if as_json:
         print((folder / "result.json").read_text(encoding="utf-8"), end="")
         return

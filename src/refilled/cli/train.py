@@ -1,7 +1,7 @@
 """Commands that train one student: ``train`` and ``distill``."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from refilled.cli.options import (
     Preset,
     Quiet,
     Ranks,
+    Tracker,
     configure,
     descriptions,
     key_value,
@@ -42,6 +43,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
+    tracker: Tracker = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
@@ -51,7 +53,7 @@ def train(
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json)
+    _distill(run, out, overwrite, quiet, as_json, tracker or ())
 
 
 @run_flags("task", "settings", "teacher_size")
@@ -93,13 +95,14 @@ def distill(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
+    tracker: Tracker = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a student with a teacher, whose classes may differ from the student's."""
     if resume is not None:
-        _resume(context, resume, quiet, as_json)
+        _resume(context, resume, quiet, as_json, tracker or ())
         return
     if task is None:
         raise RunError(
@@ -113,7 +116,7 @@ def distill(
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json)
+    _distill(run, out, overwrite, quiet, as_json, tracker or ())
 
 
 def _size(text: str | None) -> int | None:
@@ -137,14 +140,22 @@ def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
     return replace(run, teacher_size=size)
 
 
-def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _distill(
+    run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool, trackers: Sequence[str]
+) -> None:
     from refilled.runs import experiment
     from refilled.runs.folder import RunFolder
 
     folder = folder or Path("runs") / run_name(run)
+    if trackers:
+        from refilled.runs.tracking import check_trackers
+
+        check_trackers(trackers)  # before anything is removed
     if overwrite and rank() == 0:
         RunFolder(folder).overwrite()
-    carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+    carry_out(
+        lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json, trackers
+    )
 
 
 def _forecast(run: Run, ranks: int, as_json: bool) -> None:
@@ -161,11 +172,11 @@ def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     console.print(table)
 
 
-def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) -> None:
+def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool, trackers: Sequence[str]) -> None:
     from refilled.runs import experiment
 
     given = _given(context)
-    allowed = (*WHERE, *experiment.NAMED, "resume", "quiet", "as_json")
+    allowed = (*WHERE, *experiment.NAMED, "resume", "tracker", "quiet", "as_json")
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
@@ -179,6 +190,7 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) ->
         folder,
         quiet or as_json,
         as_json,
+        trackers,
     )
 
 

@@ -28,6 +28,7 @@ _FILES = (
     "result.json",
     "model.safetensors",
     "model.json",
+    "trackers.json",
     "DONE",
 )
 
@@ -146,7 +147,8 @@ class RunFolder:
             return
         with hold(self.path):
             if self.begun:
-                shutil.rmtree(self.path / "stages", ignore_errors=True)
+                for name in ("stages", "tensorboard"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
                 for name in reversed(_FILES):  # run.toml last: what is left of an interrupted removal is still a run
                     (self.path / name).unlink(missing_ok=True)
             discard_states(self.path)
