@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from refilled.data import GreyRange, Task
 from refilled.data.decode import read_pixels
 from refilled.data.walking import list_images
 from refilled.errors import RefilledError, RunError, TaskError
+from refilled.files import damaged
 from refilled.models import Backbone, embedded_folder, load_model
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
@@ -156,7 +158,10 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
         path = run_folder.stage(stage)
         if not path.exists():
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
-        student.load_state_dict(load_file(path))
+        try:
+            student.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise RunError(damaged(path, str(error))) from error
     return _placed(student)
 
 
