@@ -76,7 +76,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(damaged(path, f"it is not JSON ({error})")) from error
     if not isinstance(found, dict):
-        raise RunError(damaged(path, f"it holds a {type(found).__name__} in place of an object"))
+        raise RunError(damaged(path, f"it holds a {type(found).__name__} instead of an object"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""How a command ends when it cannot go on: one sentence and an exit code, for faults of the machine and for signals.
+"""How a command ends when it cannot continue: one sentence and an exit code, for faults of the machine and for signals.
 
 Exit codes: 0 done; 1 done in part; 2 a mistake or a fault that the message explains; 128 + n ended by signal n.
 """
@@ -39,7 +39,7 @@ class Terminated(BaseException):
 
 
 def explain(error: BaseException) -> str | None:
-    """Say what a fault of the machine means for the user; None for anything else, which is a defect of the program.
+    """Return what a fault of the machine means for the user; None for any other error, which is a defect of refilled.
 
     The message names the file, and how to mend it.
     """
@@ -94,7 +94,7 @@ def ending_by_signal() -> Iterator[None]:
 
 
 def what_was_left(arguments: list[str]) -> str:
-    """Say what a command that a signal ended has left on disk, and how to continue."""
+    """Return what a command that a signal ended has left on disk, and how to resume it."""
     folder = next(
         (Path(value) for name, value in pairwise(arguments) if name in ("--out", "--resume")),
         None,
