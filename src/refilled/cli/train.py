@@ -16,11 +16,13 @@ from refilled.cli.options import (
     Preset,
     Quiet,
     Ranks,
+    TimeLimit,
     configure,
     descriptions,
     key_value,
     run_flags,
     run_name,
+    seconds_of,
 )
 from refilled.cli.show import carry_out, console, processes, rank, say, silent
 from refilled.config import WHERE, Run
@@ -40,6 +42,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
     quiet: Quiet = False,
@@ -48,6 +51,7 @@ def train(
 ) -> None:
     """Train a model with labels only: a teacher, or a student without a teacher."""
     run = configure(preset, {"task": task, "student": model, **flags})
+    run = _within(run, time_limit, flags, silent if quiet or as_json else say)
     if dry_run:
         _forecast(run, ranks, as_json)
         return
@@ -91,6 +95,7 @@ def distill(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
     quiet: Quiet = False,
@@ -110,6 +115,7 @@ def distill(
     run = configure(preset, {**named, "teacher_size": _size(teacher_size), **flags})
     if teacher_size == _AUTO:
         run = _with_measured_size(run, silent if quiet or as_json else say)
+    run = _within(run, time_limit, flags, silent if quiet or as_json else say)
     if dry_run:
         _forecast(run, ranks, as_json)
         return
@@ -135,6 +141,22 @@ def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
     size, line = settle_size(run)
     tell(line)
     return replace(run, teacher_size=size)
+
+
+def _within(run: Run, limit: str | None, flags: dict[str, Any], tell: Callable[[str], None]) -> Run:
+    """Return the run with as many epochs as fit the time limit, if one was given."""
+    if limit is None:
+        return run
+    seconds = seconds_of(limit)
+    if any(flags.get(name) is not None for name in ("epochs", "least_steps")):
+        raise RunError("--time-limit chooses the number of epochs; leave out --epochs and --least-steps")
+    if processes() > 1:
+        raise RunError("--time-limit is not for several processes, which would choose differently; give --epochs")
+    from refilled.cost.budget import within
+
+    run, line = within(run, seconds)
+    tell(line)
+    return run
 
 
 def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
