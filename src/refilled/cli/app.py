@@ -13,6 +13,7 @@ from rich.markup import escape
 from refilled.cli.cache import cache
 from refilled.cli.compare import compare, demo
 from refilled.cli.fewshot import fewshot, meta_train
+from refilled.cli.report import push, report
 from refilled.cli.reproduce import reproduce
 from refilled.cli.show import console, err, printable, processes, rank
 from refilled.cli.train import distill, train
@@ -44,7 +45,7 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (train, distill, evaluate, predict, compare, fewshot, meta_train, tune, demo, reproduce):
+for _command in (train, distill, evaluate, predict, compare, fewshot, meta_train, tune, demo, reproduce, report, push):
     app.command()(_command)
 app.command(name="list")(list_)
 app.add_typer(cache, name="cache")

@@ -18,6 +18,7 @@ _LEAST_STEPS = 1000
 """Of a run that says nothing of epochs: no number of them suits a handful of images and thousands alike."""
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no report.html and no README.md.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Executor = Annotated[
     str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")

@@ -11,6 +11,7 @@ from rich.table import Table
 from refilled.cli.options import (
     AsJson,
     DryRun,
+    NoReport,
     Preset,
     Quiet,
     Ranks,
@@ -20,6 +21,7 @@ from refilled.cli.options import (
     run_flags,
     run_name,
 )
+from refilled.cli.report import report_after
 from refilled.cli.show import carry_out, console, rank
 from refilled.config import WHERE, Run
 from refilled.errors import RunError
@@ -36,6 +38,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
+    no_report: NoReport = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
@@ -45,7 +48,7 @@ def train(
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json)
+    _distill(run, out, overwrite, no_report, quiet, as_json)
 
 
 @run_flags("task", "settings")
@@ -75,13 +78,14 @@ def distill(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
+    no_report: NoReport = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a student with the help of a teacher whose classes may be others."""
     if resume is not None:
-        _resume(context, resume, quiet, as_json)
+        _resume(context, resume, no_report, quiet, as_json)
         return
     if task is None:
         raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
@@ -91,17 +95,20 @@ def distill(
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json)
+    _distill(run, out, overwrite, no_report, quiet, as_json)
 
 
-def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _distill(run: Run, folder: Path | None, overwrite: bool, no_report: bool, quiet: bool, as_json: bool) -> None:
     from refilled.runs import experiment
     from refilled.runs.folder import RunFolder
 
     folder = folder or Path("runs") / run_name(run)
     if overwrite and rank() == 0:
         RunFolder(folder).overwrite()
-    carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+    after = None if no_report else report_after
+    carry_out(
+        lambda display: experiment.distill(run, folder, display=display, after=after), folder, quiet or as_json, as_json
+    )
 
 
 def _forecast(run: Run, ranks: int, as_json: bool) -> None:
@@ -118,11 +125,11 @@ def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     console.print(table)
 
 
-def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) -> None:
+def _resume(context: typer.Context, folder: Path, no_report: bool, quiet: bool, as_json: bool) -> None:
     from refilled.runs import experiment
 
     given = _given(context)
-    allowed = (*WHERE, *experiment.NAMED, "resume", "quiet", "as_json")
+    allowed = (*WHERE, *experiment.NAMED, "resume", "no_report", "quiet", "as_json")
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
@@ -130,9 +137,10 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) ->
             f"{', '.join(experiment.NAMED)} may be named again where they lie elsewhere now"
         )
     where = {name: context.params[name] for name in WHERE if name in given}
+    after = None if no_report else report_after
     named = {name: context.params[name] for name in experiment.NAMED if name in given}
     carry_out(
-        lambda display: experiment.resume(folder, where=where, named=named, display=display),
+        lambda display: experiment.resume(folder, where=where, named=named, display=display, after=after),
         folder,
         quiet or as_json,
         as_json,
