@@ -40,8 +40,9 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         data_root: Where data sets lie; None for where the run found them.
 
     Returns:
-        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images),
-        ``balanced_accuracy`` (mean over classes), ``class_accuracies`` by name, and ``notes``: what a reader of these numbers should know, such as images that were trained on.
+        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``balanced_accuracy``
+        (mean over classes), ``class_accuracies`` by name, and ``notes``: what a reader of these numbers should know,
+        such as images that were trained on.
 
     Raises:
         RunError: The folder holds no student, or the task has classes that the student does not know.
