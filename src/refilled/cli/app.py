@@ -16,6 +16,7 @@ from refilled.cli.embed import embed
 from refilled.cli.ending import Terminated, ending_by_signal, explain, what_was_left
 from refilled.cli.export import export
 from refilled.cli.fewshot import fewshot, meta_train
+from refilled.cli.report import push, report
 from refilled.cli.reproduce import reproduce
 from refilled.cli.serve import serve
 from refilled.cli.show import console, err, printable, processes, rank
@@ -64,6 +65,8 @@ for _command in (
     teachers,
     demo,
     reproduce,
+    report,
+    push,
 ):
     app.command()(_command)
 app.command(name="list")(list_)

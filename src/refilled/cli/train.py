@@ -13,6 +13,7 @@ from rich.table import Table
 from refilled.cli.options import (
     AsJson,
     DryRun,
+    NoReport,
     Preset,
     Quiet,
     Ranks,
@@ -24,6 +25,7 @@ from refilled.cli.options import (
     run_name,
     seconds_of,
 )
+from refilled.cli.report import report_after
 from refilled.cli.show import carry_out, console, processes, rank, say, silent
 from refilled.config import WHERE, Run
 from refilled.errors import RunError
@@ -45,6 +47,7 @@ def train(
     time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
+    no_report: NoReport = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
@@ -55,7 +58,7 @@ def train(
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json)
+    _distill(run, out, overwrite, no_report, quiet, as_json)
 
 
 @run_flags("task", "settings", "teacher_size")
@@ -98,13 +101,14 @@ def distill(
     time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
+    no_report: NoReport = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a student with a teacher, whose classes may differ from the student's."""
     if resume is not None:
-        _resume(context, resume, quiet, as_json)
+        _resume(context, resume, no_report, quiet, as_json)
         return
     if task is None:
         raise RunError(
@@ -119,7 +123,7 @@ def distill(
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json)
+    _distill(run, out, overwrite, no_report, quiet, as_json)
 
 
 def _size(text: str | None) -> int | None:
@@ -159,14 +163,17 @@ def _within(run: Run, limit: str | None, flags: dict[str, Any], tell: Callable[[
     return run
 
 
-def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _distill(run: Run, folder: Path | None, overwrite: bool, no_report: bool, quiet: bool, as_json: bool) -> None:
     from refilled.runs import experiment
     from refilled.runs.folder import RunFolder
 
     folder = folder or Path("runs") / run_name(run)
     if overwrite and rank() == 0:
         RunFolder(folder).overwrite()
-    carry_out(lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json)
+    after = None if no_report else report_after
+    carry_out(
+        lambda display: experiment.distill(run, folder, display=display, after=after), folder, quiet or as_json, as_json
+    )
 
 
 def _forecast(run: Run, ranks: int, as_json: bool) -> None:
@@ -183,11 +190,11 @@ def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     console.print(table)
 
 
-def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) -> None:
+def _resume(context: typer.Context, folder: Path, no_report: bool, quiet: bool, as_json: bool) -> None:
     from refilled.runs import experiment
 
     given = _given(context)
-    allowed = (*WHERE, *experiment.NAMED, "resume", "quiet", "as_json")
+    allowed = (*WHERE, *experiment.NAMED, "resume", "no_report", "quiet", "as_json")
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
@@ -195,9 +202,10 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool) ->
             f"{', '.join(experiment.NAMED)} may be given again if they were moved"
         )
     where = {name: context.params[name] for name in WHERE if name in given}
+    after = None if no_report else report_after
     named = {name: context.params[name] for name in experiment.NAMED if name in given}
     carry_out(
-        lambda display: experiment.resume(folder, where=where, named=named, display=display),
+        lambda display: experiment.resume(folder, where=where, named=named, display=display, after=after),
         folder,
         quiet or as_json,
         as_json,

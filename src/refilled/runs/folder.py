@@ -2,9 +2,9 @@
 
 A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``data.json`` and
 ``images.safetensors`` (which images it uses), ``teacher.json`` (whether its teacher has anything to teach),
-``log.jsonl``, ``result.json``, the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student after
-each stage but the last), ``last.ckpt`` while unfinished, and ``DONE`` when whole. A method that trains nothing leaves
-no student.
+``log.jsonl``, ``result.json``, ``report.html``, ``README.md`` (the model card), the student (``model.safetensors``
+and ``model.json``), ``stages/`` (the student after each stage but the last), ``last.ckpt`` while unfinished, and
+``DONE`` when whole. A method that trains nothing leaves no student.
 """
 
 import shutil
@@ -28,6 +28,8 @@ _FILES = (
     "result.json",
     "model.safetensors",
     "model.json",
+    "report.html",
+    "README.md",
     "DONE",
 )
 

@@ -23,7 +23,7 @@ from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import load_task_of, load_teacher_of
 from refilled.runs.result import Result
-from refilled.runs.scoring import accuracy_by_class, finite_embedding
+from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
 
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
@@ -45,8 +45,9 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         data_root: Where data sets lie; None for where the run found them.
 
     Returns:
-        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``class_accuracies``
-        by name, and ``notes``: what a reader of these numbers should know, such as images that were trained on.
+        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``balanced_accuracy``
+        (mean over classes), ``class_accuracies`` by name, and ``notes``: what a reader of these numbers should know,
+        such as images that were trained on.
 
     Raises:
         RunError: The folder holds no student, or the task has classes that the student does not know.
@@ -64,11 +65,13 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         )
     labels = torch.tensor([names.index(name) for name in data.classes])[data.test.labels]
     found = predict_classes(model, data.test.pixels)
+    by_class = accuracy_by_class(names, found, labels)
     return {
         "task": data.name,
         "images": len(data.test),
         "accuracy": accuracy(found, labels) if len(labels) else None,
-        "class_accuracies": accuracy_by_class(names, found, labels),
+        "balanced_accuracy": balanced_accuracy(by_class),
+        "class_accuracies": by_class,
         "notes": [*_notes(ImageRecord.load(folder), data, own=task is None), *_unscored(names, labels)],
     }
 

@@ -28,6 +28,8 @@ class Result:
     teacher: dict[str, Any] | None
     versions: dict[str, str]
     hardware: dict[str, Any]
+    balanced_accuracy: float | None = None
+    """Mean of the class accuracies in percent; None without images, and in results of older versions."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
