@@ -14,7 +14,7 @@ RUN = Run(task="digits:5-9", student="wrn_10_1", epochs=7, least_steps=1000, thr
 
 
 def forecasting(monkeypatch, per_epoch: float, rest: float, stages: int = 1):
-    """Let every run cost so many seconds per epoch, and for the rest."""
+    """Let every run cost this number of seconds per epoch, and these for the rest."""
 
     def forecast(run):
         assert run.least_steps == 0  # which would add epochs

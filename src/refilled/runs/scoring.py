@@ -160,7 +160,8 @@ def imbalance(task: Task) -> list[str]:
         return []
     return [
         f"the classes are imbalanced: {counts[most]} training images of '{task.classes[most]}', {counts[least]} of "
-        f"'{task.classes[least]}'. Read the balanced accuracy, the mean over classes, beside the accuracy"
+        f"'{task.classes[least]}'. Read the balanced accuracy, the mean over classes, beside the accuracy; "
+        "--balance logits raises it"
     ]
 
 
