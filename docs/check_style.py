@@ -7,8 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-CHECKED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "examples", "benchmarks")
-"""Files and folders; add "src" and "tests" when they are in the house style."""
+CHECKED = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs",
+    "examples",
+    "benchmarks",
+    "src",
+    "tests",
+)
+"""Files and folders."""
 
 EXEMPT = ("docs/check_style.py", "tests/docs/test_style.py")
 _SUFFIXES = {".md", ".py", ".toml"}

@@ -21,7 +21,7 @@ WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 """Fields that determine where and how a run is executed. They change its result only by rounding."""
 
 
-YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0, "guard": False}
+YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0, "balance": "off", "guard": False}
 """Fields that are missing from older records, and their implicit values in those runs."""
 
 _SGD_ONLY_LR = 0.05
@@ -54,6 +54,9 @@ class Recipe:
         warmup: Epochs of linear warm-up at the start of each stage.
         sampler: ``shuffle``: all images in random order; ``balanced``: K images of each of P classes in every batch.
         images_per_class: K of the balanced sampler.
+        balance: Cross-entropy for classes of unequal size. ``logits`` adds the logarithm of each class's share of the
+            training images to its logit in training (Menon et al., ICLR 2021); ``weights`` weighs each image by the
+            inverse of that share. Both raise the balanced accuracy and may lower the accuracy.
         augmentation: ``auto`` chooses by the data; ``crop`` pads and crops; ``crop-flip`` also mirrors;
             ``resized-crop-flip`` enlarges a random part, for long runs with few images.
         views: Number of augmented views per image to cycle through; the teacher's embeddings of them are computed once
@@ -83,6 +86,7 @@ class Recipe:
     warmup: float = 1.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     images_per_class: int = 4
+    balance: Literal["off", "weights", "logits"] = "off"
     augmentation: Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"] = "auto"
     views: int | None = None
     mixup: float = 0.0

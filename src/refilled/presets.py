@@ -46,14 +46,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Supplement 2.1: the teacher's own network, slowly.
     "fine_tune": {"method": "fine_tune", "epochs": 50, "lr": 1e-4},
 }
-"""What ``--preset`` sets; flags that are given besides it win."""
+"""The fields that ``--preset`` sets; flags override them."""
 
 
 def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that a preset sets and those that are given besides, which win; the settings are joined.
+    """Return the fields of a preset, overridden by the given values; their settings are merged.
 
     Raises:
-        RunError: there is no such preset.
+        RunError: The preset is unknown.
     """
     if name is None:
         return dict(values)

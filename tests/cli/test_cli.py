@@ -100,9 +100,12 @@ MISTAKES = [
     (["distill"], "name a task or a folder"),
     (["distill", "digits:5-9", "--method", "rdk"], "did you mean 'rkd'"),
     (["distill", "digits:5-9"], "'refilled' learns from a teacher; name one with --teacher"),
-    (["distill", "digits:5-9", "--teacher", "no/such/folder"], "a teacher is a student folder, timm/<name>"),
+    (
+        ["distill", "digits:5-9", "--teacher", "no/such/folder"],
+        "a teacher is a student folder, refilled/letters, timm/<name>",
+    ),
     (["distill", "digits:5-9", "--teacher", "timm/resnet5O"], "did you mean timm/resnet50"),
-    (["distill", "digits:5-9", "--set", "temperature"], "'temperature' must be KEY=VALUE"),
+    (["distill", "digits:5-9", "--set", "temperature"], "'temperature' is not KEY=VALUE"),
     (["distill", "digits:5-9", "--set", "temprature=2"], "did you mean 'temperature'"),
     (
         ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],
@@ -111,7 +114,7 @@ MISTAKES = [
     (["distill", "digits:5-9", "--resume", "x"], "x holds no run to resume"),
     (
         ["distill", "--resume", "x", "--epochs", "9", "--device", "cpu"],
-        "leave out --epochs. What may change is: --data-r",
+        "cannot change --epochs when resuming; leave it out. --data-root",
     ),
     (["distill", "--resume", "no_run"], "no_run holds no run to resume"),
     (["distill", "digits:5-9", "--preset", "papre"], "did you mean 'paper'"),

@@ -316,7 +316,7 @@ def test_the_command_meta_trains(photos, tmp_path):
         (["--n-episodes", "0"], "n_episodes = 0 is out of range"),
         (["--tune", "c"], "must be KEY=VALUE"),
         (["--method", "refilled", "--set", "student=wrn_15_1", "--set", "steps=1"], "depth"),
-        (["--method", "svm"], "name one with --teacher"),
+        (["--method", "svm"], "needs a model of the seen classes; pass one with --teacher"),
     ],
 )
 def test_a_mistake_gets_an_explanation(photos, tmp_path, monkeypatch, arguments, hint):

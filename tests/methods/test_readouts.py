@@ -98,6 +98,7 @@ def test_a_readout_leaves_a_folder_like_any_run_but_for_the_student(teacher, tmp
         "run.toml",
         "data.json",
         "images.safetensors",
+        "teacher.json",
         "log.jsonl",
         "result.json",
         "DONE",
@@ -204,7 +205,7 @@ def test_a_teacher_that_could_not_be_saved_is_not_fine_tuned(tmp_path):
         "    return net, {'mean': [0.5] * 3, 'std': [0.5] * 3}\n"
     )
     run = replace(QUICK, method="fine_tune", teacher=f"{tmp_path / 't.py'}:make")
-    with pytest.raises(ModelError, match="a network from a Python file or of transformers cannot be fine-tuned"):
+    with pytest.raises(ModelError, match="a network from a Python file or from transformers cannot be fine-tuned"):
         distill(run, tmp_path / "a")
     assert distill(replace(run, method="svm"), tmp_path / "b").accuracy > 20  # reading it out is another matter
 

@@ -155,3 +155,12 @@ def test_a_model_with_another_embedding_and_size_is_rebuilt_from_its_folder(tmp_
             torch.testing.assert_close(rebuilt(IMAGES).logits, model(IMAGES).logits)
     with pytest.raises(ModelError, match="unusable 'pooling'"):
         from_description({**describe(model), "pooling": "odd"})
+
+
+def test_a_grayscale_teacher_resizes_images_in_full_precision_under_autocast():
+    teacher = TimmBackbone(timm.create_model("test_resnet", in_chans=1, num_classes=3).eval())
+    teacher.set_preprocessing(input_size=48)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = teacher.normalize(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(teacher.normalize(images), expected, rtol=0, atol=0)

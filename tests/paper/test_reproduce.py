@@ -36,6 +36,7 @@ from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.paper.report import Entry, TableReport
 from refilled.paper.tables import TABLES, Column, Row, Table
 from refilled.runs.experiment import distill
+from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
 from refilled.runs.teacher_caches import build_cache
@@ -331,6 +332,18 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path, then):
     written.write_text(settled.to_toml().replace("angle_weight = 50.0\n", then))
     (problem,) = Plan(cells(table, ONE), tmp_path).problems.values()
     assert f"{name} was run when other defaults held" in str(problem)
+
+
+def test_a_finished_run_of_other_images_is_refused(tmp_path):
+    (cell,) = cells(small_table(STUDENT), ONE)
+    plan = Plan([cell], tmp_path)
+    run_grid(plan.runs, tmp_path)
+    assert not Plan([cell], tmp_path).problems
+    record = ImageRecord.load(folder := tmp_path / plan.run_of(cell))
+    others = {**record.digests, "train": record.digests["train"] + 1}  # what it would be, had it seen other images
+    replace(record, fingerprint="0" * 64, stamp="earlier", digests=others).save(folder)
+    (problem,) = Plan([cell], tmp_path).problems.values()
+    assert re.search(rf"{folder.name} was begun with: \d+ of train are new", str(problem))
 
 
 def test_a_dry_run_says_what_cannot_be_done(tmp_path):

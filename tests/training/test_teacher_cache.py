@@ -332,15 +332,15 @@ def test_the_commands_build_show_and_check(run, caches, teacher):
     assert "40 images x 3 views x 64 numbers, 3 of 3 shards" in shown
     assert f"of {teacher}, in 32-true\n  on digits:5-9" in shown
     assert "embedding" not in refilled("cache", "build", *flags)
-    assert f"{cache.folder.name}: 3 of 3 whole" in refilled("cache", "verify")
+    assert f"{cache.folder.name}: 3 of 3 shards complete" in refilled("cache", "verify")
     cache.path(1).write_bytes(cache.path(1).read_bytes()[:-5])
     said = refilled("cache", "verify", code=1)
     assert re.search(r"view-0001-images-00000000.f32: torn: [\d,]+ bytes, not", said)
-    assert f"{cache.folder.name}: 2 of 3 whole" in said
+    assert f"{cache.folder.name}: 2 of 3 shards complete" in said
     manifest = cache.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-30])
     assert "holds no teacher cache that can be read" in refilled("cache", "verify")
     refilled("cache", "build", *flags, "--quiet")
     assert json.loads(manifest.read_text())["contents"] == asdict(cache.contents)
-    assert f"{cache.folder.name}: 3 of 3 whole" in refilled("cache", "verify")
+    assert f"{cache.folder.name}: 3 of 3 shards complete" in refilled("cache", "verify")
     assert [path.name for path in caches.iterdir()] == ["teacher"]

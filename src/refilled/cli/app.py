@@ -1,6 +1,6 @@
-"""The command line: thin, one library call per command, and errors for people.
+"""The application of the command line: its commands and the handling of errors.
 
-Heavy imports stand inside the commands, so that help and mistakes answer at once.
+Each command makes one library call. Heavy imports are inside the commands, so that help and errors appear at once.
 """
 
 import os
@@ -16,6 +16,7 @@ from refilled.cli.fewshot import fewshot, meta_train
 from refilled.cli.report import push, report
 from refilled.cli.reproduce import reproduce
 from refilled.cli.show import console, err, printable, processes, rank
+from refilled.cli.teachers import teachers
 from refilled.cli.train import distill, train
 from refilled.cli.tune import tune
 from refilled.cli.use import evaluate, list_, predict
@@ -39,20 +40,22 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Handle the options before the command."""
 
 
-for _command in (train, distill, evaluate, predict, compare, fewshot, meta_train, tune, demo, reproduce, report, push):
+_USE = (train, distill, evaluate, predict, report, push)
+_STUDY = (compare, fewshot, meta_train, tune, teachers, demo, reproduce)
+for _command in (*_USE, *_STUDY):
     app.command()(_command)
 app.command(name="list")(list_)
 app.add_typer(cache, name="cache")
 
 
 def main() -> None:
-    """Run the command line; a known error becomes one red line, and ``--debug`` shows where it came from."""
+    """Run the command line. A known error is printed as one line; ``--debug`` shows its traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if rank() > 0:
@@ -67,7 +70,9 @@ def main() -> None:
             err.print(f"[red]error:[/red] {escape(printable(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no further complaint
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader has closed the pipe: no second error
         sys.exit(141)
 
 
@@ -75,8 +80,8 @@ def _refuse_torchrun(arguments: list[str]) -> None:
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if processes() > 1 and command not in (None, "train", "distill"):
         raise RunError(
-            f"torchrun is for 'refilled train' and 'refilled distill', one run in several processes; start 'refilled "
-            f"{command}' once, without torchrun. Commands that carry out many runs share them among processes by --jobs"
+            f"torchrun starts one 'refilled train' or 'refilled distill' in several processes; start 'refilled "
+            f"{command}' without torchrun. Commands that execute many runs divide them among processes with --jobs"
         )
 
 

@@ -15,22 +15,24 @@ if TYPE_CHECKING:
     from refilled.training.teacher_cache import TeacherCache
 
 
-cache = typer.Typer(help="Teachers' embeddings on disk, for runs with --views.", no_args_is_help=True)
+cache = typer.Typer(help="Cached embeddings of teachers, for runs with --views.", no_args_is_help=True)
 _NOT_CACHED = {f.name for f in fields(Recipe)} - {
     "augmentation",
     "mixup",
     "cutmix",
     "precision",
     "seed",
-}  # no part of an embedding
+}  # these do not affect an embedding
 
 
 @cache.command()
 @run_flags("student", "method", "settings", "score", "pretrained", *_NOT_CACHED)
 def build(
-    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    task: Annotated[
+        str, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
+    ],
     teacher: Annotated[str, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)],
-    views: Annotated[int, typer.Option(help="Augmented views of each image.", min=1, show_default=False)],
+    views: Annotated[int, typer.Option(help="Number of augmented views per image.", min=1, show_default=False)],
     jobs: Annotated[int, typer.Option(help="Processes that share the work.", min=1)] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
@@ -38,7 +40,7 @@ def build(
     quiet: Quiet = False,
     **flags: Any,
 ) -> None:
-    """Embed views of a task's images by a teacher, for all runs that take the same; several commands share the work."""
+    """Embed views of a task's images with a teacher, for all runs with these views. Several commands can share it."""
     from refilled.grid.cache_building import build_cache_together
     from refilled.grid.executors import find_executor
     from refilled.runs.teacher_caches import build_cache
@@ -52,22 +54,22 @@ def build(
 
 @cache.command()
 def info() -> None:
-    """List the caches of this machine, and what is in them."""
-    for found in _open_caches():
-        _print_cache(found)
+    """List the caches on this machine and their contents."""
+    for each in _open_caches():
+        _print_cache(each)
 
 
 @cache.command()
 def verify() -> None:
-    """Read all caches of this machine and say what is damaged or missing; a run or 'cache build' mends it."""
+    """Check all caches on this machine and print what is damaged or missing; a run or 'cache build' repairs it."""
     damaged = 0
-    for found in _open_caches():
-        problems = found.problems()
+    for each in _open_caches():
+        problems = each.problems()
         damaged += len(problems)
         for shard, problem in problems.items():
-            say(f"{found.path(shard)}: {problem}")
-        whole = found.contents.shards - len(problems)
-        console.print(f"{found.folder.name}: {whole} of {found.contents.shards} whole", highlight=False)
+            say(f"{each.path(shard)}: {problem}")
+        complete = each.contents.shards - len(problems)
+        console.print(f"{each.folder.name}: {complete} of {each.contents.shards} shards complete", highlight=False)
     if damaged:
         raise typer.Exit(1)
 
@@ -80,7 +82,7 @@ def _open_caches() -> list["TeacherCache"]:
     for folder in list_caches():
         try:
             opened.append(TeacherCache.open(folder))
-        except RunError as error:  # of an earlier version, perhaps; the others can still be shown
+        except RunError as error:  # for example of an earlier version; show the others
             say(str(error))
     return opened
 

@@ -22,28 +22,28 @@ def compare(
     task: Annotated[
         str,
         typer.Argument(
-            help="A task or a folder of images; or a comparison written down, FILE.toml.", show_default=False
+            help="A task or a folder of images, or a description of a comparison, FILE.toml.", show_default=False
         ),
     ],
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas, the first the baseline; METHOD:PRESET takes the preset's settings of the method. "
-            "[default: vanilla,rkd,refilled,refilled:good, or with --preset that one]",
+            help="Names separated by commas; the first is the baseline. METHOD:PRESET uses the preset's settings of "
+            "the method. [default: vanilla,rkd,refilled,refilled:good, or the one of --preset]",
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each method.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs per method.", min=1)] = 3,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time; best with --threads 1.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of concurrent runs; use --threads 1 with it.", min=1)] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
     preset: Preset = None,
     **flags: Any,
 ) -> None:
-    """Find out whether the teacher helps: several methods and seeds at equal cost, a table and a page."""
+    """Find out whether the teacher helps: compare methods over several seeds at equal cost, in a table and a page."""
     from refilled.compare.comparison import Comparison
     from refilled.grid.executors import find_executor
 
@@ -51,7 +51,7 @@ def compare(
         comparison = Comparison.from_toml(_read(Path(task)))
         out = out or Path("runs") / Path(task).stem
     else:
-        # Of a preset, all rows share how they are trained; the settings are for the row that names it.
+        # All rows use the preset's training; only the row that names the preset uses its settings.
         run = replace(configure(preset, {"task": task, "student": student, **flags}), settings={})
         names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
         rows = {name: _row(name) for name in names.split(",")}
@@ -62,7 +62,7 @@ def compare(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
-    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 2,
 ) -> None:
     """Distil a teacher of printed letters into students that read handwritten digits. Takes one to two minutes."""
     from importlib.resources import files
@@ -72,7 +72,7 @@ def demo(
 
     comparison = Comparison.from_toml((files("refilled.compare") / "demo.toml").read_text(encoding="utf-8"))
     console.print(
-        "The teacher knows printed letters and no digit. The students learn handwritten digits from "
+        "The teacher knows printed letters but no digits. The students learn handwritten digits from "
         f"{comparison.run.shots} labelled images per class, all at equal cost.",
         highlight=False,
     )

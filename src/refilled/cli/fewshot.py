@@ -22,13 +22,16 @@ def fewshot(
     tune: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=LOW..HIGH[:log]|A,B,C", help="Tune it on the validation classes first; may be repeated."
+            metavar="KEY=LOW..HIGH[:log]|A,B,C",
+            help="A parameter to tune on the validation classes before the test; may be repeated.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Settings to try when tuning.", min=1)] = 30,
-    tune_episodes: Annotated[int, typer.Option(help="Tasks to try each on.", min=1)] = 100,
+    trials: Annotated[int, typer.Option(help="Number of settings to try when tuning.", min=1)] = 30,
+    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting.", min=1)] = 100,
     out: Annotated[Path | None, typer.Option(help="Folder for the test.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(help="Processes that share the tasks, one thread each.", min=1)] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1)
+    ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
@@ -36,7 +39,7 @@ def fewshot(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Test a few-shot method on many tasks of unseen classes; the same command goes on with an interrupted test."""
+    """Test a few-shot method on many tasks of unseen classes. Repeat the command to resume an interrupted test."""
     from refilled.fewshot.evaluation import evaluate_few_shot
     from refilled.grid.executors import find_executor
     from refilled.grid.sharing import shared_testing
@@ -68,11 +71,11 @@ def fewshot(
     table = Table(show_header=False)
     spread = "" if result.interval is None else f" ± {result.interval:.2f}"
     table.add_row("accuracy", f"{result.accuracy:.2f}{spread} % over {result.n_episodes} tasks, 95 % interval")
-    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {result.n_query} queries a class, seed {run.seed}")
+    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {result.n_query} queries per class, seed {run.seed}")
     table.add_row(
         "images", escape(f"{result.data['pool']}: {result.data['images']} of {result.data['classes']} classes")
     )
-    table.add_row("speed", f"{result.tasks_per_second:.3g} tasks a second")
+    table.add_row("speed", f"{result.tasks_per_second:.3g} tasks per second")
     for note in result.data["notes"]:
         table.add_row("note", note)
     console.print(table)
@@ -88,7 +91,7 @@ def meta_train(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Meta-train ProtoNet, FEAT or MAML on seen classes; the folder is then a --teacher of 'refilled fewshot'."""
+    """Meta-train ProtoNet, FEAT or MAML on seen classes; 'refilled fewshot --teacher' accepts the folder."""
     from refilled.fewshot.meta_training import meta_train as train
     from refilled.training.journal import Interrupted
 
@@ -98,7 +101,7 @@ def meta_train(
     try:
         result = train(run, folder, display=display(quiet or as_json))
     except Interrupted as interruption:
-        err.print("interrupted; the state is saved. The same command goes on with it", markup=False)
+        err.print("interrupted; the state is saved. Repeat the command to resume", markup=False)
         sys.exit(128 + interruption.number)
     if as_json:
         print((folder / "result.json").read_text(encoding="utf-8"), end="")

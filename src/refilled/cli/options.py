@@ -1,4 +1,4 @@
-"""Options that commands share, and the flags of a configuration."""
+"""Options shared by commands, and the flags of a configuration."""
 
 import inspect
 import re
@@ -15,23 +15,26 @@ from refilled.errors import RunError
 from refilled.presets import PRESETS, with_preset
 
 _LEAST_STEPS = 1000
-"""Of a run that says nothing of epochs: no number of them suits a handful of images and thousands alike."""
+"""Minimum number of steps if no epochs are given; no number of epochs suits both ten images and thousands."""
+
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Write no report.html and no README.md.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Executor = Annotated[
     str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
 ]
-Cpus = Annotated[float, typer.Option(help="Processor cores a run or process, for Ray.", min=0.0)]
-Gpus = Annotated[float, typer.Option(help="Accelerators likewise; 0.5 lets two share one.", min=0.0)]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what the run is and what it will cost, in time and memory, and stop.")
+Cpus = Annotated[float, typer.Option(help="CPU cores per run or process, for Ray.", min=0.0)]
+Gpus = Annotated[
+    float, typer.Option(help="Accelerators per run or process, for Ray; with 0.5, two share one.", min=0.0)
 ]
-Ranks = Annotated[int, typer.Option(help="With --dry-run: so many processes under torchrun.", min=1)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the configuration and the predicted time and memory, and exit.")
+]
+Ranks = Annotated[int, typer.Option(help="With --dry-run: number of processes under torchrun.", min=1)]
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
-    str | None, typer.Option(help="Folder that holds the data sets; else $REFILLED_DATA.", show_default=False)
+    str | None, typer.Option(help="Folder of the data sets. Default: $REFILLED_DATA.", show_default=False)
 ]
 Set = Annotated[
     list[str] | None,
@@ -40,7 +43,12 @@ Set = Annotated[
 
 
 def run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of a configuration, with the help that its docstring holds."""
+    """Return a decorator that gives a command one flag per field of a configuration, with help from its docstring.
+
+    Args:
+        without: Fields that have no flag.
+        of: The class of the configuration.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -54,7 +62,7 @@ def run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], 
 
 
 def _flag(setting: Field[Any], of: type) -> inspect.Parameter:
-    """Make the flag of a field; a flag that is not given is None, so that presets can stand below it."""
+    """Return the flag of a field. Its default is None, so that a preset can set the field."""
     hint = get_type_hints(of)[setting.name]
     default = setting.default if setting.default is not MISSING else None
     description = descriptions(of)[setting.name] + (f" [default: {default}]" if default is not None else "")
@@ -68,21 +76,25 @@ def _flag(setting: Field[Any], of: type) -> inspect.Parameter:
 def descriptions(of: type = Run) -> dict[str, str]:
     """Return the help of each field of a configuration, from its docstring."""
     text = "\n".join(base.__doc__ or "" for base in reversed(of.__mro__[:-1]))
-    found = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in found}
+    lines = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in lines}
 
 
 def configure(preset: str | None, values: dict[str, Any]) -> Run:
-    """Make a run of the flags that were given and of a preset."""
+    """Return the run that the given flags and the preset describe; flags override the preset."""
     given = with_preset(preset, {name: value for name, value in values.items() if value is not None})
     return Run(**given if "epochs" in given else {"least_steps": _LEAST_STEPS, **given})
 
 
 def key_value(text: str) -> tuple[str, str]:
-    """Split KEY=VALUE."""
+    """Split ``KEY=VALUE`` into the key, with ``_`` for ``-``, and the value.
+
+    Raises:
+        RunError: There is no ``=``.
+    """
     name, equals, value = text.partition("=")
     if not equals:
-        raise RunError(f"'{text}' must be KEY=VALUE")
+        raise RunError(f"'{text}' is not KEY=VALUE")
     return name.strip().replace("-", "_"), value.strip()
 
 

@@ -14,22 +14,22 @@ from refilled.cli.show import console
 def reproduce(
     table: Annotated[str, typer.Argument(help="'list', or a table or figure of the paper: table1, s1, figure3 ...")],
     scale: Annotated[str, typer.Option(help="smoke (minutes), mini (hours) or paper.")] = "smoke",
-    recipe: Annotated[str, typer.Option(help="How networks are optimised: paper2020 or crd240.")] = "paper2020",
+    recipe: Annotated[str, typer.Option(help="Optimisation of the networks: paper2020 or crd240.")] = "paper2020",
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW/COLUMN", help="A cell, ROW alone or /COLUMN alone; may be repeated."),
+        typer.Option(metavar="ROW/COLUMN", help="A cell, a row (ROW) or a column (/COLUMN); may be repeated."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each cell.", min=1)] = 3,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Runs per cell.", min=1)] = 3,
+    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
-    out: Annotated[Path, typer.Option(help="Folder that all tables share.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder of the runs of all tables.")] = Path("runs/reproduce"),
     data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the predicted time, and exit.")] = False,
 ) -> None:
-    """Reproduce a table or figure of the paper beside the published numbers. Rerun to fill in missing cells."""
+    """Reproduce a table or figure of the paper next to the published numbers. Rerun to fill in missing cells."""
     from refilled.grid.executors import find_executor
     from refilled.paper.cells import Choice
     from refilled.paper.fill import estimate_table, fill, find_table
@@ -52,6 +52,6 @@ def _tables() -> Table:
     from refilled.paper.tables import TABLES
 
     table = Table("name", "what it is", "rows x columns")
-    for found in TABLES.values():
-        table.add_row(found.name, escape(found.title), f"{len(found.rows)} x {len(found.columns)}")
+    for of_paper in TABLES.values():
+        table.add_row(of_paper.name, escape(of_paper.title), f"{len(of_paper.rows)} x {len(of_paper.columns)}")
     return table

@@ -1,4 +1,4 @@
-"""What commands print, and how a run is shown while it is carried out."""
+"""Output of the commands: results, progress, messages."""
 
 import os
 import shlex
@@ -21,17 +21,17 @@ err = Console(stderr=True)
 
 
 def rank() -> int:
-    """Return the number of this process among those of torchrun."""
+    """Return the rank of this process under torchrun; 0 without it."""
     return int(os.environ.get("RANK") or 0)
 
 
 def processes() -> int:
-    """Return how many processes torchrun has started."""
+    """Return the number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool) -> None:
-    """Carry out a run, show its progress and its result, and say how to resume it after an interruption."""
+    """Execute a run and print its progress and result, or after an interruption the command that resumes it."""
     from refilled.training.journal import Interrupted
 
     try:
@@ -48,7 +48,7 @@ def carry_out(call: "Callable[[Display], Result]", folder: Path, quiet: bool, as
 
 
 def display(quiet: bool) -> "Display":
-    """Return where progress is shown: bars on a terminal, lines elsewhere."""
+    """Return the display of progress: bars on a terminal, otherwise lines; nothing if ``quiet``."""
     from refilled.training.progress import Bars, Display, Lines
 
     return Display() if quiet or rank() > 0 else Bars(err) if err.is_terminal else Lines(err)
@@ -67,7 +67,7 @@ def _print_result(result: "Result", folder: Path) -> None:
     images = result.data["images"]
     table = Table(show_header=False)
     part = result.data.get("scored", "test")
-    when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods train nothing
+    when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods do not train
     table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images{when}")
     if result.balanced_accuracy is not None:
         table.add_row("balanced accuracy", f"{result.balanced_accuracy:.2f} %, mean over classes")
@@ -93,12 +93,17 @@ def _print_result(result: "Result", folder: Path) -> None:
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """Write values by name on one line."""
+    """Return ``name=value`` pairs on one line."""
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
 
 
 def printable(text: str) -> str:
-    """Show control characters, escape sequences of a terminal among them, instead of sending them."""
+    """Escape control characters, so that a text cannot send escape sequences to the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(text: str) -> str:
+    """Keep a spreadsheet from running a text that begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

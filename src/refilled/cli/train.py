@@ -1,6 +1,8 @@
 """Commands that train one student: ``train`` and ``distill``."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,16 +24,20 @@ from refilled.cli.options import (
     run_name,
 )
 from refilled.cli.report import report_after
-from refilled.cli.show import carry_out, console, rank
+from refilled.cli.show import carry_out, console, processes, rank, say, silent
 from refilled.config import WHERE, Run
 from refilled.errors import RunError
+
+_AUTO = "auto"
 
 
 @run_flags(
     "teacher", "method", "settings", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding", "student"
 )
 def train(
-    task: Annotated[str, typer.Argument(help="A task, as digits:0-4, or a folder of images.", show_default=False)],
+    task: Annotated[
+        str, typer.Argument(help="A task, for example digits:0-4, or a folder of images.", show_default=False)
+    ],
     model: Annotated[str, typer.Option("--model", "--student", help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
@@ -43,7 +49,7 @@ def train(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a model from labels alone: a teacher, or a student without one."""
+    """Train a model with labels only: a teacher, or a student without a teacher."""
     run = configure(preset, {"task": task, "student": model, **flags})
     if dry_run:
         _forecast(run, ranks, as_json)
@@ -51,13 +57,24 @@ def train(
     _distill(run, out, overwrite, no_report, quiet, as_json)
 
 
-@run_flags("task", "settings")
+@run_flags("task", "settings", "teacher_size")
 def distill(
     context: typer.Context,
     task: Annotated[
-        str | None, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)
+        str | None, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
     ] = None,
     teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
+    teacher_size: Annotated[
+        str | None,
+        typer.Option(
+            help=escape(
+                f"{descriptions()['teacher_size']} 'auto' measures a few sizes on a sample and takes the smallest "
+                "that is as good as the best."
+            ),
+            show_default=False,
+            rich_help_panel="Data, models, machine",
+        ),
+    ] = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
@@ -71,7 +88,8 @@ def distill(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with the run in this folder; nothing else is needed. --device and the like move it.",
+            help="Resume the run in this folder. Only options such as --device, which do not affect the result, may "
+            "be added.",
             show_default=False,
         ),
     ] = None,
@@ -83,19 +101,44 @@ def distill(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a student with the help of a teacher whose classes may be others."""
+    """Train a student with a teacher, whose classes may differ from the student's."""
     if resume is not None:
         _resume(context, resume, no_report, quiet, as_json)
         return
     if task is None:
-        raise RunError("name a task or a folder of images, as in: refilled distill photos/ --teacher timm/resnet50")
+        raise RunError(
+            "name a task or a folder of images, for example refilled distill photos/ --teacher timm/resnet50"
+        )
     settings = dict(key_value(text) for text in set_ or ())
     named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
-    run = configure(preset, {**named, **flags})
+    run = configure(preset, {**named, "teacher_size": _size(teacher_size), **flags})
+    if teacher_size == _AUTO:
+        run = _with_measured_size(run, silent if quiet or as_json else say)
     if dry_run:
         _forecast(run, ranks, as_json)
         return
     _distill(run, out, overwrite, no_report, quiet, as_json)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None or text == _AUTO:
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise RunError(f"--teacher-size takes a number of pixels, or {_AUTO}; got '{text}'")
+    return int(text)
+
+
+def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
+    if processes() > 1:
+        raise RunError(
+            f"--teacher-size {_AUTO} measures in one process; find the size by 'refilled teachers --sizes ...' first, "
+            "and give it to torchrun"
+        )
+    from refilled.selection.ranking import settle_size
+
+    size, line = settle_size(run)
+    tell(line)
+    return replace(run, teacher_size=size)
 
 
 def _distill(run: Run, folder: Path | None, overwrite: bool, no_report: bool, quiet: bool, as_json: bool) -> None:
@@ -114,13 +157,13 @@ def _distill(run: Run, folder: Path | None, overwrite: bool, no_report: bool, qu
 def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     from refilled.cost.run import forecast
 
-    found = forecast(run, ranks)
+    predicted = forecast(run, ranks)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(predicted.to_dict()))
         return
-    console.print(found.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
+    console.print(predicted.run.to_toml(), end="", markup=False, highlight=False, soft_wrap=True)
     table = Table(show_header=False)
-    for heading, text in found.rows():
+    for heading, text in predicted.rows():
         table.add_row(heading, escape(text))
     console.print(table)
 
@@ -133,8 +176,8 @@ def _resume(context: typer.Context, folder: Path, no_report: bool, quiet: bool, 
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
-            f"--resume continues a run as it was begun; leave out {', '.join(others)}. What may change is: {movable}; "
-            f"{', '.join(experiment.NAMED)} may be named again where they lie elsewhere now"
+            f"cannot change {', '.join(others)} when resuming; leave it out. {movable} may change; "
+            f"{', '.join(experiment.NAMED)} may be given again if they were moved"
         )
     where = {name: context.params[name] for name in WHERE if name in given}
     after = None if no_report else report_after
@@ -148,7 +191,7 @@ def _resume(context: typer.Context, folder: Path, no_report: bool, quiet: bool, 
 
 
 def _given(context: typer.Context) -> dict[str, str]:
-    """Return how each parameter that stands on the command line is written there."""
+    """Return the parameters given on the command line, by name, as they are written there."""
     sources = {p: context.get_parameter_source(p.name) for p in context.command.params if p.name}
     given = [p for p, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     return {str(p.name): p.opts[-1] if p.param_type_name == "option" else f"the {p.name}" for p in given}

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 @run_flags("task", "settings", "score")
 def tune(
-    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    task: Annotated[
+        str, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
+    ],
     search: Annotated[
         list[str],
         typer.Option(
             metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="What to try for a parameter of the method, or for a flag of training as lr; may be repeated.",
+            help="Values to try for a parameter of the method or a training flag such as lr; may be repeated.",
             show_default=False,
         ),
     ],
@@ -41,19 +43,21 @@ def tune(
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
     ] = "refilled",
-    trials: Annotated[int, typer.Option(help="Trials in all; more of them go on from a folder.", min=1)] = 20,
+    trials: Annotated[
+        int, typer.Option(help="Total number of trials, including those already in the folder.", min=1)
+    ] = 20,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter that stays as it is; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter that is not tuned; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the trials.", show_default=False)] = None,
     preset: Preset = None,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Choose parameters on held-out training images, then train on all of them and look at the test images once.
+    """Choose parameters on held-out training images, then train on all training images and score the test images once.
 
-    The same command goes on where it was interrupted; several of them, with the same --out, share the work.
+    Repeat the command to resume after an interruption. Several commands with the same --out share the work.
     """
     from refilled.training.journal import Interrupted
     from refilled.tuning.student import tune as search_and_train
@@ -65,19 +69,19 @@ def tune(
     try:
         tuned = search_and_train(run, dict(key_value(text) for text in search), trials, folder, _tell_trial)
     except Interrupted as interruption:
-        err.print("interrupted; the state is saved, and the same command goes on", markup=False)
+        err.print("interrupted; the state is saved. Repeat the command to resume", markup=False)
         sys.exit(128 + interruption.number)
     if tuned is None:
-        err.print("other processes are still at some trials; the last of them trains on all images", markup=False)
+        err.print("other processes still work on trials; the last of them trains on all images", markup=False)
     elif as_json:
-        found = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
-        print(json.dumps({**found, "run": str(tuned.folder)}))
+        best = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
+        print(json.dumps({**best, "run": str(tuned.folder)}))
     else:
         _print_tuned(tuned)
 
 
 def _tell_trial(number: int, values: Mapping[str, Any], accuracy: float | None) -> None:
-    reached = "the loss exploded" if accuracy is None else f"{accuracy:.2f} % of held-out images"
+    reached = "the loss diverged" if accuracy is None else f"{accuracy:.2f} % of held-out images"
     line = f"trial {number}: {listed(values)}: {reached}"
     err.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
@@ -88,6 +92,6 @@ def _print_tuned(tuned: "Tuned") -> None:
     table.add_row("best values", escape(printable(listed(tuned.values))))
     table.add_row("held-out accuracy", f"{tuned.val_accuracy:.2f} %, the best of the trials")
     table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {images['test']} images")
-    table.add_row("trained on", f"{images['train']} images, the held-out ones among them")
+    table.add_row("trained on", f"{images['train']} images, including the held-out ones")
     console.print(table)
     console.print(f"run: {tuned.folder}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands that use what there is: ``evaluate``, ``predict`` and ``list``."""
+"""Commands that train nothing: ``evaluate``, ``predict`` and ``list``."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from refilled.cli.options import (
     DataRoot,
     Folder,
 )
-from refilled.cli.show import console, err, printable, say
+from refilled.cli.show import cell, console, err, printable, say
 from refilled.errors import RunError, unknown
 
 
@@ -24,7 +24,7 @@ def evaluate(
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a student on the test part of its task, or of another one."""
+    """Score a student on the test images of its task or of another task."""
     from refilled.runs.inference import evaluate as score
 
     result = score(folder, task, data_root)
@@ -47,11 +47,11 @@ def evaluate(
 def predict(
     folder: Folder,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    top: Annotated[int, typer.Option(help="How many classes to name for each image.", min=1)] = 1,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row an image, with all probabilities.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
+    top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
-    """Name the class of images, with probabilities."""
+    """Print the class of each image, with probabilities."""
     from refilled.runs.inference import classify
 
     predictions, unreadable = classify(folder, images)
@@ -70,7 +70,7 @@ def predict(
                 table.add_row(shown, escape(printable(name)), f"{100 * probability:.1f} %")
         console.print(table)
     for image, reason in unreadable:
-        line = f"left out {printable(str(image))}: {printable(reason)}"
+        line = f"skipped {printable(str(image))}: {printable(reason)}"
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     if unreadable:
         raise typer.Exit(1)
@@ -91,15 +91,10 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
     writer = csv.writer(sys.stdout)
     names = list(predictions[0][1]) if predictions else []
-    writer.writerow(["image", "class", *map(_cell, names)])
+    writer.writerow(["image", "class", *map(cell, names)])
     for image, probabilities in predictions:
         best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow([_cell(str(image)), _cell(best), *(f"{p:.6f}" for p in probabilities.values())])
-
-
-def _cell(text: str) -> str:
-    """Keep a spreadsheet from running a text that begins like a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+        writer.writerow([cell(str(image)), cell(best), *(f"{p:.6f}" for p in probabilities.values())])
 
 
 def _methods() -> Table:

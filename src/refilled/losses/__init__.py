@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from refilled.losses.imbalance import BalancedCrossEntropyLoss
     from refilled.losses.local_kd import LocalKDLoss, LogitKDLoss
     from refilled.losses.triplet_alignment import TripletAlignmentLoss
     from refilled.losses.trust import Trusted, label_information
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # The module of each loss. The losses of a baseline are in the file of its method, next to the recipe.
 _HOMES = {
     "AttentionLoss": "refilled.methods.at",
+    "BalancedCrossEntropyLoss": "refilled.losses.imbalance",
     "ContrastiveLoss": "refilled.methods.crd",
     "DKDLoss": "refilled.methods.dkd",
     "EmbeddingRegressionLoss": "refilled.methods.regression",
@@ -52,6 +54,7 @@ _HOMES = {
 
 __all__ = [
     "AttentionLoss",
+    "BalancedCrossEntropyLoss",
     "ContrastiveLoss",
     "DKDLoss",
     "EmbeddingRegressionLoss",

@@ -126,17 +126,17 @@ def is_at_chance(information: Callable[[Tensor], float], labels: Tensor) -> bool
 
 
 class Trusted(nn.Module):
-    r"""A loss that listens to the teacher as far as its embedding knows the labels.
+    r"""A loss weighted by how much the teacher's embedding says about the labels.
 
     It is the given loss times :math:`s^{power}`, where s is :func:`label_information` of the training set. With
-    ``worth``, the teacher counts besides as a prior does: like :math:`worth \cdot s / (1 - s)` labelled images of each
-    class, so that where there are n, more than that, its weight falls as :math:`1 / n`.
+    ``worth``, the teacher also acts as a prior worth :math:`worth \cdot s / (1 - s)` labelled images per class: with
+    n images per class, if n is larger, its weight falls as :math:`1 / n`.
 
     Args:
         loss: A loss that is called with ``(student_tensor, teacher_tensor, labels)``.
-        power: 0 trusts every teacher alike; the higher, the less a weak teacher counts.
-        worth: Labelled images a class that a teacher counts for whose embedding takes half of the labels' entropy
-            away; None for ever so many.
+        power: 0: every teacher has the same weight. A higher power reduces the weight of a weak teacher.
+        worth: Number of labelled images per class that a teacher is worth if its embedding removes half of the labels'
+            entropy. None: no limit.
 
     Raises:
         MethodError: the power is negative, ``worth`` is not above 0, or (on a call) :meth:`prepare` was not called.

@@ -90,8 +90,9 @@ def refilled(
             through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
         trust: Weigh stage 2's terms of the teacher by what its embedding says about the training labels, to this
             power (see :mod:`refilled.losses.trust`); 0 trusts every teacher alike, as the paper does.
-        worth: If given, let those terms count as a prior does: like so many labelled images of each class, for a
-            teacher that knows half of the labels, more for a better one; the weights fall where there are more images.
+        worth: If given, those terms act as a prior worth this number of labelled images per class, for a teacher whose
+            embedding removes half of the labels' entropy; a better teacher is worth more. With more images than that,
+            the weights fall.
         gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)

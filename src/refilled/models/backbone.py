@@ -202,8 +202,8 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
 def _luma(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert RGB images ``(N, 3, H, W)``, uint8 or float in [0, 1], to grayscale ``(N, 1, H, W)`` in [0, 1]."""
     scale = 255 if images.dtype == torch.uint8 else 1
-    weights = torch.tensor(_LUMA, dtype=dtype, device=images.device) / scale
-    return torch.einsum("nchw,c->nhw", images.to(dtype), weights)[:, None]
+    weights = torch.tensor(_LUMA, dtype=dtype, device=images.device).view(1, 3, 1, 1) / scale
+    return (images.to(dtype) * weights).sum(1, keepdim=True)  # no matrix product: autocast would round it
 
 
 def _as_laid_out(images: Tensor, values: Tensor) -> Tensor:

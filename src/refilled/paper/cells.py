@@ -13,6 +13,9 @@ from refilled.grid.jobs import FewShotTest, Found, Job, load, name_of
 from refilled.methods import load_method
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, Optimisation, Protocol
 from refilled.paper.tables import Column, FewShotRow, Row, Table
+from refilled.runs.experiment import refuse_other_images
+from refilled.runs.folder import RunFolder
+from refilled.runs.prepared import with_absolute_paths
 
 _EPOCHS_OF_THE_PAPER = 400  # two stages of 200
 _DECAY_OF_THE_PAPER = 0.05  # of the weight of local distillation, each epoch
@@ -279,6 +282,8 @@ class Plan:
         if name not in self.runs:
             if isinstance(job, Run):
                 self._refuse_outdated(name, job)
+                if (self.folder / name / "DONE").exists():
+                    refuse_other_images(RunFolder(self.folder / name), with_absolute_paths(job))
             found: dict[str, Any] = {at: str(self.folder / other) for at, other in needed.items()}
             self.runs[name] = replace(job, **found)
             if needed:

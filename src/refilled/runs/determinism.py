@@ -1,4 +1,4 @@
-"""Settings of this process: how fast it computes, and that it finds the same again."""
+"""Process-wide settings for speed and reproducibility."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ _LARGE = 2**25  # bytes; larger blocks still come and go one by one, or pieces o
 
 
 def use_machine(threads: int | None, device: str = "cpu") -> None:
-    """Compute on so many threads, or on as many as torch chooses, and on a device in a way that can be repeated.
+    """Set the number of threads (None: torch's choice) and make computation on ``device`` deterministic.
 
     Freed memory is kept for the next step. glibc gives what is freed at the end of its heap back to the system. Each
     step of training, which asks for the same blocks as the step before, then gets them page by page and filled with

@@ -256,7 +256,7 @@ def _unrecorded(wanted: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[
 
 
 def _with_named(run: Run, folder: RunFolder, named: Mapping[str, str]) -> Run:
-    """Take what was named again in the place of what is recorded, and refuse a Python file that was not."""
+    """Return the run with the fields that were named again; refuse a Python file that was not named again."""
     for name in NAMED:
         recorded = getattr(run, name)
         if name not in named:

@@ -155,5 +155,5 @@ class RunFolder:
 
 
 def _is_leftover(entry: Path) -> bool:
-    """Tell whether a file is a lock, or what an interrupted write of ours has left behind."""
+    """Return whether a file is a lock, or the remainder of an interrupted write."""
     return entry.name == ".lock" or (entry.name.startswith(".") and entry.name.endswith(".tmp"))

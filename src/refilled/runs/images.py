@@ -1,4 +1,4 @@
-"""Which images a run uses, kept in its folder: nobody scores a student on images that it was trained on, unawares.
+"""The record of a run's images in its folder, by which images that were trained on are recognised when scored.
 
 ``data.json`` says what the task was: its text, its fingerprint, the state of its files. ``images.safetensors`` holds 8
 bytes per image, a digest of its pixels as the student sees them, so that single images are recognised later.

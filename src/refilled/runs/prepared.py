@@ -2,14 +2,17 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from refilled.config import Run
 from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
 from refilled.errors import RunError
+from refilled.losses.imbalance import BalancedCrossEntropyLoss, counts_of
 from refilled.methods import load_method
 from refilled.methods.vanilla import vanilla
 from refilled.models import (
@@ -158,12 +161,13 @@ class Prepared:
         if isinstance(plan, Readout):
             assert self.teacher is not None  # the method has checked it, as what the assertions below say
             self.readout, self.student = plan, self.teacher
+            self._balanced(())
         elif isinstance(plan, FineTuning):
             assert self.teacher is not None
-            self.stages, self.student = list(plan.stages), self._copy(self.teacher)
+            self.stages, self.student = self._balanced(plan.stages), self._copy(self.teacher)
         else:
             assert student is not None
-            self.stages, self.student = list(plan), student
+            self.stages, self.student = self._balanced(plan), student
             if not any(stage.needs_teacher for stage in plan):
                 self.teacher = None
         if self.teacher is not None:
@@ -181,7 +185,32 @@ class Prepared:
         torch.manual_seed(self.run.seed)
         self.student = self._begin_with(self.run.student)
         self.notes, self.ignores_teacher = notes, True  # those on the student's weights are there already
-        self.stages = vanilla(self.student, None)
+        self.stages = self._balanced(vanilla(self.student, None))
+
+    def _balanced(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Replace the cross-entropy of each stage by a balanced one if the run asks for it."""
+        balance = self.run.balance
+        if balance == "off":
+            return list(stages)
+        loss = BalancedCrossEntropyLoss(counts_of(self.task.train.labels, len(self.task.classes)), balance)
+        plain = {
+            (stage.name, name)
+            for stage in stages
+            for name, term in stage.terms.items()
+            if type(term.loss) is nn.CrossEntropyLoss
+        }
+        if not plain:
+            raise RunError(f"the method '{self.run.method}' has no cross-entropy to balance; leave out --balance")
+        return [
+            replace(
+                stage,
+                terms={
+                    name: replace(term, loss=loss) if (stage.name, name) in plain else term
+                    for name, term in stage.terms.items()
+                },
+            )
+            for stage in stages
+        ]
 
     def _begin_with(self, text: str) -> Backbone:
         if not starts_from_weights(text):

@@ -27,7 +27,7 @@ _DIGEST_SIZE = sha256().digest_size
 
 
 class State(NamedTuple):
-    """Everything that training needs to go on: tensors by name, and plain data."""
+    """Everything that training needs to resume: tensors by name, and plain data."""
 
     tensors: dict[str, Tensor]
     data: dict[str, Any]

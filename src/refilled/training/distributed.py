@@ -123,7 +123,7 @@ class World:
         return cast(T, outcome[0])
 
     def check_same(self, **things: object) -> None:
-        """Refuse to go on where ranks hold different things.
+        """Check that all ranks hold equal things.
 
         Raises:
             RunError: they do; it names the first rank that differs from rank 0, and in what.
@@ -303,11 +303,11 @@ def _all_reduce(numbers: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 @contextmanager
 def _with_all_ranks() -> Iterator[None]:
-    """Say what it means when an exchange with the other ranks fails."""
+    """Turn a failed exchange with the other ranks into a :class:`RankError`."""
     try:
         yield
     except RuntimeError as error:  # gloo has no kind of its own
         raise RankError(
-            "another process of this run has ended, so that this one cannot go on; what happened to it stands above, "
-            "or in the summary of torchrun. The run goes on from its last saved state with --resume"
+            "another process of this run has ended, so this one cannot continue; the cause is printed above, or in the "
+            "summary of torchrun. Resume the run from its last saved state with --resume"
         ) from error

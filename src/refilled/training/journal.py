@@ -38,7 +38,7 @@ class RunJournal:
     """A :class:`~refilled.training.loop.Journal` kept in a run's folder.
 
     The log holds only what a repeated run would give again. How far it had come is part of every saved state, so
-    that a run which goes on from there continues the log exactly.
+    that a run which resumes from there continues the log exactly.
 
     Args:
         folder: The run's folder.

@@ -1,7 +1,8 @@
-"""The training loop: the only one for supervised training, whatever the method.
+"""The training loop of a run, for every method with stages.
 
-It reads a method's stages and knows nothing else about it. Where it stands is a :class:`Position`; everything it
-needs to go on from there is handed to the journal as a state, so that an interrupted run goes on bit for bit.
+It depends on the method only through its stages. Its progress is a :class:`Position`; the journal receives everything
+needed to resume from there as a state, so an interrupted run resumes bit-identically. Few-shot students and
+meta-training have loops of their own in ``fewshot/``.
 """
 
 import math
@@ -45,17 +46,17 @@ class Position:
 
 
 class View(NamedTuple):
-    """Which random view of the images a step sees."""
+    """The random view of the images that is used in a step."""
 
     seed: int
     number: int
 
 
 class Journal(Protocol):
-    """Where training writes what happens, and where it finds what happened before; left as it is, nothing is kept."""
+    """Records progress and restores saved state. The default keeps nothing."""
 
     def restore(self) -> State | None:
-        """Return the state to go on from, if there is one."""
+        """Return the state to resume from; None if there is none."""
         return None
 
     def checkpoint_due(self) -> bool:
@@ -67,7 +68,7 @@ class Journal(Protocol):
         return
 
     def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None:
-        """A stage of ``epochs`` times ``steps`` begins, or goes on after ``done`` steps."""
+        """A stage of ``epochs`` times ``steps`` begins, or resumes after ``done`` steps."""
         return
 
     def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
@@ -107,7 +108,7 @@ def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
 
 
 def views_of(recipe: Recipe, task: Task) -> Views:
-    """Say what students see of a task's training images; ``auto`` is the augmentation that suits the task."""
+    """Return the augmentation of a task's training images; ``auto`` is the task's own."""
     augmentation = task.augmentation if recipe.augmentation == "auto" else recipe.augmentation
     return Views(augmentation, recipe.mixup, recipe.cutmix)
 
@@ -217,7 +218,7 @@ class _Training:
             )
 
     def _vary_random_numbers(self) -> None:
-        """Let dropout differ between ranks; rank 0 goes on with the numbers of a process on its own."""
+        """Let dropout differ between ranks; rank 0 keeps the random numbers of a single process."""
         if not self.world.leads:
             keys = (self.position.stage, self.position.epoch, self.position.step)
             torch.manual_seed(int(keyed_bits(self.recipe.seed, "rank", self.world.rank, *keys)))
@@ -407,7 +408,7 @@ class _Training:
             tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
             tensors["updates"] = torch.tensor(self.average.updates)
         lr = self.optimizer.param_groups[0]["lr"]
-        # The names of the sums besides, for their order: a file of tensors does not keep it, and the log should.
+        # The names of the sums are saved for their order, which a file of tensors does not keep and the log needs.
         return State(tensors, {"position": vars(self.position), "lr": lr, "sums": list(self.sums)})
 
     def _restore(self, state: State) -> None:

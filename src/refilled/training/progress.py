@@ -15,10 +15,10 @@ class Display:
     """Where progress is shown; this one shows nothing."""
 
     def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
-        """A stage of ``epochs`` times ``steps`` begins, or goes on after ``done`` steps."""
+        """A stage of ``epochs`` times ``steps`` begins, or resumes after ``done`` steps."""
 
     def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
-        """A step on so many images gave these values."""
+        """A step on this many images gave these values."""
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         """An epoch ended."""
@@ -43,7 +43,7 @@ class _Rate:
 
 
 class Bars(Display):
-    """A bar for each stage, with the time left, images a second and the values of the last step."""
+    """A bar for each stage, with the time left, images per second and the values of the last step."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -90,7 +90,7 @@ class Bars(Display):
 
 
 class Lines(Display):
-    """One plain line an epoch, at most one in five seconds, for logs and pipes."""
+    """One plain line per epoch, at most one in five seconds, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -98,7 +98,7 @@ class Lines(Display):
         self._epochs = 0
 
     def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
-        """Say what begins."""
+        """Print what begins."""
         self._epochs, self._rate = epochs, _Rate()
         self._print(f"stage {name}: {epochs} epochs of {steps} steps")
 

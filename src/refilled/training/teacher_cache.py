@@ -5,8 +5,8 @@ the very images that the student sees. Runs with other seeds, methods or student
 of what it holds.
 
 A cache is a folder of shards, each with one view of a range of the images. A shard is written whole or not at all and
-ends in a checksum of what it holds and whose it is. So a build that was killed goes on where it stood, several
-processes can build one cache, and a shard that is torn, or was made for something else, is found and made anew.
+ends in a checksum of its contents and of its owner. A killed build therefore resumes, several processes can build one
+cache, and a shard that is torn, or was made for something else, is detected and built again.
 """
 
 import fcntl
@@ -219,7 +219,7 @@ class TeacherCache:
         return self.folder / f"view-{view:04d}-images-{images.start:08d}.f32"
 
     def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say) -> bool:
-        """Make a shard unless another process has done so; False if one is at it just now and is not waited for."""
+        """Build a shard unless another process has; False if another process holds its lock and ``wait`` is False."""
         # One byte of the file stands for each shard. The system lets go of a byte when its process ends.
         try:
             fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
