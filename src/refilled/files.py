@@ -34,7 +34,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)
             error.wanted = len(data)  # type: ignore[attr-defined]  # for the message about a full disk
         with suppress(OSError):

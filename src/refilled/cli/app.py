@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from refilled.cli.cache import cache
 from refilled.cli.compare import compare, demo
+from refilled.cli.doctor import doctor
 from refilled.cli.embed import embed
 from refilled.cli.ending import Terminated, ending_by_signal, explain, what_was_left
 from refilled.cli.export import export
@@ -67,6 +68,7 @@ for _command in (
     reproduce,
     report,
     push,
+    doctor,
 ):
     app.command()(_command)
 app.command(name="list")(list_)
