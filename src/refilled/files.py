@@ -34,7 +34,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)
             error.wanted = len(data)  # type: ignore[attr-defined]  # for the message about a full disk
         with suppress(OSError):
@@ -76,7 +76,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(damaged(path, f"it is not JSON ({error})")) from error
     if not isinstance(found, dict):
-        raise RunError(damaged(path, f"it holds a {type(found).__name__} in place of an object"))
+        raise RunError(damaged(path, f"it holds a {type(found).__name__} instead of an object"))
     return found
 
 

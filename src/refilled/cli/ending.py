@@ -39,7 +39,7 @@ class Terminated(BaseException):
 
 
 def explain(error: BaseException) -> str | None:
-    """Say what a fault of the machine means for the user; None for anything else, which is a defect of the program.
+    """Return what a fault of the machine means for the user; None for anything else, which is a defect of refilled.
 
     The message names the file, and how to mend it.
     """
@@ -94,7 +94,7 @@ def ending_by_signal() -> Iterator[None]:
 
 
 def what_was_left(arguments: list[str]) -> str:
-    """Say what a command that a signal ended has left on disk, and how to continue."""
+    """Return what a command that a signal ended has left on disk, and how to continue."""
     folder = next(
         (Path(value) for name, value in pairwise(arguments) if name in ("--out", "--resume")),
         None,
