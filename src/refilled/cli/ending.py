@@ -1,4 +1,4 @@
-"""How a command ends when it cannot go on: one sentence and an exit code, for faults of the machine and for signals.
+"""How a command ends when it cannot continue: one sentence and an exit code, for faults of the machine and for signals.
 
 Exit codes: 0 done; 1 done in part; 2 a mistake or a fault that the message explains; 128 + n ended by signal n.
 """
