@@ -522,7 +522,7 @@ def test_commands_of_many_runs_refuse_torchrun(monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["refilled", command, "digits:0-4"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    assert f"start 'refilled {command}' once, without torchrun" in capsys.readouterr().err
+    assert f"start 'refilled {command}' without torchrun" in capsys.readouterr().err
 
 
 def told(world, message):
