@@ -37,6 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mining.py --sizes 128 256 512 --runs 5
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/start.py
 
 # The teacher that comes with the package.
 teacher: $(STAMP)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refilled.config import Run
     from refilled.errors import RefilledError
+    from refilled.export.loaded import load
     from refilled.losses.distances import class_centers
     from refilled.losses.local_kd import LocalKDLoss
     from refilled.losses.mining import Triplets, semi_hard_triplets
@@ -29,6 +30,7 @@ _HOMES = {
     "TripletAlignmentLoss": "refilled.losses.triplet_alignment",
     "Triplets": "refilled.losses.mining",
     "class_centers": "refilled.losses.distances",
+    "load": "refilled.export.loaded",
     "semi_hard_triplets": "refilled.losses.mining",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "TripletAlignmentLoss",
     "Triplets",
     "class_centers",
+    "load",
     "semi_hard_triplets",
 ]
 

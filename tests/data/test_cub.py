@@ -9,7 +9,7 @@ from PIL import Image
 
 from refilled.data import load_task, task_size
 from refilled.data.decode import decode
-from refilled.data.source import ArrayPart, Crop, PooledPart
+from refilled.data.source import ArrayPart, Crop, MergedPart
 from refilled.errors import TaskError
 
 CLASSES, IMAGES = 4, 10  # of each class, 6 of them to train on
@@ -103,7 +103,7 @@ def test_pooled_parts_keep_rows_names_and_pictures_together():
         ArrayPart(np.arange(n), np.full((n, 2, 2), n, dtype=np.uint8) + np.arange(n)[:, None, None], f"part{n}")
         for n in (3, 1, 4)
     )
-    pooled = PooledPart(parts)
+    pooled = MergedPart(parts)
     rows = np.array([0, 2, 3, 5, 7])
     assert pooled.labels.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert [pooled.name(row) for row in rows.tolist()] == ["part3#0", "part3#2", "part1#0", "part4#1", "part4#3"]

@@ -167,7 +167,7 @@ def test_a_student_of_eight_bits_does_not_guess_what_is_black_and_white(tmp_path
     (tmp_path / "x.png").write_bytes(encoded(noise(4095, 1), "PNG"))
     result = CliRunner().invoke(app, ["predict", str(out), str(tmp_path / "x.png"), "--json"])
     assert result.exit_code == 1
-    assert "more than 8 bits a channel, which no training image has" in result.output
+    assert "more than 8 bits per channel, but no training image has" in result.output
     old = shutil.copytree(out, tmp_path / "old")  # of a version that scaled everything from 16 bits
     del document["grey_range"]
     (old / "model.json").write_text(json.dumps(document))

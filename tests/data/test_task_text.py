@@ -137,7 +137,7 @@ def small_world(tmp_path, monkeypatch):
             Image.new("RGB", (4, 4), (colour, number, 0)).save(tmp_path / "pets" / name / f"{number}.png")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
     part = ArrayPart(np.arange(20) // 2, pixels, "digits")
-    monkeypatch.setattr("refilled.data.loading.open_digits", lambda: Source(tuple("0123456789"), part, None, part))
+    monkeypatch.setattr("refilled.data.opening.open_digits", lambda: Source(tuple("0123456789"), part, None, part))
     monkeypatch.setattr("datasets.load_dataset", no_network)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """Commands that train one student: ``train`` and ``distill``."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +22,11 @@ from refilled.cli.options import (
     run_flags,
     run_name,
 )
-from refilled.cli.show import carry_out, console, rank
+from refilled.cli.show import carry_out, console, processes, rank, say, silent
 from refilled.config import WHERE, Run
 from refilled.errors import RunError
+
+_AUTO = "auto"
 
 
 @run_flags(
@@ -50,13 +54,24 @@ def train(
     _distill(run, out, overwrite, quiet, as_json)
 
 
-@run_flags("task", "settings")
+@run_flags("task", "settings", "teacher_size")
 def distill(
     context: typer.Context,
     task: Annotated[
         str | None, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
     ] = None,
     teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
+    teacher_size: Annotated[
+        str | None,
+        typer.Option(
+            help=escape(
+                f"{descriptions()['teacher_size']} 'auto' measures a few sizes on a sample and takes the smallest "
+                "that is as good as the best."
+            ),
+            show_default=False,
+            rich_help_panel="Data, models, machine",
+        ),
+    ] = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
@@ -92,11 +107,34 @@ def distill(
         )
     settings = dict(key_value(text) for text in set_ or ())
     named = {"task": task, "teacher": teacher, "student": student, "method": method, "settings": settings}
-    run = configure(preset, {**named, **flags})
+    run = configure(preset, {**named, "teacher_size": _size(teacher_size), **flags})
+    if teacher_size == _AUTO:
+        run = _with_measured_size(run, silent if quiet or as_json else say)
     if dry_run:
         _forecast(run, ranks, as_json)
         return
     _distill(run, out, overwrite, quiet, as_json)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None or text == _AUTO:
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise RunError(f"--teacher-size takes a number of pixels, or {_AUTO}; got '{text}'")
+    return int(text)
+
+
+def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
+    if processes() > 1:
+        raise RunError(
+            f"--teacher-size {_AUTO} measures in one process; find the size by 'refilled teachers --sizes ...' first, "
+            "and give it to torchrun"
+        )
+    from refilled.selection.ranking import settle_size
+
+    size, line = settle_size(run)
+    tell(line)
+    return replace(run, teacher_size=size)
 
 
 def _distill(run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from refilled.cli.options import (
 )
 from refilled.cli.show import console, err, printable, say
 from refilled.errors import RunError, unknown
+from refilled.files import spreadsheet_cell
 
 
 def evaluate(
@@ -43,16 +44,21 @@ def evaluate(
 
 
 def predict(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or an exported .onnx file.", show_default=False)],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
     top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
     """Print the class of each image, with probabilities."""
-    from refilled.runs.inference import classify
+    if folder.suffix == ".onnx" and not folder.is_dir():
+        from refilled.export.onnx_file import classify_file
 
-    predictions, unreadable = classify(folder, images)
+        predictions, unreadable = classify_file(folder, images)
+    else:
+        from refilled.runs.inference import classify
+
+        predictions, unreadable = classify(folder, images)
     if as_csv:
         _print_csv(predictions)
     elif as_json:
@@ -89,15 +95,12 @@ def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
 
     writer = csv.writer(sys.stdout)
     names = list(predictions[0][1]) if predictions else []
-    writer.writerow(["image", "class", *map(_cell, names)])
+    writer.writerow(["image", "class", *map(spreadsheet_cell, names)])
     for image, probabilities in predictions:
         best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow([_cell(str(image)), _cell(best), *(f"{p:.6f}" for p in probabilities.values())])
-
-
-def _cell(text: str) -> str:
-    """Quote a text that a spreadsheet would evaluate as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+        writer.writerow(
+            [spreadsheet_cell(str(image)), spreadsheet_cell(best), *(f"{p:.6f}" for p in probabilities.values())]
+        )
 
 
 def _methods() -> Table:

@@ -3,12 +3,14 @@
 from refilled.data.class_split import Side, list_splits
 from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.grey import GreyRange
-from refilled.data.loading import TaskSize, data_folder, list_datasets, load_task, task_size, task_stamp
+from refilled.data.loading import load_task, task_stamp
+from refilled.data.opening import data_folder, list_datasets
 from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches, joined_batches
 from refilled.data.statistics import channel_statistics
 from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
+from refilled.data.task_size import TaskSize, task_size
 from refilled.data.task_text import absolute_task_text
 from refilled.data.transforms import Augmentation, augment
 from refilled.data.views import Mixing, Views

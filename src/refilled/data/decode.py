@@ -158,6 +158,18 @@ def _extremes(picture: Picture) -> Extremes | None:
     return None  # decode() will give the reason
 
 
+def header_size(picture: bytes) -> tuple[int, int]:
+    """Return the width and height of an encoded picture, from the header alone.
+
+    Raises:
+        Exception: Of many kinds, where it is no picture; :func:`describe` turns them into a reason.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(picture) as file, _identify(file) as image:
+            return image.size
+
+
 def short_side(picture: Picture) -> int | None:
     """Return the length of the short side in pixels, from the header alone; None if it cannot be read."""
     if isinstance(picture, np.ndarray):

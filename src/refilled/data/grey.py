@@ -15,11 +15,12 @@ from PIL import Image
 
 FORMATS_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # which say their range, so that Pillow brings it to 16 bits
 
+DEEP = "more than 8 bits"
 NO_RANGE = (
-    "more than 8 bits a channel, which no training image has, so that its black and white are unknown; save it with 8 "
-    "bits a channel"
+    f"{DEEP} per channel, but no training image has, so its black and white are unknown; save it with 8 bits per "
+    "channel"
 )
-"""Why a picture is left out that has more than 8 bits where the range of levels is not known."""
+"""The reason to leave out a picture with more than 8 bits per channel where the range of levels is not known."""
 
 _BITS = (8, 10, 12, 14, 16)  # of sensors
 Arguments = tuple[Any, ...] | str | None

@@ -163,14 +163,14 @@ class Source:
     """What a reader of results should know of how the source was read."""
 
 
-def pool(source: Source) -> Source:
-    """Make one training part of all parts, to be divided anew."""
+def merge_parts(source: Source) -> Source:
+    """Return a source whose training part holds all parts, to be divided again."""
     parts = tuple(part for part in (source.train, source.val, source.test) if part is not None)
-    return replace(source, train=PooledPart(parts), val=None, test=None)
+    return replace(source, train=MergedPart(parts), val=None, test=None)
 
 
 @dataclass(frozen=True)
-class PooledPart:
+class MergedPart:
     """Several parts as one: the rows of the first, then those of the next."""
 
     parts: tuple[Part, ...]

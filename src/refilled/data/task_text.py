@@ -60,6 +60,11 @@ class TaskText:
     selection: str | None  # which classes; None for all
     options: TaskOptions
 
+    @property
+    def columns(self) -> tuple[str | None, str | None]:
+        """The image column and the label column of a table, where the text names them."""
+        return self.options.image, self.options.label
+
     def resolved(self, data_root: Path) -> str:
         """Write the text that gives the same task, with the options that are not the defaults.
 

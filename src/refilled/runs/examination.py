@@ -85,15 +85,10 @@ def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> str |
     if len(train) < _FEWEST or train.labels.unique().numel() < 2:
         return None
     embedding, labels = finite_embedding(teacher, train, device), train.labels
+    fault = fault_in(embedding, pixels_of(train), labels)
+    if fault is not None:
+        return fault
     known = label_information(embedding, labels)
-    if is_at_chance(partial(label_information, embedding), labels):
-        return f"no better than chance (label information {known:.2f})"
-    if known < _NEXT_TO_NOTHING:
-        return f"hardly better than chance (label information {known:.2f})"
-    pixels = _pixels(train)
-    if knows_less(embedding, pixels, labels):
-        of_pixels = label_information(pixels, labels)
-        return f"less well than the plain pixels do (label information {known:.2f}, of the pixels {of_pixels:.2f})"
     held_out = _sample(prepared.task.val, labels.unique())
     if known < _WELL_KNOWN or len(held_out) < _FEWEST_HELD_OUT:
         return None
@@ -104,6 +99,25 @@ def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> str |
             f"in the training images (label information {known:.2f}), but not in the held-out images "
             f"({on_held_out(held_out.labels):.2f}), as if it had learned these very images by heart"
         )
+    return None
+
+
+def fault_in(embedding: Tensor, pixels: Tensor, labels: Tensor) -> str | None:
+    """Return how badly an embedding tells the classes apart, if that is no better than chance or than the pixels.
+
+    Args:
+        embedding: The teacher's embedding ``(N, d)`` of training images.
+        pixels: The images themselves ``(N, e)``; see :func:`pixels_of`.
+        labels: Class ids ``(N,)``.
+    """
+    known = label_information(embedding, labels)
+    if is_at_chance(partial(label_information, embedding), labels):
+        return f"no better than chance (label information {known:.2f})"
+    if known < _NEXT_TO_NOTHING:
+        return f"hardly better than chance (label information {known:.2f})"
+    if knows_less(embedding, pixels, labels):
+        of_pixels = label_information(pixels, labels)
+        return f"less well than the plain pixels do (label information {known:.2f}, of the pixels {of_pixels:.2f})"
     return None
 
 
@@ -120,7 +134,7 @@ def _sample(images: Split, classes: Tensor | None = None) -> Split:
     return Split(images.pixels[rows], labels[rows], [images.sources[row] for row in rows.tolist()])
 
 
-def _pixels(images: Split) -> Tensor:
+def pixels_of(images: Split) -> Tensor:
     """Return the images themselves as an embedding ``(N, d)``; large ones are averaged down."""
     pixels = images.pixels[torch.arange(len(images))].float()
     if max(pixels.shape[-2:]) > _SIDE:

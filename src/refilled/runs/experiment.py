@@ -12,6 +12,7 @@ from refilled.config import WHERE, Run, what
 from refilled.data import Task, task_stamp
 from refilled.errors import RunError
 from refilled.models import save_model
+from refilled.runs.choice import is_measured, settle_precision
 from refilled.runs.determinism import give_memory_back
 from refilled.runs.examination import verdict_on
 from refilled.runs.folder import RunFolder
@@ -45,6 +46,7 @@ def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_b
     with joined() as world, ExitStack() as held:
         world.lead(run_folder.refuse_used)
         prepared = Prepared(resolve(run))  # fails before anything is written, if it fails
+        settle_precision(run, prepared, world)
         world.lead(lambda: held.enter_context(run_folder.new()))
         return begin(prepared, run_folder, display or Display(), seconds_between_saves, world)
 
@@ -110,9 +112,13 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
     folder.mkdir(parents=True, exist_ok=True)
     if not run_folder.begun:
         with run_folder.new():
-            return begin(Prepared(resolve(run)), run_folder, display, seconds_between_saves)
+            prepared = Prepared(resolve(run))
+            settle_precision(run, prepared)
+            return begin(prepared, run_folder, display, seconds_between_saves)
     with run_folder.held():
         wanted = with_absolute_paths(resolve(run))
+        if is_measured(run, wanted):  # the record says what was settled
+            wanted = replace(wanted, precision=run_folder.run().precision)
         _refuse_another(run_folder, wanted)
         named = {name: value for name in NAMED if (value := getattr(wanted, name)) is not None}
         if run_folder.finished:

@@ -1,12 +1,13 @@
 """What a finished run's network says about images."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from refilled.data import GreyRange, Task
 from refilled.data.decode import read_pixels
 from refilled.data.walking import list_images
 from refilled.errors import RefilledError, RunError, TaskError
+from refilled.files import damaged
 from refilled.models import Backbone, embedded_folder, load_model
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
@@ -23,6 +25,9 @@ from refilled.runs.prepared import load_task_of, load_teacher_of
 from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, finite_embedding
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
+
+Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
+"""Each image's probability of each class, and for images that cannot be read the reason."""
 
 _BATCH = 256
 _SHOWN = 5  # names in a message
@@ -153,13 +158,14 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
         path = run_folder.stage(stage)
         if not path.exists():
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
-        student.load_state_dict(load_file(path))
+        try:
+            student.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise RunError(damaged(path, str(error))) from error
     return _placed(student)
 
 
-def classify(
-    folder: Path, images: Iterable[Path]
-) -> tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]:
+def classify(folder: Path, images: Iterable[Path]) -> Classified:
     """Return each image's probability of each class, and for images that cannot be read the reason.
 
     Args:
@@ -169,27 +175,47 @@ def classify(
     Raises:
         RefilledError: The folder holds no student, or there is no image.
     """
-    model = _load_student(folder)
-    paths = [path for image in images for path in _images_in(image)]
-    if not paths:
-        raise TaskError("no images were found; name image files, or folders that hold some")
+    return classify_by(_load_student(folder), images)
+
+
+def classify_by(model: Backbone, images: Iterable[Path]) -> Classified:
+    """Return what :func:`classify` returns, by a student that is loaded already."""
     assert model.image_size is not None  # every model that can be saved has one
     assert model.class_names is not None  # every student has them
+    return classify_with(
+        lambda pixels: predict(model, pixels).logits, model.class_names, model.image_size, _grey_range_of(model), images
+    )
+
+
+def classify_with(
+    logits: Callable[[Tensor], Tensor],
+    classes: Sequence[str],
+    size: int,
+    grey: GreyRange | None,
+    images: Iterable[Path],
+) -> Classified:
+    """Return what :func:`classify` returns, by any function from uint8 images ``(N, 3, S, S)`` to logits ``(N, C)``."""
+    paths = [path for image in images for path in images_in(image)]
+    if not paths:
+        raise TaskError("no images were found; name image files, or folders that hold some")
     readable: list[tuple[Path, dict[str, float]]] = []
     unreadable: list[tuple[Path, str]] = []
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), model.image_size, _grey_range_of(model))
-        probabilities = predict(model, pixels).logits.softmax(1).tolist()
+        pixels, reasons = read_pixels(batch, len(batch), size, grey)
+        probabilities = logits(pixels).softmax(1).tolist() if len(pixels) else []
         kept = [path for position, path in enumerate(batch) if position not in reasons]
-        readable += [
-            (p, dict(zip(model.class_names, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)
-        ]
+        readable += [(p, dict(zip(classes, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)]
         unreadable += [(batch[position], reason) for position, reason in reasons.items()]
     return readable, unreadable
 
 
-def _images_in(path: Path) -> list[Path]:
+def images_in(path: Path) -> list[Path]:
+    """Return the image files that a path names: those of a folder, at any depth, or the file itself.
+
+    Raises:
+        TaskError: A folder cannot be listed, or the text is the address of a download.
+    """
     if path.is_dir():
         return list_images(path).images
     if re.match(r"[a-z]+:/|-$", str(path)):

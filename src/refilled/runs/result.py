@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from refilled.errors import RunError
-from refilled.files import write_atomic
+from refilled.files import read_fields, write_atomic
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Result:
         """
         if not (folder / "DONE").exists():
             raise RunError(f"{folder} holds no finished run")
-        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        return read_fields(cls, folder / "result.json")
 
     def save(self, folder: Path) -> None:
         """Write the result to a run's folder."""

@@ -1,0 +1,66 @@
+"""The command ``embed``: embeddings of images as a table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refilled.cli.show import console, err, printable, say
+
+
+def embed(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|TEACHER",
+            help="Folder of a run, or a teacher in any form that --teacher of 'distill' takes.",
+            show_default=False,
+        ),
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The table: FILE.parquet, FILE.csv or FILE.npz.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side length in pixels at which images are read; default: the model's.", min=1),
+    ] = None,
+    teacher_mean: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="Mean per channel, on the scale 0 to 1.")
+    ] = None,
+    teacher_std: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="Standard deviation per channel.")
+    ] = None,
+    teacher_size: Annotated[int | None, typer.Option(help="Side length of a teacher's input in pixels.")] = None,
+    teacher_embedding: Annotated[
+        str | None, typer.Option(help="The output that is the embedding: pooled, token, mean or both.")
+    ] = None,
+) -> None:
+    """Write the embeddings of images to a table; of a student also the class and its probability."""
+    from typing import cast, get_args
+
+    from refilled.errors import RunError, unknown
+    from refilled.models.backbone import Pooling
+    from refilled.runs.embedding import check_table, open_network, write_embeddings
+
+    check_table(out, overwrite)
+    if teacher_embedding is not None and teacher_embedding not in get_args(Pooling):
+        raise RunError(unknown("embedding", teacher_embedding, get_args(Pooling)))
+    network = open_network(
+        model,
+        mean=teacher_mean,
+        std=teacher_std,
+        input_size=teacher_size,
+        image_size=image_size,
+        pooling=cast(Pooling | None, teacher_embedding),
+    )
+    for note in network.notes:
+        say(f"note: {printable(note)}")
+    written = write_embeddings(network, images, out, overwrite)
+    for image, reason in written.unreadable:
+        line = f"left out {printable(str(image))}: {printable(reason)}"
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    summary = f"{written.images} embeddings of {written.embedding_dim} numbers: {printable(str(out))}"
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+    if written.unreadable:
+        say(f"{len(written.unreadable)} images could not be read")
+        raise typer.Exit(1)

@@ -1,0 +1,73 @@
+"""The command ``export``: a student as a file for other programs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from refilled.cli.options import Folder
+from refilled.cli.show import console, printable, say
+from refilled.errors import RunError, unknown
+
+_NAMES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "weights"}
+
+
+def export(
+    folder: Folder,
+    format_: Annotated[str, typer.Option("--format", help="onnx, torch or safetensors.")] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; for safetensors, a folder. Default: in RUN/export.", show_default=False),
+    ] = None,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="Take uint8 images, and normalise them inside the file.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also write FILE.int8.onnx, quantised to 8 bits, and compare the two.")
+    ] = False,
+) -> None:
+    """Write a student as a file that runs without this package, and compare it with torch."""
+    if format_ not in _NAMES:
+        raise RunError(unknown("format", format_, _NAMES))
+    if int8 and format_ != "onnx":
+        raise RunError(f"--int8 quantises ONNX files; leave out --format {format_}")
+    if preprocess and format_ == "safetensors":
+        raise RunError("weights hold no computation: --preprocess needs --format onnx or torch")
+    from refilled.export.student import open_student
+
+    model = open_student(folder)
+    path = out or folder / "export" / _NAMES[format_]
+    try:
+        if format_ == "onnx":
+            from refilled.export.onnx_file import write_onnx
+
+            difference = write_onnx(model, path, preprocess)
+        elif format_ == "torch":
+            from refilled.export.packages import write_program
+
+            difference = write_program(model, path, preprocess)
+        else:
+            from refilled.export.packages import write_weights
+
+            difference = write_weights(model, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    say(f"wrote {printable(str(path))}; its logits differ from torch by at most {difference:.1g}")
+    if int8:
+        _quantize(folder, path)
+
+
+def _quantize(folder: Path, path: Path) -> None:
+    from refilled.export.int8 import measure, quantize
+    from refilled.runs.inference import task_of
+
+    task, target = task_of(folder), path.with_suffix(".int8.onnx")
+    quantized, layers = quantize(path, target, task.train)
+    say(f"wrote {printable(str(target))}; {quantized} of {layers} convolutions and matrix products are in 8 bits")
+    table = Table("model", "accuracy", "ms per image", "KiB")
+    for name, file in (("float32", path), ("int8", target)):
+        found = measure(file, task.test)
+        accuracy = "no images" if found.accuracy is None else f"{found.accuracy:.2f} %"
+        table.add_row(name, accuracy, f"{found.milliseconds:.2f}", f"{found.size / 1024:.0f}")
+    console.print(table)

@@ -1,0 +1,98 @@
+"""The precision of a student's training by measurement, one choice per student and machine."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from refilled.config import Precision, Run
+from refilled.files import alone, cache_folder, write_atomic
+from refilled.models import Backbone
+from refilled.runs.environment import device_name
+from refilled.runs.prepared import Prepared
+from refilled.training.distributed import ALONE, World
+
+_BATCH = 32
+_SECONDS = 1.5
+_MARGIN = 0.97  # of bfloat16's time: what float32 must beat, so that noise does not decide
+
+
+def is_measured(asked: Run, resolved: Run) -> bool:
+    """Return whether the precision of a run is measured: ``auto``, a timm student, a CPU that multiplies in bfloat16.
+
+    The project's own networks keep bfloat16 unmeasured. So do runs with ``views``, whose cached embeddings have to
+    be in one precision for all students.
+    """
+    timm = resolved.student is not None and resolved.student.startswith("timm/")
+    cpu = resolved.device == "cpu" and resolved.precision == "bf16-mixed"
+    return asked.precision == "auto" and timm and cpu and resolved.views is None
+
+
+def settle_precision(asked: Run, prepared: Prepared, world: World = ALONE) -> None:
+    """Settle the precision of a prepared run; rank 0 decides for all processes."""
+    if is_measured(asked, prepared.run):
+        precision = world.lead(lambda: choose_precision(prepared.student, prepared.task.image_size))
+        prepared.run = replace(prepared.run, precision=precision)
+
+
+def choose_precision(student: Backbone, image_size: int) -> Precision:
+    """Return the faster precision of a student's training step, as it was first measured on this machine.
+
+    The choice is kept below the cache folder, so that equal runs, and all rows of a comparison, compute alike.
+    """
+    machine = (device_name(torch.device("cpu")), torch.__version__)
+    key = sha256(repr((machine, image_size, str(student))).encode()).hexdigest()[:16]
+    folder = cache_folder() / "precision"
+    path = folder / f"{key}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):  # one at a time: measurements would disturb each other
+            kept = _read(path)
+            if kept is None:
+                seconds = step_seconds(student, image_size)
+                kept = "32-true" if seconds["32-true"] < _MARGIN * seconds["bf16-mixed"] else "bf16-mixed"
+                record = {"precision": kept, "student": student.architecture, "seconds": seconds}
+                write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
+            return kept
+    except OSError:  # there is no place for a record, without which equal runs could differ
+        return "bf16-mixed"
+
+
+def step_seconds(student: Backbone, image_size: int) -> dict[Precision, float]:
+    """Measure forward and backward of a copy of a student in either precision, in turn, for about two seconds.
+
+    Neither the student nor the random numbers change.
+    """
+    shape = (_BATCH, image_size, image_size, 3)
+    best: dict[Precision, float] = {"32-true": float("inf"), "bf16-mixed": float("inf")}
+    with torch.random.fork_rng(devices=[]):
+        images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        copy = deepcopy(student).to(memory_format=torch.channels_last).train()
+        for precision in best:
+            _step(copy, images, precision)  # the first step sets up the kernels
+        start = perf_counter()
+        while best["bf16-mixed"] == float("inf") or perf_counter() - start < _SECONDS:
+            for precision in best:
+                before = perf_counter()
+                _step(copy, images, precision)
+                best[precision] = min(best[precision], perf_counter() - before)
+    return best
+
+
+def _step(student: Backbone, images: torch.Tensor, precision: Precision) -> None:
+    student.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        outputs = student(images)
+    (outputs.logits.float().square().mean() + outputs.embedding.float().square().mean()).backward()
+
+
+def _read(path: Path) -> Precision | None:
+    try:
+        found: Precision = json.loads(path.read_text(encoding="utf-8"))["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found in ("32-true", "bf16-mixed") else None
