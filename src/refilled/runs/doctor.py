@@ -123,10 +123,8 @@ def _precision(problems: list[str]) -> dict[str, Any]:
         except Exception as error:  # the question is whether it works
             problems.append(f"a training step of {name} fails: {error}")
             continue
-        found["cpu_steps"][name] = {
-            "seconds": seconds,
-            "faster": min(seconds, key=seconds.__getitem__),
-        }
+        faster = min(seconds, key=seconds.__getitem__)
+        found["cpu_steps"][name] = {"seconds": seconds, "faster": faster}
     return found
 
 
