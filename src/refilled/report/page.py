@@ -115,8 +115,11 @@ def _how_to_know(run: Run) -> str:
 
 def _command(run: Run, compare: bool = False) -> str:
     """Return the command that carries out the run, or compares its method with the student alone."""
+    alone = run.method == "vanilla"  # `distill` would take another method
     left_out = {"task", "settings", *WHERE} | ({"method", "seed"} if compare else set())
-    words = ["refilled", "compare" if compare else "distill", run.task]
+    if alone and not compare:
+        left_out |= {"method", "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding"}
+    words = ["refilled", "compare" if compare else "train" if alone else "distill", run.task]
     for field in fields(Run):
         value = getattr(run, field.name)
         default = None if field.default is MISSING else field.default
