@@ -25,6 +25,7 @@ YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0, "balance": "off", 
 """Fields that are missing from older records, and their implicit values in those runs."""
 
 _SGD_ONLY_LR = 0.05
+_MOST_GIB = 2**30
 
 
 def what(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,6 +210,14 @@ class Run(Recipe):
     threads: int | None = None
     cuda_graphs: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "shots", "image_size", "teacher_size", "threads")
+        if self.image_memory is not None and not (0 <= self.image_memory < _MOST_GIB):
+            raise RunError(f"image_memory = {self.image_memory} is out of range; give GiB, 0 or more")
+        if not 0 <= self.val < 1:
+            raise RunError(f"val = {self.val} is out of range; give a share of 0 or more and below 1")
+
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
@@ -288,6 +297,7 @@ class FewShotRun:
 
     def __post_init__(self) -> None:
         _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, seed=0, batch=1)
+        _positive(self, "image_size", "teacher_size", "threads")
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
@@ -342,12 +352,20 @@ class MetaRun:
 
     def __post_init__(self) -> None:
         _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, tasks=1, validate_every=1, n_validation=1, seed=0)
+        _positive(self, "image_size", "threads")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise RunError(f"lr = {self.lr} is out of range")
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise RunError(f"{name} = {value} is out of range; give 1 or more")
 
 
 def _at_least(config: object, **least: int) -> None:

@@ -128,6 +128,8 @@ MISTAKES = [
     (["train", "digits:5-12"], "within the classes 0-9"),
     (["train", "no_such_data"], "unknown data set 'no_such_data'; known: cifar100"),
     (["train", "digits", "--epochs", "0"], "epochs = 0 is out of range"),
+    (["train", "digits", "--time-limit", "30"], "write hours, minutes and seconds"),
+    (["train", "digits", "--time-limit", "30m", "--epochs", "3"], "leave out --epochs"),
     (["train", "digits", "--lr", "nan"], "lr = nan is out of range"),
     (["train", "digits", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
     (["train", "digits", "--model", "mobilenet_0"], "width must be above 0 and at most 4"),

@@ -14,11 +14,11 @@ import torch
 
 from refilled.compare.comparison import Comparison, compare
 from refilled.compare.page import Row, on_the_unlabelled, verdict
-from refilled.compare.pictures import examples
 from refilled.compare.summary import Gain
 from refilled.config import Run
 from refilled.errors import RunError
 from refilled.presets import PRESETS
+from refilled.report.pictures import examples
 from refilled.runs.experiment import complete
 from refilled.runs.inference import teacher_accuracy
 from refilled.runs.result import Result

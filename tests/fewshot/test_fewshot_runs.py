@@ -314,7 +314,7 @@ def test_the_command_meta_trains(photos, tmp_path):
         (["--method", "liner"], "did you mean 'linear'"),
         (["--n-way", "9"], "9 classes cannot be drawn from 4"),
         (["--n-episodes", "0"], "n_episodes = 0 is out of range"),
-        (["--tune", "c"], "must be KEY=VALUE"),
+        (["--tune", "c"], "is not KEY=VALUE"),
         (["--method", "refilled", "--set", "student=wrn_15_1", "--set", "steps=1"], "depth"),
         (["--method", "svm"], "needs a model of the seen classes; pass one with --teacher"),
     ],

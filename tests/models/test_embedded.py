@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,8 @@ def test_the_letters_that_it_was_trained_on_are_those_of_the_data_set():
 
 def test_its_record_is_that_of_the_script_that_makes_it():
     recorded = Run.from_toml((embedded_folder("refilled/letters") / "run.toml").read_text())
-    assert what(asdict(resolve(script().RUN))) == what(asdict(recorded))
+    again = replace(resolve(script().RUN), precision=recorded.precision)  # which depends on the processor
+    assert what(asdict(again)) == what(asdict(recorded))
 
 
 def test_half_precision_changes_no_class_of_a_model(teacher, tmp_path):

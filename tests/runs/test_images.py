@@ -17,7 +17,7 @@ from refilled.runs.inference import evaluate
 from refilled.training.journal import Interrupted
 from refilled.training.progress import Display
 
-STUDENT = ["--model", "mobilenet_0.25", "--threads", "1", "--quiet"]
+STUDENT = ["--model", "mobilenet_0.25", "--precision", "32-true", "--threads", "1", "--quiet"]
 
 
 def refilled(*arguments: object, code: int = 0) -> str:

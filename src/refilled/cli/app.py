@@ -14,8 +14,10 @@ from refilled.cli.cache import cache
 from refilled.cli.compare import compare, demo
 from refilled.cli.doctor import doctor
 from refilled.cli.embed import embed
+from refilled.cli.ending import Terminated, ending_by_signal, explain, what_was_left
 from refilled.cli.export import export
 from refilled.cli.fewshot import fewshot, meta_train
+from refilled.cli.report import push, report
 from refilled.cli.reproduce import reproduce
 from refilled.cli.serve import serve
 from refilled.cli.show import console, err, printable, processes, rank
@@ -64,6 +66,8 @@ for _command in (
     teachers,
     demo,
     reproduce,
+    report,
+    push,
     doctor,
 ):
     app.command()(_command)
@@ -78,19 +82,24 @@ def main() -> None:
     if rank() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 alone prints results
     try:
-        _refuse_torchrun(arguments)
-        app(arguments, prog_name="refilled", standalone_mode=True)
-    except RefilledError as error:
-        if debug:
-            raise
-        if _first_to_tell(str(error)):
-            err.print(f"[red]error:[/red] {escape(printable(str(error)))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        with ending_by_signal():
+            _refuse_torchrun(arguments)
+            app(arguments, prog_name="refilled", standalone_mode=True)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader has closed the pipe: no second error
+        # The reader has closed the pipe: no second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Terminated:
+        if rank() == 0:
+            err.print(f"ended by SIGTERM; {printable(what_was_left(arguments))}", markup=False, soft_wrap=True)
+        sys.exit(143)
+    except Exception as error:
+        message = str(error) if isinstance(error, RefilledError) else explain(error)
+        if debug or message is None:
+            raise
+        if _first_to_tell(message):
+            err.print(f"[red]error:[/red] {escape(printable(message))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _refuse_torchrun(arguments: list[str]) -> None:

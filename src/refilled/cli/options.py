@@ -20,6 +20,7 @@ _LEAST_STEPS = 1000
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html and README.md.")]
 Executor = Annotated[
     str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
 ]
@@ -38,6 +39,14 @@ Ranks = Annotated[int, typer.Option(help="With --dry-run: number of processes un
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder of the data sets. Default: $REFILLED_DATA.", show_default=False)
+]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Choose the number of epochs so that the whole run takes about this long, as in 90s, 30m or 1h30m.",
+        show_default=False,
+        rich_help_panel="Training",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -87,6 +96,21 @@ def configure(preset: str | None, values: dict[str, Any]) -> Run:
     """Return the run that the given flags and the preset describe; flags override the preset."""
     given = with_preset(preset, {name: value for name, value in values.items() if value is not None})
     return Run(**given if "epochs" in given else {"least_steps": _LEAST_STEPS, **given})
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds in a time such as ``90s``, ``30m``, ``1h30m`` or ``2h``.
+
+    Raises:
+        RunError: The text is not such a time.
+    """
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
+    if parts is None or not any(parts.groups()):
+        raise RunError(f"'{text}' is not a time; write hours, minutes and seconds as in 90s, 30m or 1h30m")
+    seconds = sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+    if seconds <= 0:
+        raise RunError(f"the time '{text}' is out of range; give more than 0 seconds")
+    return seconds
 
 
 def key_value(text: str) -> tuple[str, str]:

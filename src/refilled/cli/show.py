@@ -80,6 +80,8 @@ def _print_result(result: "Result", folder: Path) -> None:
     part = result.data.get("scored", "test")
     when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods do not train
     table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images{when}")
+    if result.balanced_accuracy is not None:
+        table.add_row("balanced accuracy", f"{result.balanced_accuracy:.2f} %, mean over classes")
     table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")

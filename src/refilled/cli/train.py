@@ -13,16 +13,20 @@ from rich.table import Table
 from refilled.cli.options import (
     AsJson,
     DryRun,
+    NoReport,
     Preset,
     Quiet,
     Ranks,
+    TimeLimit,
     Tracker,
     configure,
     descriptions,
     key_value,
     run_flags,
     run_name,
+    seconds_of,
 )
+from refilled.cli.report import report_after
 from refilled.cli.show import carry_out, console, processes, rank, say, silent
 from refilled.config import WHERE, Run
 from refilled.errors import RunError
@@ -41,19 +45,22 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
     preset: Preset = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
     tracker: Tracker = None,
+    no_report: NoReport = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a model with labels only: a teacher, or a student without a teacher."""
     run = configure(preset, {"task": task, "student": model, **flags})
+    run = _within(run, time_limit, flags, silent if quiet or as_json else say)
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json, tracker or ())
+    _distill(run, out, overwrite, no_report, quiet, as_json, tracker or ())
 
 
 @run_flags("task", "settings", "teacher_size")
@@ -93,16 +100,18 @@ def distill(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
     tracker: Tracker = None,
+    no_report: NoReport = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
     """Train a student with a teacher, whose classes may differ from the student's."""
     if resume is not None:
-        _resume(context, resume, quiet, as_json, tracker or ())
+        _resume(context, resume, no_report, quiet, as_json, tracker or ())
         return
     if task is None:
         raise RunError(
@@ -113,10 +122,11 @@ def distill(
     run = configure(preset, {**named, "teacher_size": _size(teacher_size), **flags})
     if teacher_size == _AUTO:
         run = _with_measured_size(run, silent if quiet or as_json else say)
+    run = _within(run, time_limit, flags, silent if quiet or as_json else say)
     if dry_run:
         _forecast(run, ranks, as_json)
         return
-    _distill(run, out, overwrite, quiet, as_json, tracker or ())
+    _distill(run, out, overwrite, no_report, quiet, as_json, tracker or ())
 
 
 def _size(text: str | None) -> int | None:
@@ -140,8 +150,30 @@ def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
     return replace(run, teacher_size=size)
 
 
+def _within(run: Run, limit: str | None, flags: dict[str, Any], tell: Callable[[str], None]) -> Run:
+    """Return the run with as many epochs as fit the time limit, if one was given."""
+    if limit is None:
+        return run
+    seconds = seconds_of(limit)
+    if any(flags.get(name) is not None for name in ("epochs", "least_steps")):
+        raise RunError("--time-limit chooses the number of epochs; leave out --epochs and --least-steps")
+    if processes() > 1:
+        raise RunError("--time-limit is not for several processes, which would choose differently; give --epochs")
+    from refilled.cost.budget import within
+
+    run, line = within(run, seconds)
+    tell(line)
+    return run
+
+
 def _distill(
-    run: Run, folder: Path | None, overwrite: bool, quiet: bool, as_json: bool, trackers: Sequence[str]
+    run: Run,
+    folder: Path | None,
+    overwrite: bool,
+    no_report: bool,
+    quiet: bool,
+    as_json: bool,
+    trackers: Sequence[str],
 ) -> None:
     from refilled.runs import experiment
     from refilled.runs.folder import RunFolder
@@ -153,8 +185,13 @@ def _distill(
         check_trackers(trackers)  # before anything is removed
     if overwrite and rank() == 0:
         RunFolder(folder).overwrite()
+    after = None if no_report else report_after
     carry_out(
-        lambda display: experiment.distill(run, folder, display=display), folder, quiet or as_json, as_json, trackers
+        lambda display: experiment.distill(run, folder, display=display, after=after),
+        folder,
+        quiet or as_json,
+        as_json,
+        trackers,
     )
 
 
@@ -172,11 +209,13 @@ def _forecast(run: Run, ranks: int, as_json: bool) -> None:
     console.print(table)
 
 
-def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool, trackers: Sequence[str]) -> None:
+def _resume(
+    context: typer.Context, folder: Path, no_report: bool, quiet: bool, as_json: bool, trackers: Sequence[str]
+) -> None:
     from refilled.runs import experiment
 
     given = _given(context)
-    allowed = (*WHERE, *experiment.NAMED, "resume", "tracker", "quiet", "as_json")
+    allowed = (*WHERE, *experiment.NAMED, "resume", "tracker", "no_report", "quiet", "as_json")
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
         raise RunError(
@@ -184,9 +223,10 @@ def _resume(context: typer.Context, folder: Path, quiet: bool, as_json: bool, tr
             f"{', '.join(experiment.NAMED)} may be given again if they were moved"
         )
     where = {name: context.params[name] for name in WHERE if name in given}
+    after = None if no_report else report_after
     named = {name: context.params[name] for name in experiment.NAMED if name in given}
     carry_out(
-        lambda display: experiment.resume(folder, where=where, named=named, display=display),
+        lambda display: experiment.resume(folder, where=where, named=named, display=display, after=after),
         folder,
         quiet or as_json,
         as_json,

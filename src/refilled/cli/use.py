@@ -38,6 +38,8 @@ def evaluate(
     table.add_section()
     share = "no images" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
     table.add_row(f"all {result['images']} images", share)
+    if result["balanced_accuracy"] is not None:
+        table.add_row("mean over classes", f"{result['balanced_accuracy']:.2f} %")
     console.print(table)
     for note in result["notes"]:
         say(f"note: {printable(note)}")

@@ -7,11 +7,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from refilled.compare.pictures import (
+from refilled.compare.summary import Gain, mean_and_spread, paired_gain
+from refilled.config import Recipe, Run
+from refilled.data import Split, Task
+from refilled.errors import RunError
+from refilled.files import damaged, read_record, write_atomic
+from refilled.models import Backbone
+from refilled.report.pictures import (
     COLORS,
     address,
     draw_images,
@@ -23,11 +29,7 @@ from refilled.compare.pictures import (
     svg,
     tsne,
 )
-from refilled.compare.summary import Gain, mean_and_spread, paired_gain
-from refilled.config import Recipe, Run
-from refilled.data import Split, Task
-from refilled.files import write_atomic
-from refilled.models import Backbone
+from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, task_of, teacher_accuracy, teacher_of, teacher_task_of
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
@@ -186,7 +188,8 @@ def write_report(
     for name, picture in drawn.values():
         write_atomic(path.parent / "figures" / f"{name}.svg", picture)
     result, run = shown.results[0], _run(shown.folders[0])
-    page = Environment(loader=PackageLoader("refilled.compare"), autoescape=True).get_template("comparison.html")
+    loader = ChoiceLoader([PackageLoader("refilled.compare"), PackageLoader("refilled.report")])  # page.html is there
+    page = Environment(loader=loader, autoescape=True).get_template("comparison.html")
     text = page.render(
         title=title,
         sentences=sentences,
@@ -210,7 +213,7 @@ def write_report(
 
 
 def _run(folder: Path) -> Run:
-    return Run.from_toml((folder / "run.toml").read_text(encoding="utf-8"))
+    return RunFolder(folder).run()
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
@@ -288,4 +291,8 @@ def _curves(rows: Sequence[Row], measure: str) -> Figure:
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = folder / "log.jsonl"
+    try:
+        return [dict(json.loads(line)) for line in read_record(path).splitlines()]
+    except (ValueError, TypeError) as error:
+        raise RunError(damaged(path, f"a line of it is no JSON object ({error})")) from error

@@ -236,7 +236,7 @@ def keep(pixels: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
 
 
 def describe(error: Exception) -> str:
-    """Say in a few words why a picture could not be read."""
+    """Return in a few words why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return f"not a picture in a known format ({', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:

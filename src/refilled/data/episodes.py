@@ -48,10 +48,10 @@ def sample_episodes(
 
     Args:
         labels: Class ids ``(M,)`` of the pool's images.
-        numbers: Which tasks.
-        n_way: Classes of a task, N.
-        n_shot: Support images a class, K.
-        n_query: Query images a class, Q; see :func:`queries_left` for classes that have too few.
+        numbers: Numbers of the tasks.
+        n_way: Classes per task, N.
+        n_shot: Support images per class, K.
+        n_query: Query images per class, Q; see :func:`queries_left` for classes that have too few.
         seed: The seed.
 
     Raises:
@@ -89,9 +89,9 @@ def queries_left(labels: Tensor, n_shot: int, n_query: int, names: Sequence[str]
 
     Args:
         labels: Class ids of the pool's images.
-        n_shot: Support images a class.
-        n_query: Query images a class that are wanted.
-        names: What the classes are called, if that is known.
+        n_shot: Support images per class.
+        n_query: Wanted query images per class.
+        names: Names of the classes, if they are known.
 
     Raises:
         TaskError: A class has fewer than ``n_shot + 1`` images.

@@ -37,7 +37,7 @@ class GreyRange(NamedTuple):
 
     @classmethod
     def of_bits(cls, bits: int) -> "GreyRange":
-        """Return the range of unsigned integers of so many bits."""
+        """Return the range of unsigned integers with this many bits."""
         return cls(0, 2**bits - 1)
 
     @property

@@ -56,13 +56,13 @@ class Part(Protocol):
         """Positions ``(N,)`` in the source's classes."""
 
     def name(self, row: int) -> str:
-        """Say where an image came from, for reports."""
+        """Return the origin of an image, for reports."""
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Give the pictures of these rows, which ascend, one after the other."""
+        """Yield the pictures of these rows, which ascend."""
 
     def stamp(self) -> str:
-        """Say in a digest which pictures these are; when a file is changed or another one added, so is this."""
+        """Return a digest of these pictures. It changes when a file is changed or added."""
 
 
 def part_in_name(name: str) -> tuple[str | None, str]:
@@ -122,7 +122,7 @@ class Names(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
-        """Say where one image came from, or some."""
+        """Return the origin of one image, or of several."""
         if isinstance(index, slice):
             return tuple(map(self.part.name, self.rows[index].tolist()))
         return self.part.name(int(self.rows[index]))
@@ -181,12 +181,12 @@ class MergedPart:
         return np.concatenate([part.labels for part in self.parts])
 
     def name(self, row: int) -> str:
-        """Say where an image came from, as its own part does."""
+        """Return the origin of an image, as its own part does."""
         part = int(np.searchsorted(self._ends(), row, side="right"))
         return self.parts[part].name(row - self._starts()[part])
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Give the pictures of these rows, which ascend, one after the other."""
+        """Yield the pictures of these rows, which ascend."""
         for part, start, end in zip(self.parts, self._starts(), self._ends(), strict=True):
             yield from part.pictures(rows[(start <= rows) & (rows < end)] - start)
 
@@ -215,11 +215,11 @@ class SelectedPart:
         return self.whole.labels[self.rows]
 
     def name(self, row: int) -> str:
-        """Say where an image came from, as the whole part does."""
+        """Return the origin of an image, as the whole part does."""
         return self.whole.name(int(self.rows[row]))
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Give the pictures of these rows, which ascend, one after the other."""
+        """Yield the pictures of these rows, which ascend."""
         return self.whole.pictures(self.rows[rows])
 
     def stamp(self) -> str:
@@ -236,7 +236,7 @@ class ArrayPart:
     prefix: str
 
     def name(self, row: int) -> str:
-        """Say where an image came from: ``digits#17``."""
+        """Return the origin of an image: ``digits#17``."""
         return f"{self.prefix}#{row}"
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:

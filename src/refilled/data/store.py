@@ -156,10 +156,10 @@ class Stored(NamedTuple):
 
 
 def stored_images(part: Part, rows: Rows, size: int, grey: GreyRange | None = None) -> Stored:
-    """Map the images of some rows of a part from disk, decoding those that are not there yet.
+    """Map the images of some rows of a part from disk, decoding those that are missing.
 
-    They lie below :func:`~refilled.files.cache_folder`, in a folder that stands for the part's files as they are now
-    and for the size. Every image is checked against its digest: one or two seconds a gigabyte and thread.
+    They lie below :func:`~refilled.files.cache_folder`, in a folder for the present state of the part's files and the
+    size. Every image is checked against its digest, which takes one or two seconds per gigabyte on one thread.
 
     Args:
         part: Where the images come from.
@@ -244,7 +244,7 @@ class _Store:
             raise TaskError(
                 f"the decoded images cannot be written to {self.folder} ({describe(error)}): they take "
                 f"{len(self.part.labels) * self._image_bytes / 2**30:.1f} GiB at most; point REFILLED_CACHE at another "
-                "disk, or ask for a smaller image size; the same command goes on where it stood"
+                "disk, or use a smaller image size; the same command then resumes"
             ) from error
         found |= dict(zip(missing, self._whole(missing), strict=True))
         for shard, record in found.items():

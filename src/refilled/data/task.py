@@ -107,7 +107,7 @@ class Task:
         return Seen(pixels, labels)
 
     def source_of(self, row: int) -> str:
-        """Say where one of the images that training sees came from."""
+        """Return the origin of one of the images that training sees."""
         if self.unlabelled is None or row < len(self.train):
             return self.train.sources[row]
         return self.unlabelled.sources[row - len(self.train)]

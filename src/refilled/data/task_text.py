@@ -26,7 +26,7 @@ class TaskOptions:
     shots: int | None = None
     shots_seed: int = 0
     val: float = 0.1
-    test: float | None = None  # of all images of a class, in place of the source's own test part
+    test: float | None = None  # of all images of a class, instead of the source's own test part
     size: int | None = None
     augment: Augmentation | None = None
     image: str | None = None  # columns of a table

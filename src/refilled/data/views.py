@@ -40,8 +40,8 @@ class Views:
     Attributes:
         augmentation: See :func:`augment`.
         mixup: If above 0, images are blended by a share drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018).
-        cutmix: If above 0, a square patch is the partner's, the share of the area outside it being drawn likewise (Yun
-            et al., ICCV 2019). With both kinds, each is done in half of the views.
+        cutmix: If above 0, a square patch is replaced by the partner's. The share of the area outside it is drawn from
+            Beta(cutmix, cutmix) (Yun et al., ICCV 2019). With both kinds, each applies to half of the views.
     """
 
     augmentation: Augmentation
@@ -78,7 +78,7 @@ class Views:
         return torch.where(indices.cpu() < first, among_first, among_second)
 
     def partners(self, indices: Tensor, count: int, *, seed: int, view: int) -> Tensor:
-        """Say which of all ``count`` images is the partner of each of these ``(N,)`` in a view, by its index."""
+        """Return for each of these images ``(N,)`` the index, below ``count``, of its partner in a view."""
         return torch.from_numpy(keyed_integers(count, seed, "partner", view, indices.cpu().numpy()))
 
     def mixing(self, side: int, *, seed: int, view: int) -> Mixing:

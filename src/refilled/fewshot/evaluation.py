@@ -24,7 +24,7 @@ from refilled.data import Side, Task, load_pool, queries_left, sample_episodes
 from refilled.errors import RunError
 from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
-from refilled.files import write_atomic
+from refilled.files import damaged, read_fields, read_record, write_atomic
 from refilled.models import load_teacher
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device, versions
@@ -67,7 +67,7 @@ class FewShotResult:
         """
         if not (folder / "DONE").exists():
             raise RunError(f"{folder} holds no finished few-shot test")
-        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        return read_fields(cls, folder / "result.json")
 
 
 Progress = Callable[[int, float, float | None], None]
@@ -148,8 +148,10 @@ def refuse_other(folder: Path, configuration: str) -> None:
         RunError: It holds something else.
     """
     file = folder / "run.toml"
-    if file.exists() and file.read_text(encoding="utf-8") != configuration:
+    if file.exists() and read_record(file) != configuration:
         raise RunError(f"{folder} holds a run of another configuration; remove it, or choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; choose another --out")
     if not file.exists() and folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run; choose another --out")
 
@@ -240,11 +242,15 @@ class _Record:
         path.touch()
         whole = path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                accuracy, seconds = float(entry["accuracy"]), float(entry["seconds"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(damaged(path, f"line {number} is not the accuracy of a task")) from error
+            self.accuracies.append(accuracy)
+            self.seconds += seconds
         os.truncate(path, len(whole))
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            self.accuracies.append(entry["accuracy"])
-            self.seconds += entry["seconds"]
 
     def __len__(self) -> int:
         return len(self.accuracies)

@@ -23,7 +23,7 @@ from refilled.fewshot.evaluation import HEAD, mean_and_interval, refuse_other
 from refilled.fewshot.meta_learner import MetaLearner, MetaTask
 from refilled.fewshot.methods import load_meta_learner
 from refilled.fewshot.students import with_classifier
-from refilled.files import write_atomic
+from refilled.files import read_fields, write_atomic
 from refilled.models import Backbone, create_model, load_model, save_model
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device, versions
@@ -56,7 +56,7 @@ class MetaResult:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read a finished run's result."""
-        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        return read_fields(cls, folder / "result.json")
 
 
 def meta_train(

@@ -15,7 +15,6 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 from scipy.stats import spearmanr
 
-from refilled.compare.pictures import Line, address, draw_lines, draw_scatter, svg, tsne
 from refilled.compare.summary import count_of, mean_and_spread, paired_gain, spread
 from refilled.config import Run
 from refilled.fewshot.evaluation import FewShotResult, recorded_accuracies
@@ -25,6 +24,7 @@ from refilled.paper.cells import Cell, Choice
 from refilled.paper.measures import embed_test_images
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.paper.tables import Column, Row, Table
+from refilled.report.pictures import Line, address, draw_lines, draw_scatter, svg, tsne
 from refilled.runs.inference import task_of
 from refilled.runs.result import Result
 
@@ -325,7 +325,7 @@ class TableReport:
 
     def _page(self, pictures: Mapping[str, bytes]) -> str:
         templates = ChoiceLoader(
-            [PackageLoader("refilled.paper"), PackageLoader("refilled.compare")]
+            [PackageLoader("refilled.paper"), PackageLoader("refilled.report")]
         )  # page.html is there
         page = Environment(loader=templates, autoescape=True).get_template("table.html")
         return page.render(

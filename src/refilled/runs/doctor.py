@@ -33,7 +33,7 @@ def examine(offline: bool = False) -> dict[str, Any]:
         Plain data. ``problems`` lists what keeps runs from working; sizes are in bytes, times in seconds.
     """
     problems: list[str] = []
-    found = {
+    found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _packages(problems),
@@ -123,10 +123,8 @@ def _precision(problems: list[str]) -> dict[str, Any]:
         except Exception as error:  # the question is whether it works
             problems.append(f"a training step of {name} fails: {error}")
             continue
-        found["cpu_steps"][name] = {
-            "seconds": seconds,
-            "faster": min(seconds, key=lambda precision: seconds[precision]),
-        }
+        faster = min(seconds, key=seconds.__getitem__)
+        found["cpu_steps"][name] = {"seconds": seconds, "faster": faster}
     return found
 
 

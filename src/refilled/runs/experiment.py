@@ -2,7 +2,7 @@
 
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +30,20 @@ from refilled.training.teacher_cache import fingerprint
 NAMED = ("task", "teacher", "student", "method")
 """Fields that may be named again when a run is resumed: they lie elsewhere now, or are Python files."""
 
+After = Callable[[Prepared, Path], None]
+"""What rank 0 does with a run that has just finished, while its images and networks are still in memory."""
+
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would tell of each precision plugin
 
 
-def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
+def distill(
+    run: Run,
+    folder: Path,
+    *,
+    display: Display | None = None,
+    seconds_between_saves: float = 60.0,
+    after: After | None = None,
+) -> Result:
     """Train a student as the run says, test it once, and leave everything in a new folder.
 
     Processes that torchrun started train it together; rank 0 writes, and each returns the result.
@@ -48,7 +58,7 @@ def distill(run: Run, folder: Path, *, display: Display | None = None, seconds_b
         prepared = Prepared(resolve(run))  # fails before anything is written, if it fails
         settle_precision(run, prepared, world)
         world.lead(lambda: held.enter_context(run_folder.new()))
-        return begin(prepared, run_folder, display or Display(), seconds_between_saves, world)
+        return begin(prepared, run_folder, display or Display(), seconds_between_saves, world, after)
 
 
 def check(run: Run) -> None:
@@ -67,6 +77,7 @@ def resume(
     named: Mapping[str, str] | None = None,
     display: Display | None = None,
     seconds_between_saves: float = 60.0,
+    after: After | None = None,
 ) -> Result:
     """Resume an interrupted run, exactly as if it had not been interrupted; a finished one returns its result.
 
@@ -82,6 +93,7 @@ def resume(
             now.
         display: Where progress is shown.
         seconds_between_saves: Of the state.
+        after: See :data:`After`.
 
     Raises:
         RunError: There is no run in the folder, another process uses it, ``where`` names something else or a device
@@ -93,7 +105,7 @@ def resume(
     run_folder = RunFolder(folder)
     with joined() as world, ExitStack() as held:
         world.lead(lambda: held.enter_context(run_folder.held()))
-        return _resume(run_folder, where or {}, named or {}, display or Display(), seconds_between_saves, world)
+        return _resume(run_folder, where or {}, named or {}, display or Display(), seconds_between_saves, world, after)
 
 
 def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
@@ -129,12 +141,17 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
 
 
 def begin(
-    prepared: Prepared, folder: RunFolder, display: Display, seconds_between_saves: float, world: World = ALONE
+    prepared: Prepared,
+    folder: RunFolder,
+    display: Display,
+    seconds_between_saves: float,
+    world: World = ALONE,
+    after: After | None = None,
 ) -> Result:
     """Carry out a run in a folder that this process holds and that is empty."""
     world.lead(lambda: _record_images(prepared, folder))
     world.lead(lambda: folder.write(prepared.run))
-    return carry_out(prepared, folder, display, seconds_between_saves, world)
+    return carry_out(prepared, folder, display, seconds_between_saves, world, after)
 
 
 def refuse_other_images(folder: RunFolder, run: Run) -> None:
@@ -156,7 +173,12 @@ def refuse_other_images(folder: RunFolder, run: Run) -> None:
 
 
 def carry_out(
-    prepared: Prepared, folder: RunFolder, display: Display, seconds_between_saves: float, world: World = ALONE
+    prepared: Prepared,
+    folder: RunFolder,
+    display: Display,
+    seconds_between_saves: float,
+    world: World = ALONE,
+    after: After | None = None,
 ) -> Result:
     """Train from the newest saved state, or from the beginning, and score."""
     run, teacher = prepared.run, prepared.teacher
@@ -190,14 +212,16 @@ def carry_out(
             result = replace(measure(prepared, folder, 0.0, world), seconds=journal.seconds)
     finally:
         display.close()
-    return world.lead(lambda: _conclude(prepared, folder, result))
+    return world.lead(lambda: _conclude(prepared, folder, result, after))
 
 
-def _conclude(prepared: Prepared, folder: RunFolder, result: Result) -> Result:
+def _conclude(prepared: Prepared, folder: RunFolder, result: Result, after: After | None) -> Result:
     if prepared.readout is None:
         save_model(prepared.student, folder.path)
     result.save(folder.path)
     folder.finish()
+    if after is not None:
+        after(prepared, folder.path)
     return result
 
 
@@ -208,6 +232,7 @@ def _resume(
     display: Display,
     seconds_between_saves: float,
     world: World = ALONE,
+    after: After | None = None,
 ) -> Result:
     finished = world.lead(lambda: Result.load(folder.path) if folder.finished else None)
     if finished is not None:
@@ -216,7 +241,7 @@ def _resume(
     world.lead(lambda: _hold_against_record(prepared, folder))
     if where or named:
         world.lead(lambda: folder.write(prepared.run))
-    return carry_out(prepared, folder, display, seconds_between_saves, world)
+    return carry_out(prepared, folder, display, seconds_between_saves, world, after)
 
 
 def _load_unfinished(folder: RunFolder, where: Mapping[str, Any], named: Mapping[str, str]) -> Run:

@@ -2,9 +2,9 @@
 
 A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``data.json`` and
 ``images.safetensors`` (which images it uses), ``teacher.json`` (whether its teacher has anything to teach),
-``log.jsonl``, ``result.json``, the student (``model.safetensors`` and ``model.json``), ``stages/`` (the student after
-each stage but the last), ``last.ckpt`` while unfinished, and ``DONE`` when whole. A method that trains nothing leaves
-no student.
+``log.jsonl``, ``result.json``, ``report.html``, ``README.md`` (the model card), the student (``model.safetensors``
+and ``model.json``), ``stages/`` (the student after each stage but the last), ``last.ckpt`` while unfinished, and
+``DONE`` when whole. A method that trains nothing leaves no student.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from typing import Any
 
 from refilled.config import YOUNGER, Run
 from refilled.errors import RunError
-from refilled.files import write_atomic
+from refilled.files import damaged, read_record, write_atomic
 from refilled.training.checkpoints import discard_leftovers, discard_states, hold
 
 _FILES = (
@@ -29,6 +29,8 @@ _FILES = (
     "model.safetensors",
     "model.json",
     "trackers.json",
+    "report.html",
+    "README.md",
     "DONE",
 )
 
@@ -73,17 +75,25 @@ class RunFolder:
         Raises:
             RunError: The folder holds no run, or its configuration is damaged.
         """
-        return Run.from_toml(self._read())
+        text = self._read()
+        try:
+            return Run.from_toml(text)
+        except RunError as error:
+            raise RunError(damaged(self.path / "run.toml", str(error))) from error
 
     def recorded(self) -> dict[str, Any]:
         """Read the configuration as it is written; of what is missing, only :data:`YOUNGER` fields are filled in."""
-        return {**YOUNGER, **tomllib.loads(self._read())}
+        text = self._read()
+        try:
+            return {**YOUNGER, **tomllib.loads(text)}
+        except tomllib.TOMLDecodeError as error:
+            raise RunError(damaged(self.path / "run.toml", f"it is not TOML ({error})")) from error
 
     def _read(self) -> str:
         path = self.path / "run.toml"
         if not path.exists():
             raise RunError(f"{self.path} holds no run: there is no {path.name}")
-        return path.read_text(encoding="utf-8")
+        return read_record(path)
 
     def write(self, run: Run) -> None:
         """Record the configuration of the run."""
@@ -107,6 +117,8 @@ class RunFolder:
                 f"{self.path} holds an unfinished run; resume it with 'refilled distill --resume {self.path}', "
                 "or replace it with --overwrite"
             )
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; choose another --out")
         if self.path.exists() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class ImageRecord:
         try:
             about: dict[str, Any] = json.loads((folder / "data.json").read_text(encoding="utf-8"))
             return cls(**about, digests=load_file(folder / "images.safetensors"))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise RunError(
                 f"the record of images in {folder} is damaged ({error}); train anew with --overwrite"
             ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,13 +16,14 @@ from refilled.data import GreyRange, Task
 from refilled.data.decode import read_pixels
 from refilled.data.walking import list_images
 from refilled.errors import RefilledError, RunError, TaskError
+from refilled.files import damaged
 from refilled.models import Backbone, embedded_folder, load_model
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import load_task_of, load_teacher_of
 from refilled.runs.result import Result
-from refilled.runs.scoring import accuracy_by_class, finite_embedding
+from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
 
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
@@ -43,8 +45,9 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         data_root: Where data sets lie; None for where the run found them.
 
     Returns:
-        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``class_accuracies``
-        by name, and ``notes``: what a reader of these numbers should know, such as images that were trained on.
+        ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``balanced_accuracy``
+        (mean over classes), ``class_accuracies`` by name, and ``notes``: what a reader of these numbers should know,
+        such as images that were trained on.
 
     Raises:
         RunError: The folder holds no student, or the task has classes that the student does not know.
@@ -62,11 +65,13 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
         )
     labels = torch.tensor([names.index(name) for name in data.classes])[data.test.labels]
     found = predict_classes(model, data.test.pixels)
+    by_class = accuracy_by_class(names, found, labels)
     return {
         "task": data.name,
         "images": len(data.test),
         "accuracy": accuracy(found, labels) if len(labels) else None,
-        "class_accuracies": accuracy_by_class(names, found, labels),
+        "balanced_accuracy": balanced_accuracy(by_class),
+        "class_accuracies": by_class,
         "notes": [*_notes(ImageRecord.load(folder), data, own=task is None), *_unscored(names, labels)],
     }
 
@@ -156,7 +161,10 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
         path = run_folder.stage(stage)
         if not path.exists():
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
-        student.load_state_dict(load_file(path))
+        try:
+            student.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise RunError(damaged(path, str(error))) from error
     return _placed(student)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from refilled.errors import RunError
-from refilled.files import write_atomic
+from refilled.files import read_fields, write_atomic
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Result:
     teacher: dict[str, Any] | None
     versions: dict[str, str]
     hardware: dict[str, Any]
+    balanced_accuracy: float | None = None
+    """Mean of the class accuracies in percent; None without images, and in results of older versions."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -38,7 +40,7 @@ class Result:
         """
         if not (folder / "DONE").exists():
             raise RunError(f"{folder} holds no finished run")
-        return cls(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        return read_fields(cls, folder / "result.json")
 
     def save(self, folder: Path) -> None:
         """Write the result to a run's folder."""

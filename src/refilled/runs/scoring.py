@@ -1,6 +1,6 @@
 """Scoring what a run has trained, once, when everything is decided."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from refilled.training.evaluation import (
 from refilled.training.teacher_cache import fingerprint
 
 _FEW_STEPS = 300
+_IMBALANCED = 5  # times as many images
 
 
 def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World, notes: Sequence[str] = ()) -> Result:
@@ -48,10 +49,12 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
         train, scored = (finite_embedding(student, split, device, world) for split in (task.train, prepared.scored))
         found = prepared.readout.classify(train, task.train.labels, scored)
         ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
+    by_class = accuracy_by_class(task.classes, found, labels)
     return Result(
         accuracy=accuracy(found, labels),
+        balanced_accuracy=balanced_accuracy(by_class),
         ncm_accuracy=ncm_accuracy,
-        class_accuracies=accuracy_by_class(task.classes, found, labels),
+        class_accuracies=by_class,
         stages=_measure_stages(prepared, folder, world),
         seconds=seconds,
         parameters=sum(p.numel() for p in student.parameters()),
@@ -67,6 +70,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
                 *task.notes,
                 *prepared.notes,
                 *notes,
+                *imbalance(task),
                 *_unseen(prepared),
                 *(_few_steps(run, task) if prepared.stages else []),
             ],
@@ -140,6 +144,25 @@ def accuracy_by_class(names: Sequence[str], found: Tensor, labels: Tensor) -> di
     """Return the accuracy in percent within each class, by name; None for a class without images."""
     accuracies = class_accuracies(found, labels, len(names))
     return {name: None if a != a else a for name, a in zip(names, accuracies, strict=True)}  # JSON has no NaN
+
+
+def balanced_accuracy(class_accuracies: Mapping[str, float | None]) -> float | None:
+    """Return the mean accuracy in percent of the classes with images; None if there are none."""
+    known = [value for value in class_accuracies.values() if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def imbalance(task: Task) -> list[str]:
+    """Return a note if the largest class has more than 5 times the training images of the smallest."""
+    counts = torch.bincount(task.train.labels, minlength=len(task.classes))
+    most, least = int(counts.argmax()), int(counts.argmin())
+    if counts[most] <= _IMBALANCED * counts[least]:
+        return []
+    return [
+        f"the classes are imbalanced: {counts[most]} training images of '{task.classes[most]}', {counts[least]} of "
+        f"'{task.classes[least]}'. Read the balanced accuracy, the mean over classes, beside the accuracy; "
+        "--balance logits raises it"
+    ]
 
 
 def finite_embedding(

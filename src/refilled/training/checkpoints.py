@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -73,13 +74,19 @@ def load_state(folder: Path) -> tuple[State | None, list[str]]:
 
 
 def _read(path: Path) -> State:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
     body, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
     if sha256(body).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
-    tensors = load(body)
-    data = json.loads(tensors.pop(_DATA).numpy().tobytes())
-    if data.pop("schema", None) != SCHEMA:
+    try:
+        tensors = load(body)
+        data = json.loads(tensors.pop(_DATA).numpy().tobytes())
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} holds no training state ({error})") from error
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise CheckpointError(f"{path} was written by another version of refilled")
     return State(tensors, data)
 

@@ -67,7 +67,7 @@ class RunJournal:
         """Load the newest whole state and cut the log back to where it stood then."""
         state = self.world.lead(self._load)
         if state:
-            self._seconds_before = state.data["seconds"]
+            self._seconds_before = float(state.data.get("seconds", 0.0))
         self._started = self._saved = time.monotonic()
         return state
 
@@ -77,7 +77,7 @@ class RunJournal:
         for warning in self.warnings:
             self.display.message(f"warning: {warning}")
         self._log_path.touch()
-        os.truncate(self._log_path, state.data["log_bytes"] if state else 0)
+        os.truncate(self._log_path, int(state.data.get("log_bytes", 0)) if state else 0)
         return state
 
     def checkpoint_due(self) -> bool:

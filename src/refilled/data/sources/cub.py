@@ -70,7 +70,7 @@ class CropPart:
     root: Path
 
     def name(self, row: int) -> str:
-        """Say where an image came from: its path within the folder of images."""
+        """Return the origin of an image: its path within the folder of images."""
         return str(self.crops[row].path.relative_to(self.root))
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:

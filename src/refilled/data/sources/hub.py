@@ -109,7 +109,7 @@ class HubPart:
     prefix: str
 
     def name(self, row: int) -> str:
-        """Say where an image came from: ``uoft-cs/cifar100/train#17``."""
+        """Return the origin of an image: ``uoft-cs/cifar100/train#17``."""
         return f"{self.prefix}#{row}"
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:

@@ -199,7 +199,7 @@ class ParquetPart:
     """The row at which each file begins."""
 
     def name(self, row: int) -> str:
-        """Say where an image came from: ``train.parquet#17``."""
+        """Return the origin of an image: ``train.parquet#17``."""
         shard = bisect(self.starts, row) - 1
         return f"{self.files[shard].name}#{row - self.starts[shard]}"
 

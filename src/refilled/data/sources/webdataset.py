@@ -86,7 +86,7 @@ class TarPart:
     image: str
 
     def name(self, row: int) -> str:
-        """Say where an image came from: ``train-0001.tar#17``, and not by a member's name, which may be anything."""
+        """Return the origin of an image: ``train-0001.tar#17``. A member's name may be anything, so it is not used."""
         shard = bisect(self.starts, row) - 1
         return f"{self.files[shard].name}#{row - self.starts[shard]}"
 

@@ -1,0 +1,107 @@
+"""How a command ends when it cannot continue: one sentence and an exit code, for faults of the machine and for signals.
+
+Exit codes: 0 done; 1 done in part; 2 a mistake or a fault that the message explains; 128 + n ended by signal n.
+"""
+
+import errno
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+_MEMORY_KNOBS = (
+    "memory ran out. Use less: --image-memory 0 keeps decoded images on disk; a smaller --batch-size, --image-size or "
+    "--student needs less for each step; with --jobs, fewer at a time. The files of an unfinished run are intact, and "
+    "'refilled distill --resume FOLDER' continues it"
+)
+_REMEDIES = {
+    errno.EACCES: "grant the right to read and write it, or choose another place",
+    errno.EPERM: "grant the right to read and write it, or choose another place",
+    errno.EROFS: "its disk is mounted read-only; choose another place",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one, as with --out",
+    errno.ENOTDIR: "a part of the path is a file where a folder is needed; choose another path",
+    errno.EEXIST: "a file lies where a folder is needed; choose another path, as with --out",
+    errno.EISDIR: "a folder lies where a file is needed; remove it, or choose another path",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "too many files are open; raise the limit with 'ulimit -n'",
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM came while no loop was saving its state."""
+
+
+def explain(error: BaseException) -> str | None:
+    """Return what a fault of the machine means for the user; None for any other error, which is a defect of refilled.
+
+    The message names the file, and how to mend it.
+    """
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
+    ):
+        return _MEMORY_KNOBS
+    if isinstance(error, UnicodeError):
+        return f"a file or name is not in UTF-8 ({error}); convert or rename it"
+    if isinstance(error, OSError):
+        if error.errno in _FULL:
+            return _disk_full(error)
+        name = "" if error.filename is None else f"{error.filename}: "
+        reason = (error.strerror or str(error) or type(error).__name__).lower()
+        remedy = _REMEDIES.get(error.errno or 0)
+        return f"{name}{reason}" + (f"; {remedy}" if remedy else "")
+    return None
+
+
+def _disk_full(error: OSError) -> str:
+    place = Path(os.fsdecode(error.filename)) if error.filename else Path(tempfile.gettempdir())
+    folder = next((p for p in (place, *place.parents) if p.is_dir()), Path.cwd())
+    wanted = getattr(error, "wanted", None)
+    needed = "" if wanted is None else f", {wanted:,} bytes are needed"
+    try:
+        room = f" and {shutil.disk_usage(folder).free:,} bytes are free there"
+    except OSError:
+        room = ""
+    return (
+        f"the disk is full: {place} cannot be written{needed}{room}. Make room, then resume: an unfinished run with "
+        "'refilled distill --resume FOLDER', any other command by repeating it. REFILLED_CACHE and TMPDIR move what "
+        "can be computed again"
+    )
+
+
+@contextmanager
+def ending_by_signal() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Terminated`, so that files are closed and half-written ones removed; twice: at once.
+
+    The training loop replaces the handler while it runs, since it has a state to save.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def what_was_left(arguments: list[str]) -> str:
+    """Return what a command that a signal ended has left on disk, and how to resume it."""
+    folder = next(
+        (Path(value) for name, value in pairwise(arguments) if name in ("--out", "--resume")),
+        None,
+    )
+    if folder is not None and (folder / "run.toml").exists() and arguments[0] in ("train", "distill"):
+        if (folder / "DONE").exists():
+            return f"the run in {folder} is finished and whole"
+        saved = "its last saved state is" if (folder / "last.ckpt").exists() else "no step was saved; its set-up is"
+        return f"{saved} in {folder}. Resume with: refilled distill --resume {folder}"
+    return "what was written whole is kept, and nothing half-written. Repeat the command to continue"

@@ -1,0 +1,41 @@
+"""The number of epochs that fit a time limit."""
+
+import math
+from dataclasses import replace
+from time import perf_counter, process_time
+
+from refilled.config import Run
+from refilled.cost.run import duration, forecast
+from refilled.errors import RunError
+
+_RESERVE = 0.03  # share of the limit, for what a forecast does not see: start, saving, the report
+_EPOCHS = 100  # of the forecast, so that the rounding of stages does not matter
+
+
+def within(run: Run, seconds: float) -> tuple[Run, str]:
+    """Return the run with as many epochs as fit a time limit, and a line about this choice.
+
+    The number is settled before training, so that the learning rate falls to its end, and a resumed run has the same
+    number. Loading, embedding by the teacher and scoring are part of the limit.
+
+    Args:
+        run: The run; its own number of epochs is ignored.
+        seconds: The time limit.
+
+    Raises:
+        RunError: Not one epoch per stage fits.
+        RefilledError: The run has another fault that can be found before training.
+    """
+    start = perf_counter() - process_time()  # what the process has done so far is mostly imports
+    found = forecast(replace(run, epochs=_EPOCHS, least_steps=0))
+    per_epoch, stages = found.seconds["training"] / _EPOCHS, max(1, len(found.stages))
+    rest = found.total - found.seconds["training"] + perf_counter() - start
+    epochs = math.floor((seconds * (1 - _RESERVE) - rest) / max(per_epoch, 1e-6))
+    if epochs < stages:
+        needed = math.ceil((rest + stages * per_epoch) / (1 - _RESERVE))
+        raise RunError(
+            f"no training fits {duration(seconds)}: loading, embedding by the teacher and scoring take about "
+            f"{duration(rest)}, an epoch {duration(per_epoch)}; give --time-limit {needed}s or more"
+        )
+    line = f"{duration(seconds)}: {epochs} epochs of {per_epoch:.2g} seconds, and {duration(rest)} for the rest"
+    return replace(run, epochs=epochs, least_steps=0), line

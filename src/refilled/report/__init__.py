@@ -1,0 +1,1 @@
+"""The report of a run: measures, figures, page, model card."""

@@ -1,0 +1,258 @@
+"""The page of a run: one HTML file without scripts and without external resources."""
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from refilled.config import WHERE, Run
+from refilled.data import Task
+from refilled.errors import RunError
+from refilled.files import write_atomic
+from refilled.models import Backbone
+from refilled.report.card import model_card
+from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
+from refilled.report.pictures import COLORS, address, plain_text, svg
+from refilled.runs.folder import RunFolder
+from refilled.runs.inference import network_of, task_of
+from refilled.runs.prepared import Prepared
+from refilled.runs.result import Result
+from refilled.training.evaluation import predict
+
+_WORST = 16  # images
+_PAIRS = 12
+_TOP5_ABOVE = 10  # classes
+
+
+def report_on_prepared(prepared: Prepared, folder: Path) -> Path:
+    """Write the report of a run whose images and networks are in memory; see :func:`report_on`."""
+    return _write(folder, prepared.task, None if prepared.readout else prepared.student, None)
+
+
+def report_on(folder: Path, against: Path | None = None) -> Path:
+    """Write ``report.html`` and the model card ``README.md`` of a finished run, from its folder.
+
+    Args:
+        folder: The run's folder.
+        against: Folder of a run on the same images, such as that of a student without a teacher.
+
+    Raises:
+        RunError: A run is not finished, or the two were scored on different images.
+    """
+    Result.load(folder)
+    trained_nothing = RunFolder(folder).trained_nothing
+    return _write(folder, task_of(folder), None if trained_nothing else network_of(folder), against)
+
+
+def _write(folder: Path, task: Task, network: Backbone | None, against: Path | None) -> Path:
+    run, result = RunFolder(folder).run(), Result.load(folder)
+    scored = task.test if run.score == "test" else task.val
+    headline = [_how_to_know(run)]
+    tables: dict[str, list[list[str]]] = {"Accuracy": _accuracies(result)}
+    pictures: dict[str, str] = {}
+    if curves := _curves(folder):
+        pictures["Learning curves: all terms of the loss, and accuracies"] = address(svg(curves))
+    worst: list[dict[str, str]] = []
+    calibration = None
+    if network is not None and len(scored) and int(scored.labels.min()) >= 0:
+        probabilities = predict(network, scored.pixels, parts=("logits",)).logits.softmax(1)
+        labels, found = scored.labels.cpu(), probabilities.argmax(1)
+        confusion = confusion_matrix(found, labels, len(task.classes))
+        if len(task.classes) > _TOP5_ABOVE:
+            tables["Accuracy"].append(["top-5 accuracy", f"{top_accuracy(probabilities, labels):.2f} %"])
+        pairs = most_confused(confusion, _PAIRS)
+        tables["Most confused classes"] = [["true class", "predicted", "images"]] + [
+            [task.classes[true], task.classes[said], str(count)] for true, said, count in pairs
+        ]
+        pictures["Confusion matrix: row true class, column predicted, darker is more"] = _heat_map(confusion)
+        calibration = reliability(probabilities, labels)
+        pictures[f"Calibration: expected calibration error {calibration.ece:.3f}"] = address(svg(_diagram(calibration)))
+        worst = _worst(task, scored.pixels, scored.sources, probabilities, labels)
+    if against is not None:
+        other = Result.load(against)
+        headline, tables["Classes that gained and lost"] = _compared(folder, against, result, other)
+    page = Environment(loader=PackageLoader("refilled.report"), autoescape=True).get_template("report.html")
+    text = page.render(
+        title=f"{Path(run.task).name}: {run.method}, seed {run.seed}",
+        sentences=headline,
+        tables={name: _visible(rows) for name, rows in tables.items()},
+        pictures=pictures,
+        worst=worst,
+        notes=result.data["notes"],
+        data=_visible(_data(task, result)),
+        provenance={
+            "command": _command(run),
+            "data fingerprint": result.data["fingerprint"],
+            "teacher": _listed(result.teacher or {}) or "none",
+            "network": f"{run.student or run.teacher}, {result.parameters:,} parameters",
+            "time": f"{result.seconds:.0f} seconds",
+            "hardware": _listed(result.hardware),
+            "versions": _listed(result.versions),
+        },
+    )
+    write_atomic(folder / "report.html", text.encode("utf-8", "backslashreplace"))
+    card = model_card(run, result, None, None if calibration is None else calibration.ece)
+    write_atomic(folder / "README.md", card.encode("utf-8", "backslashreplace"))
+    return folder / "report.html"
+
+
+def _how_to_know(run: Run) -> str:
+    return (
+        "Did the teacher help? One run cannot say. Compare with students that are trained alike without the teacher: "
+        f"{_command(run, compare=True)}"
+    )
+
+
+def _command(run: Run, compare: bool = False) -> str:
+    """Return the command that carries out the run, or compares its method with the student alone."""
+    alone = run.method == "vanilla"  # `distill` would take another method
+    left_out = {"task", "settings", *WHERE} | ({"method", "seed"} if compare else set())
+    if alone and not compare:
+        left_out |= {"method", "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding"}
+    words = ["refilled", "compare" if compare else "train" if alone else "distill", run.task]
+    for field in fields(Run):
+        value = getattr(run, field.name)
+        default = None if field.default is MISSING else field.default
+        if field.name in left_out or (value == default and field.name != "epochs"):
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else [value])]
+    if compare:
+        method = "refilled" if run.method == "vanilla" else run.method
+        words += ["--methods", f"vanilla,{method}", "--seeds", "3", *([] if run.teacher else ["--teacher", "TEACHER"])]
+    else:
+        words += [word for name, value in run.settings.items() for word in ("--set", f"{name}={value}")]
+    return shlex.join(words)
+
+
+def _compared(folder: Path, against: Path, ours: Result, theirs: Result) -> tuple[list[str], list[list[str]]]:
+    if ours.data["fingerprint"] != theirs.data["fingerprint"] or ours.data["scored"] != theirs.data["scored"]:
+        raise RunError(f"{against} was scored on other images than {folder}; name a run on the same task and shots")
+    gain = ours.accuracy - theirs.accuracy
+    sentence = (
+        f"With this seed, {folder.name} reaches {ours.accuracy:.2f} % and {against.name} {theirs.accuracy:.2f} %: "
+        f"{gain:+.2f} points. A single seed establishes nothing."
+    )
+    changes = [
+        (a - b, name, a, b)
+        for name, a in ours.class_accuracies.items()
+        if a is not None and (b := theirs.class_accuracies.get(name)) is not None
+    ]
+    rows = [[name, f"{a:.1f} %", f"{b:.1f} %", f"{d:+.1f}"] for d, name, a, b in sorted(changes, reverse=True)]
+    return [sentence], [["class", folder.name, against.name, "points"], *rows]
+
+
+def _accuracies(result: Result) -> list[list[str]]:
+    values = {
+        "accuracy": result.accuracy,
+        "balanced accuracy (mean over classes)": result.balanced_accuracy,
+        "nearest class mean": result.ncm_accuracy,
+        **{f"nearest class mean after stage {name}": stage["ncm_accuracy"] for name, stage in result.stages.items()},
+    }
+    rows = [
+        [name, "unknown" if value is None or value != value else f"{value:.2f} %"] for name, value in values.items()
+    ]
+    return [["measure", "value"], *rows]
+
+
+def _data(task: Task, result: Result) -> list[list[str]]:
+    size = len(task.classes)
+    train, test = (
+        torch.bincount(part.labels[part.labels >= 0].cpu(), minlength=size).tolist() for part in (task.train, task.test)
+    )
+    rows = [[name, str(a), str(b)] for name, a, b in zip(task.classes, train, test, strict=True)]
+    left_out = [[f"left out: {image}", reason, ""] for image, reason in result.data["skipped"][:50]]
+    return [["class", "training images", "test images"], *rows, *left_out]
+
+
+def _curves(folder: Path) -> Figure | None:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
+    names = [n for n in dict.fromkeys(n for e in log for n in e) if n not in ("stage", "epoch", "lr", "seconds")]
+    names = [n for n in names if any(isinstance(e.get(n), int | float) for e in log)]
+    if not names:
+        return None
+    columns = 3
+    lines_of = -(-len(names) // columns)
+    figure = Figure(figsize=(7.2, 1.7 * lines_of), layout="constrained")
+    panels = figure.subplots(lines_of, columns, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        points = [(n, e[name]) for n, e in enumerate(log, 1) if isinstance(e.get(name), int | float)]
+        axes.plot(*zip(*points, strict=True), color=COLORS[0], linewidth=1.4)
+        axes.set_title(name, fontsize=8, parse_math=False)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _diagram(found: Reliability) -> Figure:
+    figure = Figure(figsize=(4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    bins = len(found.counts)
+    centers = [(k + 0.5) / bins for k in range(bins)]
+    axes.bar(centers, found.accuracy.tolist(), width=0.9 / bins, color=COLORS[0], label="accuracy")
+    axes.plot([0, 1], [0, 1], color=COLORS[1], linestyle="--", linewidth=1.2, label="perfectly calibrated")
+    axes.set_xlabel("confidence")
+    plain_text(axes.legend(frameon=False, fontsize=8))
+    return figure
+
+
+def _heat_map(confusion: Tensor) -> str:
+    """Draw the matrix ``(C, C)`` as a PNG, each row as shares of its class."""
+    shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    grey = (255 * (1 - shares.sqrt())).round().to(torch.uint8)
+    step = max(2, 480 // len(grey))
+    return _png(Image.fromarray(grey.repeat_interleave(step, 0).repeat_interleave(step, 1).numpy()))
+
+
+def _worst(
+    task: Task, pixels: Any, sources: Sequence[str], probabilities: Tensor, labels: Tensor
+) -> list[dict[str, str]]:
+    """Return the most confident errors: picture, where it came from, and what was said how surely."""
+    confidence, found = probabilities.max(1)
+    rows = torch.where(found == labels, -1.0, confidence).argsort(descending=True)[:_WORST]
+    rows = rows[found[rows] != labels[rows]]
+    images = pixels[rows].cpu().permute(0, 2, 3, 1).contiguous().numpy() if len(rows) else []
+    return [
+        {
+            "picture": _png(Image.fromarray(image)),
+            "source": _shown(sources[row]),
+            "said": f"{_shown(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
+            "true": _shown(task.classes[int(labels[row])]),
+        }
+        for row, image in zip(rows.tolist(), images, strict=True)
+    ]
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _shown(text: str) -> str:
+    """Write control characters and marks of direction visibly."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _visible(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[_shown(cell) for cell in row] for row in rows]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

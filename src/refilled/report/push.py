@@ -1,0 +1,43 @@
+"""Upload a student to the Hugging Face hub."""
+
+from pathlib import Path
+
+from refilled.errors import RunError
+from refilled.runs.result import Result
+
+FILES = ("model.safetensors", "model.json", "README.md")
+"""What is uploaded. The page is not: it shows test images, and names folders of this machine."""
+
+
+def push(folder: Path, name: str, private: bool = False) -> str:
+    """Upload the student and the model card of a finished run.
+
+    Args:
+        folder: The run's folder.
+        name: Repository on the hub, ``user/name``; it is created if it does not exist.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        RunError: The run is not finished, a file is missing, or the hub cannot be reached or refuses.
+    """
+    Result.load(folder)
+    if missing := [file for file in FILES if not (folder / file).exists()]:
+        hint = f"write it with 'refilled report {folder}'" if missing == ["README.md"] else "the run has no student"
+        raise RunError(f"{folder} lacks {', '.join(missing)}: {hint}")
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(FILES))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"{folder} was not uploaded to {name}: {reason}. Check the connection, HF_HUB_OFFLINE, and the token of "
+            "'hf auth login'"
+        ) from error
+    return address
