@@ -23,7 +23,7 @@ What `refilled` promises when something goes wrong, and the tests that show it. 
 * A teacher or a method that is a Python file runs with your rights. Code is refused only where nobody expects any: in
   weights, shards, archives and the records of runs.
 * `refilled serve` listens on this machine alone by default, and has no users and no passwords.
-* Locks and signals are those of Linux and macOS.
+* Windows and macOS have no machine here: the tests run on Linux, and a workflow tries the other two.
 
 ## Promised
 """
