@@ -122,9 +122,11 @@ def test_images_may_be_plain_bytes_or_files_beside_the_table(tmp_path):
 def test_columns_can_be_chosen(tmp_path):
     columns = {"a": images(10), "b": images(10, 50), "fine": [0, 1] * 5, "coarse": [0] * 5 + [1] * 5}
     path = write(tmp_path / "x.parquet", columns)
-    with pytest.raises(TaskError, match=r"which column .* is the image: it has a, b, fine, coarse; add @image=COLUMN"):
+    with pytest.raises(
+        TaskError, match=r"which column .* holds the images: it has a, b, fine, coarse; add @image=COLUMN"
+    ):
         load_task(str(path))
-    with pytest.raises(TaskError, match=r"which column .* is the label"):
+    with pytest.raises(TaskError, match=r"which column .* holds the labels"):
         load_task(f"{path}@image=b")
     with pytest.raises(TaskError, match="unknown column 'course'; did you mean 'coarse'"):
         load_task(f"{path}@image=b,label=course")
@@ -154,9 +156,9 @@ def test_bad_cells_are_listed(tmp_path):
         (["a", ""] * 5, "5 empty cells"),
         ([0.5, 1.5] * 5, r"'label' of .*x\.parquet holds fractions such as 0\.5"),
         ([float("inf"), 1.5] * 5, "fractions"),
-        ([[0], [1]] * 5, "None of them can be"),
-        (list(range(10)), "another value in each of its 10 rows"),
-        ([0, -1] * 5, "label -1, but there are names for 0 to 1 only"),
+        ([[0], [1]] * 5, "None of them qualifies"),
+        (list(range(10)), "its 10 rows all hold different values"),
+        ([0, -1] * 5, "label -1, but names exist only for 0 to 1"),
         ([0, 2] * 5, "label 2, but"),
     ],
 )
@@ -173,7 +175,7 @@ def test_damaged_and_missing_tables_are_named(tmp_path):
         with pytest.raises(TaskError, match="cannot be read as Parquet"):
             load_task(str(tmp_path))
     write(tmp_path / "train.parquet", {"img": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
-    with pytest.raises(TaskError, match="holds nothing"):
+    with pytest.raises(TaskError, match="is empty"):
         load_task(str(tmp_path))
     for name in ("one.parquet", "two.parquet"):
         (tmp_path / name).write_bytes(whole)
@@ -211,7 +213,7 @@ def test_any_labels_give_a_task_or_an_error_that_a_user_can_mend(tmp_path, label
     assert len(task.train) + len(task.val) + len(task.test) == len(labels)
 
 
-# Which column is the label, and what all files say of it
+# Which column holds the labels, and whether the files agree on them
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def two_files(
         ({"label": [0, 1] * 3}, {"other": [0, 1] * 3}, (None, None), r"{1}: unknown column 'label'"),
         ({"other": [0, 1] * 3}, {"label": [0, 1] * 3}, (None, None), r"{0}: unknown column 'label'"),
         ({"label": [0, 1] * 3}, {"label": [0, 1] * 3}, (["a", "b"], ["b", "a"]),
-         r"{0} and .*{1} contradict each other: in column 'label', label 0 is 'a' in the one and 'b' in the other"),
+         r"{0} and .*{1} contradict each other: in column 'label', label 0 is 'a' in the first and 'b' in the second"),
         ({"label": [0, 1] * 3}, {"label": ["a", "b"] * 3}, (None, None),
          r"'label' holds integers in .*{0}, but text in .*{1}"),
         ({"label": [0, 1] * 3}, {"label": [True, False] * 3}, (None, None), r"integers in .*{0}, but true or false in"),

@@ -1,6 +1,5 @@
 """Folders of images, one folder per class."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from refilled.data.source import Part, Picture, Rows, Source, part_called, stamp_of
-from refilled.data.walking import Listing, as_text, has_images, list_folders, list_images, unread_notes
+from refilled.data.walking import Listing, as_text, fold_name, has_images, list_folders, list_images, unread_notes
 from refilled.errors import TaskError
 
 _SHOWN = 5  # names in a message
@@ -178,7 +177,7 @@ def _listed(folders: list[Path]) -> str:
 def _refuse_collisions(classes: list[str], root: Path) -> None:
     seen: dict[str, str] = {}
     for name in classes:
-        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        other = seen.setdefault(fold_name(name), name)
         if other != name:
             raise TaskError(
                 f"the class folders '{other}' and '{name}' of {root} differ in case or the encoding of accents only, "
