@@ -163,6 +163,8 @@ def test_a_column_says_the_part(tmp_path, names):
     check(task)
     assert [len(split) for split in (task.train, task.val, task.test)] == [8, 6, 6]
     assert "parts as in column 'split' of labels.csv" in task.notes
+    frame.rename(columns={"label": "split", "split": "part"}).to_csv(tmp_path / "other.csv", index=False)
+    assert "parts as in column 'part' of other.csv" in load_task(f"{tmp_path / 'other.csv'}@label=split").notes
     frame.assign(split=np.arange(20) % 5).to_csv(tmp_path / "labels.csv", index=False)
     task = load_task(str(tmp_path))
     assert any(
