@@ -107,9 +107,8 @@ def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArra
         if image.format == "JPEG":
             _refuse_large(image, _MAX_JPEG_PIXELS)
         if box is None:
-            image.draft(
-                None, (2 * size, 2 * size)
-            )  # JPEG only: decode at a fraction of its size, at least twice the target
+            # JPEG only: decode at a fraction of the picture's size, but at least twice the target.
+            image.draft(None, (2 * size, 2 * size))
         _refuse_large(image)
         if is_deep(image):
             image = _to_8_bits(image, file, grey)

@@ -16,6 +16,5 @@ def channel_statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     variance = (share * (levels - mean[:, None]).square()).sum(1)
-    return mean.tolist(), variance.sqrt().clamp(
-        min=1 / 255
-    ).tolist()  # at least one level, so that a constant channel can be divided by it
+    # At least one level, so that the normalisation of a constant channel does not divide by zero.
+    return mean.tolist(), variance.sqrt().clamp(min=1 / 255).tolist()

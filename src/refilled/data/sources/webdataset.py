@@ -85,7 +85,7 @@ class TarPart:
     image: str
 
     def name(self, row: int) -> str:
-        """Return the name of an image, such as ``train-0001.tar#17``. Names of members may be anything: not used."""
+        """Return the name of an image, such as ``train-0001.tar#17``; the names of members may be anything."""
         shard = bisect(self.starts, row) - 1
         return f"{self.files[shard].name}#{row - self.starts[shard]}"
 
