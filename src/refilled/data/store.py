@@ -9,7 +9,6 @@ and holds the digest of each of its images. A shard without a record, or with an
 is decoded again.
 """
 
-import fcntl
 import json
 import mmap
 import multiprocessing
@@ -37,6 +36,7 @@ from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.source import Part, Rows
 from refilled.errors import TaskError
 from refilled.files import cache_folder, write_atomic
+from refilled.locks import lock
 
 _SHARD_BYTES = 2**27
 _CGROUP = Path("/sys/fs/cgroup")
@@ -342,7 +342,7 @@ class _Store:
     def _alone(self, shard: int) -> Iterator[None]:
         """Hold the lock of a shard. The system releases it when the process ends."""
         with (self.folder / ".lock").open("a") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, shard)  # one byte of the file per shard
+            lock(file, shard)  # one byte of the file per shard
             yield
 
 
