@@ -37,6 +37,7 @@ pages: $(STAMP)
 	$(BIN)/python docs/build_figures.py
 	$(BIN)/python docs/build_idea.py
 	$(BIN)/python docs/build_reliability.py
+	$(BIN)/python docs/build_messages.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mining.py --sizes 128 256 512 --runs 5

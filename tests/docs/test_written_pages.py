@@ -1,9 +1,12 @@
-"""docs/reliability.md names tests that exist, and a test for every fault."""
+"""Pages that are written from other files are up to date, and name what exists."""
 
 import ast
 import importlib.util
 from pathlib import Path
 
+import pytest
+
+from refilled.methods import list_methods
 from soak import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +31,14 @@ def test_every_fault_has_tests_that_exist():
     assert not missing
 
 
-def test_the_page_is_that_of_the_file():
-    spec = importlib.util.spec_from_file_location("build_reliability", ROOT / "docs" / "build_reliability.py")
+@pytest.mark.parametrize("name", ["build_reliability", "build_messages"])
+def test_a_written_page_is_that_of_its_sources(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run 'make pages'"
+
+
+def test_the_api_has_every_method():
+    page = (ROOT / "docs" / "api" / "methods.md").read_text(encoding="utf-8")
+    assert not [name for name in list_methods() if f".{name}\n" not in page]
