@@ -549,5 +549,5 @@ def test_a_download_is_checked_and_only_the_known_files_leave_the_archive(tmp_pa
 
 def test_without_a_network_the_way_to_the_files_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(TaskError, match=r"get https://www\.cs\.toronto\.edu/.*unpack it to"):
+    with pytest.raises(TaskError, match=r"download https://www\.cs\.toronto\.edu/.*unpack it to"):
         load_task("cifar100", data_root=tmp_path)
