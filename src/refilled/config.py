@@ -8,13 +8,15 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from refilled.errors import RunError, unknown
 
+_Crops = Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"]
+_Policy = Literal["none", "trivial", "rand"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
 
 WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
@@ -99,8 +101,8 @@ class Recipe:
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     images_per_class: int = 4
     balance: Literal["off", "weights", "logits"] = "off"
-    augmentation: Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"] = "auto"
-    auto_augment: Literal["none", "trivial", "rand"] = "none"
+    augmentation: _Crops = "auto"
+    auto_augment: _Policy = "none"
     color_jitter: float = 0.0
     random_erasing: float = 0.0
     views: int | None = None
@@ -132,6 +134,9 @@ class Recipe:
         for name, holds in rules.items():
             if not holds:
                 raise RunError(f"{name} = {getattr(self, name)} is out of range")
+        for name, choices in (("augmentation", get_args(_Crops)), ("auto_augment", get_args(_Policy))):
+            if getattr(self, name) not in choices:
+                raise RunError(unknown(name, str(getattr(self, name)), choices))
         for name in ("color_jitter", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RunError(f"{name} = {getattr(self, name)} is out of range; give a number from 0 to 1")
