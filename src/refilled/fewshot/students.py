@@ -22,7 +22,7 @@ from refilled.fewshot.methods.linear import logistic_weights
 from refilled.losses.distances import at_least_float32
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
-from refilled.outputs import ModelShape, Outputs
+from refilled.outputs import ModelShape, Outputs, not_computed
 from refilled.stages import Prepares, Stage
 from refilled.training.loop import learning_rate, share_epochs
 from refilled.training.precision import resolve_precision
@@ -328,7 +328,7 @@ class _Group:
             with torch.no_grad():
                 return [self.bank.model(own, features=True) for own in images]
         embedding = torch.cat([self.bank.embedding(support, view) for view in views], 1)
-        return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
+        return [Outputs(not_computed(len(own), own), own) for own in embedding.to(self.bank.device)]
 
     def _take_statistics(self) -> None:
         """Recompute the statistics of batch norm over the views of the support images.

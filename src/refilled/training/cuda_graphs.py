@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from refilled.config import Precision
 from refilled.models import Backbone
-from refilled.outputs import Outputs
+from refilled.outputs import Outputs, not_computed
 from refilled.stages import Part
 
 _MOST = 4  # recordings, each of which holds the memory of a pass; an epoch has batches of one or two sizes
@@ -89,7 +89,7 @@ class GraphedNetwork:
 
     def _outputs(self, tensors: tuple[Tensor, ...], parts: frozenset[Part]) -> Outputs:
         single = [name for name in _SINGLE if name in parts]
-        nothing = tensors[0].new_empty(len(tensors[0]), 0)
+        nothing = not_computed(len(tensors[0]), tensors[0])
         named = dict(zip(single, tensors, strict=False))
         return Outputs(named.get("logits", nothing), named.get("embedding", nothing), tensors[len(single) :])
 

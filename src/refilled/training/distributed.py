@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from refilled.errors import RankError, RefilledError, RunError
 from refilled.losses.distances import at_least_float32
-from refilled.outputs import Outputs
+from refilled.outputs import Outputs, not_computed
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class World:
             return outputs
 
         def whole(name: str, rows: Tensor) -> Tensor:
-            return self.gather(rows, count) if name in parts else rows.new_empty(count, 0)
+            return self.gather(rows, count) if name in parts else not_computed(count, rows)
 
         maps = outputs.features if "features" in parts else ()
         return Outputs(

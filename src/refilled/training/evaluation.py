@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from refilled.data import Pixels, Split
 from refilled.losses.distances import class_centers, pairwise_distances
 from refilled.models import Backbone
-from refilled.outputs import Outputs
+from refilled.outputs import Outputs, not_computed
 from refilled.training.distributed import ALONE, World
 
 SCORING_BATCH = 256  # images at a time
@@ -39,7 +39,7 @@ def outputs_by_batch(
             (images,) = block[world.part(len(block))].split(batch_size)
             outputs = model(images.to(device)) if len(images) else _of_nothing(model)
             logits, embedding = (
-                rows.float().cpu() if part in parts else torch.empty(len(rows), 0)
+                rows.float().cpu() if part in parts else not_computed(len(rows))
                 for part, rows in (("logits", outputs.logits), ("embedding", outputs.embedding))
             )
             yield world.gather_outputs(Outputs(logits, embedding), len(block), parts)
