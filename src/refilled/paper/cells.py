@@ -9,7 +9,7 @@ from typing import Any
 from refilled.config import YOUNGER, FewShotRun, MetaRun, Recipe, Run
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.methods import list_meta_learners
-from refilled.grid.jobs import FewShotTest, Found, Job, load, name_of
+from refilled.grid.jobs import FewShotTest, Job, JobResult, load, name_of
 from refilled.methods import load_method
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, PaperRecipe, Protocol
 from refilled.paper.schema import Column, FewShotRow, Row, Table
@@ -250,7 +250,7 @@ class JobGraph:
         """Return the name of the run of a cell's teacher."""
         return None if cell in self.problems else self._names[cell][1]
 
-    def result(self, name: str | None) -> Found | None:
+    def result(self, name: str | None) -> JobResult | None:
         """Return the result of a job, or None if it is not finished."""
         if name is None or not (self.folder / name / "DONE").exists():
             return None

@@ -12,7 +12,7 @@ from refilled.cost.grid import estimate
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.evaluation import FewShotResult
 from refilled.grid.executors import Executor, processes
-from refilled.grid.jobs import Found, Job, accuracy
+from refilled.grid.jobs import Job, JobResult, accuracy
 from refilled.grid.runner import run_grid
 from refilled.paper.cells import Cell, Choice, JobGraph, cells, chosen
 from refilled.paper.measures import measure
@@ -109,7 +109,7 @@ def _carry_out(
     failures: dict[str, str] = {}
     count = itertools.count(1)
 
-    def tell(name: str, result: Found) -> None:
+    def tell(name: str, result: JobResult) -> None:
         _say(console, f"  {next(count)}/{len(missing)} {name}: {accuracy(result):.2f} %")
 
     def note(name: str, error: Exception) -> None:

@@ -119,7 +119,7 @@ class TableReport:
     def sentences(self) -> list[str]:
         """Return the sentences that a reader needs in order to read the table."""
         scale, recipe = SCALES[self.choice.scale], RECIPES[self.choice.recipe]
-        said = [
+        sentences = [
             f"Each cell: ours, {self._mean()}; then the paper's number and the difference. "
             f"{self.table.unit[0].upper()}{self.table.unit[1:]}.",
             f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
@@ -129,8 +129,8 @@ class TableReport:
         stand_ins = {column.student: scale.network(column.student) for column in self.table.columns}
         changed = ", ".join(f"{ours} for {papers}" for papers, ours in stand_ins.items() if ours != papers)
         if changed:
-            said.append(f"Students instead of the paper's: {changed}.")
-        return [*said, self.table.note] if self.table.note else said
+            sentences.append(f"Students instead of the paper's: {changed}.")
+        return [*sentences, self.table.note] if self.table.note else sentences
 
     def failed(self) -> list[tuple[str, str]]:
         """Return each reason of failures, with the names of the failed cells."""
@@ -245,8 +245,8 @@ class TableReport:
         """Return the epochs in this reproduction. The summary of a recipe gives those of the paper."""
         taken = {name: [vars(e.cell)[part] for e in self.entries] for name, part in _TRAINED.items()}
         epochs = {name: sorted({job.epochs for job in jobs if isinstance(job, Run)}) for name, jobs in taken.items()}
-        said = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
-        return {"epochs here": "; ".join(said)} if said else {}
+        parts = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
+        return {"epochs here": "; ".join(parts)} if parts else {}
 
     def _views(self) -> dict[str, str]:
         runs = [e.cell.run for e in self.entries if isinstance(e.cell.run, Run) and e.cell.run.views is not None]
