@@ -46,10 +46,9 @@ def keeps_embeddings(run: Run, student: str, teacher: str) -> bool:
 
 @cache
 def _reads_maps(method: str, settings: tuple[tuple[str, Any], ...], student: str, teacher: str) -> bool:
-    models = [create_model(network, len(_CLASSES), image_size=32) for network in (student, teacher)]
-    for model in models:
-        model.class_names = _CLASSES
-    plan = load_method(method).build(*models, dict(settings))
+    learner, master = (create_model(network, len(_CLASSES), image_size=32) for network in (student, teacher))
+    learner.class_names = master.class_names = _CLASSES
+    plan = load_method(method).build(learner, master, dict(settings))
     return isinstance(plan, Sequence) and any(stage.reads("features") for stage in plan)
 
 
