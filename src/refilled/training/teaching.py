@@ -75,7 +75,7 @@ class Teaching:
             found = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
         for part, rows in zip(parts, found, strict=True):
             refuse_non_finite(rows, part.sources)
-        embedding, labels = torch.cat(found).to(self.fabric.device), task.seen.labels.to(self.fabric.device)
+        embedding, labels = torch.cat(found).to(self.fabric.device), task.seen.labels.to(self.fabric.device, copy=True)
         for loss in curious:
             shown = len(labels) if Term(loss).sees_unlabelled else len(task.train)
             loss.prepare(embedding[:shown], labels[:shown])
