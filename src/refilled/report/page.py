@@ -23,6 +23,7 @@ from refilled.models import Backbone
 from refilled.report.card import model_card
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
+from refilled.report.several import teacher_rows
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, task_of
 from refilled.runs.prepared import Prepared
@@ -62,6 +63,8 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
     pictures: dict[str, str] = {}
     if curves := _curves(folder):
         pictures["Learning curves: all terms of the loss, and accuracies"] = address(svg(curves))
+    if several := (result.teacher or {}).get("teachers"):
+        tables["What each teacher brought"] = teacher_rows(several, folder / "log.jsonl")
     worst: list[dict[str, str]] = []
     calibration = None
     if network is not None and len(scored) and int(scored.labels.min()) >= 0:
@@ -93,8 +96,8 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
         provenance={
             "command": _command(run),
             "data fingerprint": result.data["fingerprint"],
-            "teacher": _listed(result.teacher or {}) or "none",
-            "network": f"{run.student or run.teacher}, {result.parameters:,} parameters",
+            **_teachers(result.teacher),
+            "network": f"{run.student or run.only_teacher}, {result.parameters:,} parameters",
             "time": f"{result.seconds:.0f} seconds",
             "hardware": _listed(result.hardware),
             "versions": _listed(result.versions),
@@ -126,7 +129,9 @@ def _command(run: Run, compare: bool = False) -> str:
         if field.name in left_out or (value == default and field.name != "epochs"):
             continue
         flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
+        if field.name == "teacher":
+            words += [word for name in run.teachers for word in ("--teacher", name)]
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else [value])]
@@ -136,6 +141,17 @@ def _command(run: Run, compare: bool = False) -> str:
     else:
         words += [word for name, value in run.settings.items() for word in ("--set", f"{name}={value}")]
     return shlex.join(words)
+
+
+def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the lines of provenance about no teacher, one, or each of several."""
+    if not about:
+        return {"teacher": "none"}
+    if "teachers" not in about:
+        return {"teacher": _listed(about)}
+    shown = ("name", "ignored", "fingerprint", "image_size", "embedding", "embedding_dim")
+    each = ({name: teacher[name] for name in shown} for teacher in about["teachers"])
+    return {f"teacher {number}": _listed(teacher) for number, teacher in enumerate(each, start=1)}
 
 
 def _compared(folder: Path, against: Path, ours: Result, theirs: Result) -> tuple[list[str], list[list[str]]]:
