@@ -1,0 +1,119 @@
+"""The command ``labels``: doubtful labels and near copies among the images of a run or a task."""
+
+import json
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from refilled.cli.options import AsJson, Quiet, configure, run_flags
+from refilled.cli.show import console, printable, say, silent
+from refilled.config import Recipe
+
+if TYPE_CHECKING:
+    from refilled.selection.doubtful import CopyGroup, Findings
+
+_NOT_USED = {f.name for f in fields(Recipe)} - {"seed"}
+_IMAGES_OF_A_GROUP = 4
+
+
+@run_flags(
+    "student", "method", "settings", "guard", "shots", "val", "score", "pretrained", "unlabelled", "cuda_graphs",
+    *_NOT_USED,
+)  # fmt: skip
+def labels(
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|FOLDER",
+            help="Folder of a run, or a folder of images or other task with --teacher.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write all findings to this table, FILE.csv, and a page with pictures to FILE.html.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files if they exist.")] = False,
+    with_test: Annotated[
+        bool, typer.Option("--with-test", help="Also judge the labels of the test images; copies are always sought.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Number of findings of each kind that are printed.", min=0)] = 20,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    **flags: Any,
+) -> None:
+    """Find doubtful labels of training images, and near copies, also between training and test images."""
+    from refilled.report.labels import check_table, write_findings
+    from refilled.runs.folder import RunFolder
+    from refilled.selection.doubtful import find_doubtful, run_in
+
+    if out is not None:
+        check_table(out, overwrite)
+    folder = Path(task) if RunFolder(Path(task)).begun else None
+    given = {name: value for name, value in flags.items() if value is not None}
+    run = configure(None, {"task": task, "val": 0.0, **given}) if folder is None else run_in(folder, given)
+    findings = find_doubtful(run, with_test, silent if quiet else say, folder)
+    if as_json:
+        print(json.dumps(findings.to_dict()))
+    else:
+        _print(findings, top)
+    if out is not None:
+        page = write_findings(findings, out, shlex.join(["refilled", *sys.argv[1:]]), overwrite)
+        if not as_json:
+            console.print(f"table: {printable(str(out))}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"page: {printable(str(page))}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(findings: "Findings", top: int) -> None:
+    from refilled.report.labels import summary
+
+    for note in findings.notes:
+        say(f"note: {printable(note)}")
+    doubts, groups = findings.doubts[:top], findings.groups[:top]
+    if doubts:
+        table = _table("doubtful label", "given", "suggested", "score")
+        for doubt in doubts:
+            texts = (doubt.place.image, doubt.place.label, doubt.suggested)
+            table.add_row(*(escape(printable(text)) for text in texts), f"{doubt.score:.3f}")
+        console.print(table)
+    if groups:
+        table = _table("near copies", "classes", "parts", "corr.")
+        for group in groups:
+            table.add_row(*_cells(group))
+        console.print(table)
+    left = max(len(findings.doubts) - len(doubts), 0), max(len(findings.groups) - len(groups), 0)
+    for sentence in summary(findings):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    if any(left):
+        say(f"not printed: {left[0]} labels and {left[1]} groups; --out labels.csv writes all, --top prints more")
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold", min_width=20)
+    for heading in others:
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("score", "corr.") else "left")
+    return table
+
+
+def _cells(group: "CopyGroup") -> list[str]:
+    names = [place.image for place in group.places[:_IMAGES_OF_A_GROUP]]
+    left = len(group.places) - len(names)
+    lines = [escape(printable(name)) for name in names] + ([f"and {left} more"] if left else [])
+    classes = sorted({place.label for place in group.places})
+    parts = sorted({place.part for place in group.places}, reverse=True)
+    return [
+        "\n".join(lines),
+        "\n".join(escape(printable(name)) for name in classes),
+        " + ".join(parts),
+        f"{group.correlation:.3f}",
+    ]
