@@ -3,20 +3,20 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from rich.cells import cell_len, set_cell_size
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
 from refilled.config import Recipe
 
 if TYPE_CHECKING:
-    from refilled.selection.doubtful import CopyGroup, Findings
+    from refilled.selection.doubtful import Findings
 
 _NOT_USED = {f.name for f in fields(Recipe)} - {"seed"}
 _IMAGES_OF_A_GROUP = 4
@@ -80,16 +80,15 @@ def _print(findings: "Findings", top: int) -> None:
         say(f"note: {printable(note)}")
     doubts, groups = findings.doubts[:top], findings.groups[:top]
     if doubts:
-        table = _table("doubtful label", "given", "suggested", "score")
-        for doubt in doubts:
-            texts = (doubt.place.image, doubt.place.label, doubt.suggested)
-            table.add_row(*(escape(printable(text)) for text in texts), f"{doubt.score:.3f}")
-        console.print(table)
-    if groups:
-        table = _table("near copies", "classes", "parts", "corr.")
-        for group in groups:
-            table.add_row(*_cells(group))
-        console.print(table)
+        lines = [("score", "given", "suggested", "image with a doubtful label")]
+        lines += [(f"{d.score:.3f}", d.place.label, d.suggested, d.place.image) for d in doubts]
+        _print_columns(lines)
+    for number, group in enumerate(groups, 1):
+        console.print(f"near copies {number}: {', '.join(group.marks)}", markup=False, highlight=False)
+        shown = group.places[:_IMAGES_OF_A_GROUP]
+        _print_columns([("", place.part, place.label, place.image) for place in shown])
+        if len(group.places) > len(shown):
+            console.print(f"  and {len(group.places) - len(shown)} more", highlight=False)
     left = max(len(findings.doubts) - len(doubts), 0), max(len(findings.groups) - len(groups), 0)
     for sentence in summary(findings):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -97,23 +96,10 @@ def _print(findings: "Findings", top: int) -> None:
         say(f"not printed: {left[0]} labels and {left[1]} groups; --out labels.csv writes all, --top prints more")
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold", min_width=20)
-    for heading in others:
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("score", "corr.") else "left")
-    return table
-
-
-def _cells(group: "CopyGroup") -> list[str]:
-    names = [place.image for place in group.places[:_IMAGES_OF_A_GROUP]]
-    left = len(group.places) - len(names)
-    lines = [escape(printable(name)) for name in names] + ([f"and {left} more"] if left else [])
-    classes = sorted({place.label for place in group.places})
-    parts = sorted({place.part for place in group.places}, reverse=True)
-    return [
-        "\n".join(lines),
-        "\n".join(escape(printable(name)) for name in classes),
-        " + ".join(parts),
-        f"{group.correlation:.3f}",
-    ]
+def _print_columns(lines: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns. No path is broken, so that it can be copied."""
+    texts = [[printable(text) for text in line] for line in lines]
+    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
+    for *first, last in texts:
+        cells = [set_cell_size(text, width) for text, width in zip(first, widths, strict=False)]
+        console.print("  ".join([*cells, last]), markup=False, highlight=False, soft_wrap=True)

@@ -104,22 +104,22 @@ def _page(findings: Findings, command: str) -> str:
     doubts, groups = findings.doubts[:_DOUBTS], findings.groups[:_GROUPS]
     template = Environment(loader=PackageLoader("refilled.report"), autoescape=True).get_template("labels.html")
     return template.render(
-        title=f"Labels of {shown(Path(findings.task.name).name)}",
+        title=f"Labels of {shown(Path(findings.task.name).name.partition('@')[0])}",
         sentences=summary(findings),
         notes=[shown(note) for note in findings.notes],
         doubts=[
             {
                 **_figure(findings.task, doubt.place),
                 "suggested": shown(doubt.suggested),
-                "score": f"{100 * doubt.score:.1f} %",
-                "probability": f"{100 * doubt.suggested_probability:.0f} %",
+                "score": f"{100 * doubt.score:.1f}\u00a0%",
+                "probability": f"{100 * doubt.suggested_probability:.0f}\u00a0%",
             }
             for doubt in doubts
         ],
         doubts_left=len(findings.doubts) - len(doubts),
         groups=[
             {
-                "heading": _heading(number, group.across, group.disagree, group.correlation),
+                "heading": f"Group {number}: {', '.join(group.marks)}",
                 "images": [_figure(findings.task, place) for place in _varied(group.places)],
                 "left": max(0, len(group.places) - _OF_A_GROUP),
             }
@@ -136,12 +136,6 @@ def _page(findings: Findings, command: str) -> str:
     )
 
 
-def _heading(number: int, across: bool, disagree: bool, correlation: float) -> str:
-    marks = [*(["across parts"] if across else []), *(["labels differ"] if disagree else [])]
-    equal = "equal pixels" if correlation == 1 else f"correlation {correlation:.3f}"
-    return f"Group {number}: {', '.join([*marks, equal])}"
-
-
 def _varied(places: Sequence[Place]) -> list[Place]:
     """Return the first images of a group, beginning with one of each part and label."""
     first = {(place.part, place.label): place for place in reversed(places)}
@@ -153,4 +147,9 @@ def _figure(task: Task, place: Place) -> dict[str, str]:
     pixels = {"train": task.train, "val": task.val, "test": task.test}[place.part].pixels[place.row : place.row + 1]
     image = Image.fromarray(pixels[0].cpu().permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((_SIDE, _SIDE))
-    return {"picture": png(image), "given": shown(place.label), "place": f"{place.part}: {shown(place.image)}"}
+    name = shown(place.image)
+    return {
+        "picture": png(image),
+        "given": shown(place.label),
+        "place": name if name.startswith(f"{place.part}/") else f"{place.part}: {name}",
+    }

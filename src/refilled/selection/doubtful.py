@@ -91,6 +91,12 @@ class CopyGroup:
         """Whether their labels differ."""
         return len({place.label for place in self.places}) > 1
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What to know of the group, in words."""
+        equal = "equal pixels" if self.correlation == 1 else f"correlation {self.correlation:.3f}"
+        return (*(["across parts"] if self.across else []), *(["labels differ"] if self.disagree else []), equal)
+
 
 @dataclass(frozen=True)
 class Findings:
