@@ -7,7 +7,6 @@ ranks that want the same share the work. A shard's record, written last, holds t
 a record the shard is made again, and so it is where an image is no longer what the record says.
 """
 
-import fcntl
 import json
 import mmap
 import multiprocessing
@@ -35,6 +34,7 @@ from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.source import Part, Rows
 from refilled.errors import TaskError
 from refilled.files import cache_folder, write_atomic
+from refilled.locks import lock
 
 _SHARD_BYTES = 2**27
 _CGROUP = Path("/sys/fs/cgroup")
@@ -334,7 +334,7 @@ class _Store:
     def _alone(self, shard: int) -> Iterator[None]:
         """Wait until no other process is at a shard; the system lets go when a process ends."""
         with (self.folder / ".lock").open("a") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, shard)  # of a byte of its own
+            lock(file, shard)
             yield
 
 

@@ -9,7 +9,6 @@ ends in a checksum of its contents and of its owner. A killed build therefore re
 cache, and a shard that is torn, or was made for something else, is detected and built again.
 """
 
-import fcntl
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 from refilled.data import Augmentation, Task, Views
 from refilled.errors import RunError
 from refilled.files import write_atomic
+from refilled.locks import lock, unlock
 from refilled.models import Backbone, refuse_non_finite
 from refilled.training.evaluation import nearest_center_accuracy
 
@@ -221,9 +221,7 @@ class TeacherCache:
     def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say) -> bool:
         """Build a shard unless another process has; False if another process holds its lock and ``wait`` is False."""
         # One byte of the file stands for each shard. The system lets go of a byte when its process ends.
-        try:
-            fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
-        except (BlockingIOError, PermissionError):
+        if not lock(claims, shard, wait=wait):
             return False
         try:
             problem = self.problem(shard)
@@ -231,7 +229,7 @@ class TeacherCache:
                 say(f"teacher cache: shard {shard + 1} of {self.contents.shards} is {problem}; embedding its images")
                 self._write_shard(shard, task, embed)
         finally:
-            fcntl.lockf(claims, fcntl.LOCK_UN, 1, shard)
+            unlock(claims, shard)
         return True
 
     def _write_shard(self, shard: int, task: Task, embed: Embed) -> None:
