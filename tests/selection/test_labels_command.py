@@ -70,6 +70,7 @@ def flipped(tmp_path_factory):
     return root, wrong, labels
 
 
+@pytest.mark.slow
 def test_most_of_the_wrong_labels_are_ranked_first_and_set_right(flipped):
     root, wrong, labels = flipped
     found = json.loads(refilled("labels", root, *LETTERS, "--with-test", "--json").stdout)

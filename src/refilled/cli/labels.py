@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _NOT_USED = {f.name for f in fields(Recipe)} - {"seed"}
 _IMAGES_OF_A_GROUP = 4
+_LONGEST = 32  # columns of the terminal for the name of a class
 
 
 @run_flags(
@@ -97,9 +98,13 @@ def _print(findings: "Findings", top: int) -> None:
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns. No path is broken, so that it can be copied."""
+    """Print aligned columns; long names of classes are cut. No path is broken, so that it can be copied."""
     texts = [[printable(text) for text in line] for line in lines]
-    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
+    widths = [min(_LONGEST, max(map(cell_len, column))) for column in zip(*texts, strict=True)]
     for *first, last in texts:
-        cells = [set_cell_size(text, width) for text, width in zip(first, widths, strict=False)]
+        cells = [_sized(text, width) for text, width in zip(first, widths, strict=False)]
         console.print("  ".join([*cells, last]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _sized(text: str, width: int) -> str:
+    return set_cell_size(text, width) if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}…"
