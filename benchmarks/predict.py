@@ -1,4 +1,4 @@
-"""Does ``refilled predict`` cost more than decoding its pictures and running the network?
+"""The time of ``refilled predict`` beside decoding its pictures and running the network.
 
 ::
 
@@ -9,9 +9,9 @@
 
 Two students with random weights: timm's ``mobilenetv3_small_050`` at 224 pixels, and ``wrn_10_1`` at 32. In each round,
 one after the other on the same files: decoding alone (``read_pixels``), the bare forward pass alone (the network on
-ready batches, in eval mode), and the command with ``--csv`` into a file, without the start of Python. ``ratio`` is
-(decoding + forward) / command, the median over the rounds: 1 means that the command adds nothing to its parts. More than
-1 means that it does both at the same time. ``cores`` is processor time / time of the command.
+ready batches, in eval mode), and the command with ``--csv``, without the start of Python. ``ratio`` is
+(decoding + forward) / command, the median over the rounds: 1 means that the command adds nothing to its parts. More
+than 1 means that it does both at the same time. ``cores`` is processor time / time of the command.
 
 Then the latency of one picture, a batch of 1 that is decoded already, by torch and by onnxruntime.
 """

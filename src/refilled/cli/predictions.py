@@ -92,7 +92,7 @@ class TableRows:
 
     def _rows(self, batch: "Predicted") -> list[tuple[str, str, str]]:
         rows = []
-        ordered = batch.probabilities.sort(1, descending=True, stable=True)
+        ordered = batch.probabilities.sort(stable=True, dim=1, descending=True)
         for image, numbers, places in zip(
             batch.images, ordered.values[:, : self._top].tolist(), ordered.indices[:, : self._top].tolist(), strict=True
         ):
