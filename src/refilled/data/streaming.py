@@ -34,7 +34,7 @@ def decode_ahead(
     Args:
         images: The files, at most some of which need be known at the beginning.
         size: Side length S of the images.
-        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
+        grey: Black and white of pictures with more than 8 bits per channel; None to refuse those.
         batch_size: Files per batch.
 
     Raises:
