@@ -258,7 +258,7 @@ LYING = Image.Exif()
 LYING[0x0112] = 6
 HUGE = {
     "png": ("RGB", (8000, 6000), "png", {}, "read"),
-    "transparent": ("RGBA", (8000, 6000), "png", {}, "read"),
+    "transparent": ("RGBA", (6400, 5000), "png", {}, "read"),
     "palette": ("P", (8900, 8900), "png", {}, "read"),
     "lying": ("RGB", (8000, 6000), "png", {"exif": LYING}, "read"),
     "strip": ("RGB", (5200, 5200), "tif", {"compression": "tiff_lzw", "strip_size": 2**30}, "read"),

@@ -29,7 +29,8 @@ _ORIENTATION = 0x0112  # the tag of EXIF
 _BY_DECODER = {"WEBP": 16, "JPEG2000": 20, "AVIF": 12, "HEIF": 12}
 _PROGRESSIVE_JPEG = 3  # coefficients of the whole file, also if it is decoded at a fraction of its size
 _ONE_STRIP = 3  # of a TIFF, which may be as large as the picture
-_BY_MODE = {"1": 1, "L": 1, "P": 1}
+_BY_MODE = {"1": 1, "L": 1, "P": 1, "RGB": 4}
+_CONVERTED = 6  # other modes: 4, and the bands that are converted to RGB
 
 
 class TooLarge(Exception):
@@ -42,7 +43,7 @@ def bytes_per_pixel(image: Image.Image) -> int:
         return _BY_DECODER[image.format]
     if image.mode.startswith("I;16"):
         return 8  # with the levels as an array, and its bytes
-    return _BY_MODE.get(image.mode, 4) + (_ONE_STRIP if image.format == "TIFF" else 0)
+    return _BY_MODE.get(image.mode, _CONVERTED) + (_ONE_STRIP if image.format == "TIFF" else 0)
 
 
 def refuse_large_file(image: Image.Image) -> None:
@@ -118,9 +119,14 @@ def _whole_million(text: str) -> int:
     return int(text) * 10**6
 
 
+def to_rgb_is_free(image: Image.Image) -> bool:
+    """Whether :func:`to_rgb` returns the picture itself."""
+    return image.mode == "RGB" and "transparency" not in image.info
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture to RGB, transparency laid on white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+    if to_rgb_is_free(image):
         return image
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -155,6 +161,9 @@ def _scaled_in_bands(image: Image.Image, size: int) -> NDArray[np.uint8]:
     left, top, scale = (image.width - side) / 2, (image.height - side) / 2, side / size
     reach = max(scale, 1) + 1  # rows beyond its own that a row of the result is mixed from
     rows = max(1, floor(_BAND / image.width / scale))
+    if to_rgb_is_free(image):
+        box = (left, top, left + side, top + side)
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
     result = np.empty((size, size, 3), dtype=np.uint8)
     for first in range(0, size, rows):
         last = min(first + rows, size)
