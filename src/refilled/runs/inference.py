@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import Run
@@ -16,8 +14,9 @@ from refilled.data import GreyRange, Task
 from refilled.data.decode import read_pixels
 from refilled.data.walking import list_images
 from refilled.errors import RefilledError, RunError, TaskError
-from refilled.files import damaged
+from refilled.files import read_tensors
 from refilled.models import Backbone, embedded_folder, load_model
+from refilled.models.weights import load_weights
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
@@ -161,10 +160,7 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
         path = run_folder.stage(stage)
         if not path.exists():
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
-        try:
-            student.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise RunError(damaged(path, str(error))) from error
+        load_weights(student, read_tensors(path), str(path))
     return _placed(student)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from refilled.files import write_atomic
 from refilled.models import Backbone
 from refilled.stages import Stage
-from refilled.training.checkpoints import State, load_state, save_state
+from refilled.training.checkpoints import State, load_state, refusing_another_state, save_state
 from refilled.training.distributed import ALONE, World
 from refilled.training.loop import Position
 from refilled.training.progress import Display
@@ -67,7 +67,8 @@ class RunJournal:
         """Load the newest whole state and cut the log back to where it stood then."""
         state = self.world.lead(self._load)
         if state:
-            self._seconds_before = float(state.data.get("seconds", 0.0))
+            with refusing_another_state():
+                self._seconds_before = float(state.data.get("seconds", 0.0))
         self._started = self._saved = time.monotonic()
         return state
 
@@ -76,8 +77,10 @@ class RunJournal:
         self.warnings = [f"{problem}; training resumed from the state before it" for problem in problems]
         for warning in self.warnings:
             self.display.message(f"warning: {warning}")
+        with refusing_another_state():
+            size = int(state.data.get("log_bytes", 0)) if state else 0
         self._log_path.touch()
-        os.truncate(self._log_path, int(state.data.get("log_bytes", 0)) if state else 0)
+        os.truncate(self._log_path, size)
         return state
 
     def checkpoint_due(self) -> bool:

@@ -13,6 +13,7 @@ from refilled.errors import RunError, unknown
 from refilled.fewshot.evaluation import load_side, make_bank, resolve, task_accuracies
 from refilled.fewshot.methods import FewShotMethod, load_few_shot_method
 from refilled.runs.determinism import use_machine
+from refilled.tuning.study import load_optuna, open_study
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -46,7 +47,7 @@ def tune(
     Raises:
         RunError: Optuna is not installed, or the search is invalid.
     """
-    optuna = _optuna()
+    optuna = load_optuna()
     method = load_few_shot_method(run.method)
     distributions = {name: _distribution(method, name, text) for name, text in search.items()}
     run = resolve(replace(run, side="val", n_episodes=n_episodes))
@@ -65,13 +66,7 @@ def tune(
         return mean(found)
 
     storage.parent.mkdir(parents=True, exist_ok=True)
-    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
-    study = optuna.create_study(
-        storage=journal,
-        study_name=run.method,
-        direction="maximize",
-        load_if_exists=True,
-    )
+    study = open_study(storage, run.method)
     complete = (optuna.trial.TrialState.COMPLETE,)
     while (finished := len(study.get_trials(states=complete))) < trials:
         # Seeded by the number of the trial, so that an interrupted search continues as if it had not been interrupted.
@@ -83,7 +78,7 @@ def tune(
 
 def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribution":
     """Parse the values to try for a parameter."""
-    distributions = _optuna().distributions
+    distributions = load_optuna().distributions
     if name not in method.parameters:
         raise RunError(f"--tune {name}: {unknown('parameter', name, method.parameters)}")
     bounds = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
@@ -102,12 +97,3 @@ def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribut
             f"{name}={text} is not a range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log"
         ) from None
     return found
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise RunError("tuning needs Optuna: pip install 'refilled[tune]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

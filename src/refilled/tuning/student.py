@@ -21,12 +21,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from refilled.config import Recipe, Run
 from refilled.errors import NonFiniteError, RunError, unknown
-from refilled.files import alone, write_atomic
+from refilled.files import alone, read_toml, write_atomic
 from refilled.methods import load_method
 from refilled.runs.experiment import check, complete
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
+from refilled.tuning.study import load_optuna, open_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -99,7 +100,7 @@ def tune(
 
 def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
     """Parse the values to try for a parameter."""
-    distributions = _optuna().distributions
+    distributions = load_optuna().distributions
     searchable = {**_recipe_types(), **load_method(run.method).types}
     if name not in searchable:
         raise RunError(unknown("parameter to search", name, searchable))
@@ -159,22 +160,14 @@ def _begin(run: Run, search: Mapping[str, str], folder: Path) -> None:
             if any(entry.name != ".lock" for entry in folder.iterdir()):
                 raise RunError(f"{folder} is not empty and holds no tuning; choose another --out")
             write_atomic(path, tomli_w.dumps(wanted).encode())
-        elif tomllib.loads(path.read_text(encoding="utf-8")) != wanted:
+        elif read_toml(path) != wanted:
             raise RunError(
                 f"{folder} holds a tuning of another run or search; see {path.name}, or choose another --out"
             )
 
 
 def _open(folder: Path) -> "Study":
-    optuna = _optuna()
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
-    study: Study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name="refilled",
-        direction="maximize",
-        load_if_exists=True,
-    )
-    return study
+    return open_study(folder / "journal.log", "refilled")
 
 
 def _next(
@@ -186,7 +179,7 @@ def _next(
     claims: ExitStack,
 ) -> "FrozenTrial | None":
     """Resume an abandoned trial, or start a new one. The trial is locked until ``claims`` is closed."""
-    optuna = _optuna()
+    optuna = load_optuna()
     with alone(folder):  # one process at a time, so that each sees which trials are taken
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             if _claim(folder, str(trial.number), claims):
@@ -225,13 +218,13 @@ def _try(study: "Study", trial: "FrozenTrial", run: Run, folder: Path) -> float 
 
 def _tell(study: "Study", trial: "FrozenTrial", accuracy: float | None) -> None:
     if accuracy is None:
-        study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
+        study.tell(trial.number, state=load_optuna().trial.TrialState.FAIL)
     else:
         study.tell(trial.number, accuracy)
 
 
 def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
-    states = _optuna().trial.TrialState
+    states = load_optuna().trial.TrialState
     with ExitStack() as claims:
         if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
             return None
@@ -242,12 +235,3 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         assert best.value is not None  # it is complete
         final_folder = folder / "best" / str(best.number)
         return Tuned(best.params, best.value, complete(final, final_folder), final_folder)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise RunError("tuning needs Optuna, which is not installed: pip install 'refilled[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
