@@ -47,6 +47,20 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file.
+
+    Raises:
+        OSError: The disk is full or not writable; it names the file.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def spreadsheet_cell(text: str) -> str:
     """Keep a spreadsheet from running a text that begins like a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

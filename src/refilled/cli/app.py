@@ -25,7 +25,7 @@ from refilled.cli.teachers import teachers
 from refilled.cli.train import distill, train
 from refilled.cli.tune import tune
 from refilled.cli.use import evaluate, list_, predict
-from refilled.errors import RefilledError, RunError
+from refilled.errors import RunError
 from refilled.network import forbidden, go_offline
 
 app = typer.Typer(
@@ -103,7 +103,7 @@ def main() -> None:
             err.print(f"ended by SIGTERM; {printable(what_was_left(arguments))}", markup=False, soft_wrap=True)
         sys.exit(143)
     except Exception as error:
-        message = str(error) if isinstance(error, RefilledError) else explain(error)
+        message = explain(error)
         if debug or message is None:
             raise
         if _first_to_tell(message):

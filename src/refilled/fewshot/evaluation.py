@@ -24,6 +24,7 @@ from refilled.errors import RunError
 from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
 from refilled.files import (
+    append,
     damaged,
     read_fields,
     read_json_lines,
@@ -267,11 +268,12 @@ class _Record:
         return len(self.accuracies)
 
     def add(self, accuracies: list[float], seconds: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            for accuracy in accuracies:
-                entry = {"task": len(self.accuracies), "accuracy": accuracy, "seconds": seconds}
-                file.write(json.dumps(entry) + "\n")
-                self.accuracies.append(accuracy)
+        first = len(self.accuracies)
+        entries = [
+            {"task": task, "accuracy": accuracy, "seconds": seconds} for task, accuracy in enumerate(accuracies, first)
+        ]
+        append(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
+        self.accuracies += accuracies
         self.seconds += seconds * len(accuracies)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from refilled.files import write_atomic
+from refilled.files import append, write_atomic
 from refilled.models import Backbone
 from refilled.stages import Stage
 from refilled.training.checkpoints import State, load_state, refusing_another_state, save_state
@@ -112,8 +112,7 @@ class RunJournal:
         """Add a line to the log."""
         if not self.world.leads:
             return
-        with self._log_path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+        append(self._log_path, json.dumps(entry) + "\n")
         self.display.epoch(entry)
 
     def end_stage(self, stage: Stage, student: Backbone) -> None:
