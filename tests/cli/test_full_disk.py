@@ -38,8 +38,8 @@ def fill(patch, full: str) -> None:
     sync = os.fsync
 
     def refuse(descriptor):
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if re.search(full, name) and not os.path.isdir(name):
+        opened = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if re.search(full, str(opened)) and not opened.is_dir():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 

@@ -1,27 +1,14 @@
 """The file in which Optuna keeps a search."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from refilled.errors import RunError
 from refilled.files import damaged
+from refilled.tuning.search_space import import_optuna
 
 if TYPE_CHECKING:
     from optuna.study import Study
-
-
-def load_optuna() -> Any:
-    """Import Optuna, which is an optional part.
-
-    Raises:
-        RunError: It is not installed.
-    """
-    try:
-        import optuna
-    except ImportError:
-        raise RunError("tuning needs Optuna, which is not installed: pip install 'refilled[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 def open_study(file: Path, name: str) -> "Study":
@@ -30,7 +17,7 @@ def open_study(file: Path, name: str) -> "Study":
     Raises:
         RunError: The file cannot be read, or holds something else.
     """
-    optuna = load_optuna()
+    optuna = import_optuna()
     try:
         backend = optuna.storages.journal.JournalFileBackend(str(file))
         study: Study = optuna.create_study(
