@@ -23,6 +23,7 @@ from refilled.models import Backbone
 from refilled.report.card import model_card
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
+from refilled.report.speed import speed_of
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, task_of
 from refilled.runs.prepared import Prepared
@@ -77,6 +78,7 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
         pictures["Confusion matrix: row true class, column predicted, darker is more"] = _heat_map(confusion)
         calibration = reliability(probabilities, labels)
         pictures[f"Calibration: expected calibration error {calibration.ece:.3f}"] = address(svg(_diagram(calibration)))
+        tables["Size and speed"] = speed_of(network, task.image_size).rows()
         worst = _worst(task, scored.pixels, scored.sources, probabilities, labels)
     if against is not None:
         other = Result.load(against)
