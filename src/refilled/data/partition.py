@@ -103,11 +103,6 @@ def content_keys(pictures: Iterable[Picture]) -> NDArray[np.uint64]:
     )
 
 
-def count_copies(keys: NDArray[np.uint64]) -> int:
-    """Return how many of N pictures are copies of an earlier one, by their :func:`content_keys`."""
-    return len(keys) - len(np.unique(keys))
-
-
 def first_rows(rows: Rows, keys: NDArray[np.uint64]) -> Rows:
     """For each row, return the first row with the same key ``(N,)``."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)

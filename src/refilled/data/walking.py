@@ -41,6 +41,8 @@ class Listing:
     images: list[Path] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     """How many files look like pictures and cannot be read, by suffix."""
+    ignored: list[Path] = field(default_factory=list)
+    """Files that are not read, for any reason but that they are hidden."""
 
 
 def is_hidden(name: str) -> bool:
@@ -96,6 +98,11 @@ def as_text(path: Path) -> str:
     return str(path).encode(errors="backslashreplace").decode()
 
 
+def loose_files(folder: Path) -> list[Path]:
+    """Return the files directly in a folder, in the order of their names, without the hidden ones."""
+    return [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name) and entry.is_file()]
+
+
 def has_images(folder: Path) -> bool:
     """Return whether pictures lie directly in a folder."""
     try:
@@ -108,7 +115,9 @@ def _sort_in(listing: Listing, path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES or (not suffix and is_encoded_picture(path)):
         listing.images.append(path)
-    elif suffix in _UNREAD_SUFFIXES:
+        return
+    listing.ignored.append(path)
+    if suffix in _UNREAD_SUFFIXES:
         listing.unread[suffix] += 1
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from refilled.config import WHERE, Run
 from refilled.data import Task
+from refilled.data.several import Several
 from refilled.errors import RunError
 from refilled.files import write_atomic
 from refilled.models import Backbone
@@ -80,6 +81,8 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
         pictures[f"Calibration: expected calibration error {calibration.ece:.3f}"] = address(svg(_diagram(calibration)))
         tables["Size and speed"] = speed_of(network, task.image_size).rows()
         worst = _worst(task, scored.pixels, scored.sources, probabilities, labels)
+    if not_used := _not_used(result):
+        tables["Files that are not used, and copies"] = not_used
     if against is not None:
         other = Result.load(against)
         headline, tables["Classes that gained and lost"] = _compared(folder, against, result, other)
@@ -176,8 +179,21 @@ def _data(task: Task, result: Result) -> list[list[str]]:
         torch.bincount(part.labels[part.labels >= 0].cpu(), minlength=size).tolist() for part in (task.train, task.test)
     )
     rows = [[name, str(a), str(b)] for name, a, b in zip(task.classes, train, test, strict=True)]
-    left_out = [[f"left out: {image}", reason, ""] for image, reason in result.data["skipped"][:50]]
-    return [["class", "training images", "test images"], *rows, *left_out]
+    return [["class", "training images", "test images"], *rows]
+
+
+def _not_used(result: Result) -> list[list[str]]:
+    """Return the files and images that were not used or are copies, a line for each kind; results may lack some."""
+    found = {name: Several(**result.data.get(name, {})) for name in ("ignored", "copies", "left_out")}
+    unreadable = Several.of(result.data["skipped"], lambda pair: f"{pair[0]} ({pair[1]})")
+    rows = {
+        "files that are not used": found["ignored"],
+        "images that cannot be read": unreadable,
+        "images left out, since they equal held-out ones": found["left_out"],
+        "copies of other images, kept in the same part": found["copies"],
+    }
+    lines = [[what, f"{several.count:,}", str(several)] for what, several in rows.items() if several.count]
+    return [["", "number", "names"], *lines] if lines else []
 
 
 def _curves(folder: Path) -> Figure | None:
