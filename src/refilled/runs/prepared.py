@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refilled.config import Run
 from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
@@ -148,6 +148,7 @@ class Prepared:
             run = with_absolute_paths(run)
             task = load_task_of(run)
         self.task, self.run = task, run
+        self.found: Tensor | None = None  # class ids of the scored images (N,), once a readout has classified them
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teacher = None if run.teacher is None else load_teacher_of(run, self.task.image_size)

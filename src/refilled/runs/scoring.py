@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import Split, Task
-from refilled.models import Backbone, refuse_non_finite
+from refilled.models import Backbone, licence_of, refuse_non_finite
 from refilled.runs.environment import device_name, versions
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared
@@ -48,7 +48,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
         ncm_accuracy = accuracy(nearest, labels)
     else:
         train, scored = (finite_embedding(student, split, device, world) for split in (task.train, prepared.scored))
-        found = prepared.readout.classify(train, task.train.labels, scored)
+        found = prepared.found = prepared.readout.classify(train, task.train.labels, scored)
         ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
     by_class = accuracy_by_class(task.classes, found, labels)
     return Result(
@@ -97,6 +97,7 @@ def _about_teacher(prepared: Prepared, teacher: Backbone) -> dict[str, Any]:
         "image_size": teacher.input_size or prepared.task.image_size,
         "embedding": teacher.pooling,
         "embedding_dim": teacher.embedding_dim,
+        "licence": licence_of(prepared.run.teacher or "", teacher),
     }
 
 
