@@ -1,6 +1,6 @@
 """Many files or images in few words: how many, and the names of the first ones."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,6 +21,15 @@ class Several:
         """Count things, and name the first ones."""
         found = list(things)
         return cls(len(found), tuple(name(thing) for thing in found[:SHOWN]))
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON gives it back."""
+        return {"count": self.count, "first": list(self.first)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Read what :meth:`record` returned."""
+        return cls(int(record["count"]), tuple(record["first"]))
 
     def __add__(self, other: "Several") -> "Several":
         return Several(self.count + other.count, (self.first + other.first)[:SHOWN])

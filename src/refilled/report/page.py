@@ -209,7 +209,10 @@ def _data(task: Task, result: Result) -> list[list[str]]:
 
 def _not_used(result: Result) -> list[list[str]]:
     """Return the files and images that were not used or are copies, a line for each kind; results may lack some."""
-    found = {name: Several(**result.data.get(name, {})) for name in ("ignored", "copies", "left_out")}
+    found = {
+        name: Several.from_record(result.data.get(name, {"count": 0, "first": ()}))
+        for name in ("ignored", "copies", "left_out")
+    }
     unreadable = Several.of(result.data["skipped"], lambda pair: f"{pair[0]} ({pair[1]})")
     rows = {
         "files that are not used": found["ignored"],

@@ -1,7 +1,6 @@
 """Scoring what a run has trained, once, when everything is decided."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,9 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             "image_size": task.image_size,
             "grey_range": task.grey_range,
             "skipped": [list(pair) for pair in task.skipped],
-            **{name: asdict(getattr(task, name)) for name in ("ignored", "copies", "left_out")},
+            "ignored": task.ignored.record(),
+            "copies": task.copies.record(),
+            "left_out": task.left_out.record(),
             "notes": [
                 *task.notes,
                 *prepared.notes,
