@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test quick check docs pages bench teacher clean
+.PHONY: demo test quick soak check docs pages bench teacher clean
 
 demo: $(STAMP)
 	$(BIN)/refilled demo
@@ -14,6 +14,10 @@ test: $(STAMP)
 # The tests without those that take more than five seconds.
 quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+# The faults of docs/reliability.md, many times; up to an hour on two cores.
+soak: $(STAMP)
+	REFILLED_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,6 +36,8 @@ pages: $(STAMP)
 	$(BIN)/python docs/build_results.py
 	$(BIN)/python docs/build_figures.py
 	$(BIN)/python docs/build_idea.py
+	$(BIN)/python docs/build_reliability.py
+	$(BIN)/python docs/build_messages.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/mining.py --sizes 128 256 512 --runs 5

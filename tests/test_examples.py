@@ -1,6 +1,8 @@
 """Every example runs, and its student learns."""
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -65,3 +67,23 @@ def test_every_example_is_listed_and_tested():
     assert files == {*OF_LOSSES, *OF_RUNS, "timm_training"}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"[{name}.py]({name}.py)" in readme for name in files)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+    """Lines with an exclamation mark are commands, as in Jupyter; the page is not shown, and nothing is installed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "pip install" in source:
+            continue
+        if source.startswith("!"):
+            for command in source.replace("\\\n", " ").removeprefix("!").split("\n!"):
+                subprocess.run(command, shell=True, check=True, timeout=300)
+        else:
+            exec(source.replace("from IPython.display import HTML\n", "HTML = str\n"), names)
+    assert (tmp_path / "with-teacher" / "report.html").exists()
+    assert names["model"].classes == tuple("0123456789")

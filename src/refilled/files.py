@@ -1,6 +1,5 @@
 """Atomic writing of files, cells of tables, and exclusive locks on folders."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from refilled.errors import RunError
+from refilled.locks import lock
 
 T = TypeVar("T")
 
@@ -99,7 +99,9 @@ def damaged(path: Path, why: str) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable."""
+    """Make a rename in this folder durable. Windows needs no such step, and opens no folders."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -111,5 +113,5 @@ def sync_folder(folder: Path) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Wait for and hold an exclusive lock on the folder; the OS releases it when the process ends."""
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         yield

@@ -27,7 +27,7 @@ from refilled.models import (
 )
 from refilled.models.architectures import FAMILIES
 from refilled.models.cifar_resnet import BasicBlock
-from refilled.models.strided import StridedConv2d, mend_strided
+from refilled.models.mixed_convolution import MixedConv2d, mix_convolutions
 
 MEMBERS = [  # name, native size of the images
     ("wrn_10_1", 32),
@@ -248,45 +248,58 @@ def test_images_too_small_to_be_halved_four_times_are_refused(name):
         create_model(name, 2, image_size=15)
 
 
-@pytest.mark.parametrize(("groups", "side"), [(4, 9), (1, 9), (1, 1)])
-def test_a_mended_convolution_is_the_plain_one(groups, side):
-    plain = nn.Conv2d(4, 4, 3, 2, 1, groups=groups)
-    mended = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=groups))
-    mended[0].load_state_dict(plain.state_dict())
-    mend_strided(mended)
-    assert isinstance(mended[0], StridedConv2d)
+@pytest.mark.parametrize("kind", [nn.Conv2d, timm.layers.Conv2dSame])
+@pytest.mark.parametrize(("groups", "stride", "side"), [(4, 2, 9), (4, 1, 9), (1, 2, 9), (1, 2, 1)])
+def test_a_mixed_convolution_is_the_plain_one(kind, groups, stride, side):
+    plain = kind(4, 4, 3, stride, 1, groups=groups)
+    mixed = nn.Sequential(kind(4, 4, 3, stride, 1, groups=groups))
+    mixed[0].load_state_dict(plain.state_dict())
+    mix_convolutions(mixed)
+    assert isinstance(mixed[0], MixedConv2d)
+    assert isinstance(mixed[0], kind)
     x = torch.randn(2, 4, side, side)
-    assert torch.equal(mended(x), plain(x))
+    assert torch.equal(mixed(x), plain(x))
     with torch.autocast("cpu", torch.bfloat16):
-        rough = mended(x.bfloat16())
+        rough = mixed(x.bfloat16())
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), plain(x), atol=0.05, rtol=0.05)
 
 
-def test_a_mended_convolution_of_a_teacher_computes_in_bfloat16():
-    mended = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4))
-    mend_strided(mended)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_trains_in_float32(stride):
+    mixed = nn.Sequential(nn.Conv2d(4, 4, 3, stride, 1, groups=4))
+    mix_convolutions(mixed)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = mixed(x)
+    exact = nn.functional.conv2d(x, mixed[0].weight, mixed[0].bias, stride, 1, groups=4)
+    assert torch.equal(result, exact.bfloat16())
+
+
+def test_a_mixed_convolution_of_a_teacher_computes_in_bfloat16():
+    mixed = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4))
+    mix_convolutions(mixed)
     x = torch.randn(2, 4, 9, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(mended(x), nn.functional.conv2d(x, mended[0].weight, mended[0].bias, 2, 1, groups=4))
+        assert torch.equal(mixed(x), nn.functional.conv2d(x, mixed[0].weight, mixed[0].bias, 2, 1, groups=4))
 
 
 @pytest.mark.parametrize(("stride", "side"), [(2, 1), (2, 2), (3, 2), (4, 3)])
 def test_weights_that_see_only_padding_have_no_gradient(stride, side):
-    mended = nn.Sequential(nn.Conv2d(16, 32, 3, stride, 1, bias=False))
-    mend_strided(mended)
+    mixed = nn.Sequential(nn.Conv2d(16, 32, 3, stride, 1, bias=False))
+    mix_convolutions(mixed)
     ones, weight = torch.ones(1, 1, side, side), torch.zeros(1, 1, 3, 3)
     slopes = torch.autograd.functional.jacobian(lambda w: nn.functional.conv2d(ones, w, None, stride, 1), weight)
     touched = slopes.any(dim=(0, 1, 2, 3, 4, 5))  # (3, 3)
     for _ in range(5):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = mended(torch.randn(8, 16, side, side)).float().square().sum()
+            loss = mixed(torch.randn(8, 16, side, side)).float().square().sum()
         spoiled = [torch.full((size,), torch.nan) for size in (1024, 4608, 9216) for _ in range(8)]
         del spoiled  # so that memory which nobody writes holds what would be noticed
-        mended.zero_grad()
+        mixed.zero_grad()
         loss.backward()
-        assert not mended[0].weight.grad[:, :, ~touched].any()
-        assert mended[0].weight.grad[:, :, touched].any()
+        assert not mixed[0].weight.grad[:, :, ~touched].any()
+        assert mixed[0].weight.grad[:, :, touched].any()
 
 
 def test_a_reset_classifier_depends_on_the_generator_alone():

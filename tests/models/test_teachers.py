@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 
 from refilled.errors import ModelError
 from refilled.models import create_model, load_teacher, save_model
@@ -44,6 +45,19 @@ class TestStudentFolder:
         teacher = load_teacher(str(tmp_path), mean=HALF, input_size=16)
         assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
         assert teacher.input_size == 16
+
+    def test_sees_images_at_the_size_of_its_training(self, tmp_path):
+        student = create_model("wrn_10_1", 4, image_size=16).eval()
+        save_model(student, tmp_path)
+        large = torch.rand(2, 3, 40, 40)
+        teacher = load_teacher(str(tmp_path), image_size=40)
+        small = F.interpolate(large, size=(16, 16), mode="bilinear", align_corners=False, antialias=True)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(large).embedding, student(small).embedding)
+        assert "sees 16 pixels, as in its training" in teacher.notes[0]
+        assert load_teacher(str(tmp_path), image_size=16).input_size is None
+        assert load_teacher(str(tmp_path), image_size=40, input_size=24).input_size == 24
+        assert load_teacher("refilled/letters", image_size=16).input_size == 8
 
     def test_needs_its_description(self, tmp_path):
         with pytest.raises(ModelError, match=r"contains no model\.json"):

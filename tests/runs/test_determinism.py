@@ -1,11 +1,15 @@
-"""What the process keeps of its memory, and what it gives back."""
+"""Equal weights in fresh processes; what a process keeps of its memory, and what it gives back."""
 
+import os
 import platform
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+
+from soak import repetitions
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 
@@ -65,3 +69,16 @@ print(torch.get_num_threads())
 
 def _run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_fresh_processes_train_the_same_weights_whatever_their_hash_seed(tmp_path):
+    tiny = ["digits:5-9", "--teacher", "refilled/letters", "--student", "wrn_10_1", "--preset", "good"]
+    tiny += ["--shots", "4", "--epochs", "2", "--threads", "1", "--quiet"]
+    digests = set()
+    for number in range(repetitions("R18")):
+        out = tmp_path / str(number)
+        command = [sys.executable, "-W", "ignore", "-m", "refilled", "distill", *tiny, "--out", str(out)]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": str(number)}, check=True)
+        digests.add((sha256((out / "model.safetensors").read_bytes()).hexdigest(), (out / "log.jsonl").read_text()))
+    assert len(digests) == 1

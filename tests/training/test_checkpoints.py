@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refilled.errors import CheckpointError, RunError
 from refilled.files import write_atomic
 from refilled.training.checkpoints import LAST, PREVIOUS, discard_states, hold, load_state, save_state
+from soak import repetitions
 
 
 def state(number):
@@ -32,7 +33,7 @@ def test_a_state_comes_back_as_it_went(tmp_path):
     assert all(torch.equal(loaded.tensors[name], tensors[name]) for name in tensors)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=repetitions("R5"), deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_damage_is_noticed_and_the_state_before_is_used(tmp_path_factory, where, bit, cut):
     folder = tmp_path_factory.mktemp("run")
@@ -117,6 +118,24 @@ def test_only_one_process_holds_a_folder(tmp_path):
         other.wait()
     with hold(tmp_path):  # a killed process holds nothing
         pass
+
+
+@pytest.mark.slow
+def test_of_two_commands_on_one_folder_one_trains(tmp_path):
+    for number in range(repetitions("R4")):
+        out = str(tmp_path / str(number))
+        tiny = ["digits:0-4", "--model", "wrn_10_1", "--shots", "4", "--epochs", "1", "--threads", "1", "--out", out]
+        command = [sys.executable, "-W", "ignore", "-m", "refilled", "train", *tiny]
+        both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        said = {process.pid: process.communicate(timeout=120)[1] for process in both}
+        codes = {process.pid: process.returncode for process in both}
+        assert sorted(codes.values()) == [0, 2], said
+        (winner,) = (pid for pid, code in codes.items() if code == 0)
+        (loser,) = codes.keys() - {winner}
+        told = " ".join(said[loser].split())
+        assert f"process {winner}" in told or "finished run" in told
+        assert "Traceback" not in told
+        assert (tmp_path / str(number) / "DONE").exists()
 
 
 def test_discarding_removes_states_and_leftovers_only(tmp_path):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, global_average_pool
-from refilled.models.strided import StridedConv2d
+from refilled.models.mixed_convolution import MixedConv2d
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 """Output channels at width 1 and number of blocks of each stage: 13 blocks in all (Table 1 of the paper)."""
@@ -59,7 +59,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    depthwise = StridedConv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False)
+    depthwise = MixedConv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False)
     pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     return nn.Sequential(_bn_relu(depthwise), _bn_relu(pointwise))
 

@@ -66,7 +66,7 @@ def load_teacher(
         )
     elif ((folder := embedded_folder(text) or Path(text)) / DESCRIPTION).is_file():
         teacher = load_model(folder)
-        teacher.set_preprocessing(mean, std, input_size)
+        teacher.set_preprocessing(mean, std, input_size or _trained_size(teacher, image_size))
         return _with_pooling(teacher, pooling or teacher.pooling)
     elif text.startswith("hf:"):
         teacher = load_hugging_face(text.removeprefix("hf:"), mean, std, input_size)
@@ -78,6 +78,15 @@ def load_teacher(
         if input_size is None:
             teacher.adapt_size(image_size)
     return _with_pooling(teacher, pooling or teacher.default_pooling())
+
+
+def _trained_size(teacher: Backbone, image_size: int | None) -> int | None:
+    """Return the size at which a student from a folder was trained, if the task's images have another one."""
+    trained = teacher.image_size
+    if teacher.input_size is not None or trained is None or image_size in (None, trained):
+        return None
+    teacher.notes += (f"the teacher sees {trained} pixels, as in its training; --teacher-size sets another size",)
+    return trained
 
 
 def _with_pooling(teacher: Backbone, pooling: Pooling) -> Backbone:

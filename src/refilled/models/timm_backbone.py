@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, NoClassifier, Pooling
-from refilled.models.strided import mend_strided
+from refilled.models.mixed_convolution import mix_convolutions
 
 _BY_CLASS_TOKEN = re.compile(r"dino|eupe|lingbot")
 """Models trained by self-distillation, whose image-level loss is on the class token."""
@@ -54,7 +54,7 @@ class TimmBackbone(Backbone):
             self.size_step = int(body.feature_info[-1]["reduction"])
         elif fixed:
             self.required_size = size
-        mend_strided(self)
+        mix_convolutions(self)
         if num_classes is None and isinstance(head, nn.Linear) and not _is_projection(head, body):
             self.classifier, self.num_classes = head, head.out_features
 

@@ -25,7 +25,7 @@ def is_measured(asked: Run, resolved: Run) -> bool:
     """Return whether the precision of a run is measured: ``auto``, a timm student, a CPU that multiplies in bfloat16.
 
     The project's own networks keep bfloat16 unmeasured. So do runs with ``views``, whose cached embeddings have to
-    be in one precision for all students.
+    be in one precision for all students. It costs them little, since depthwise convolutions train in float32 anyway.
     """
     timm = resolved.student is not None and resolved.student.startswith("timm/")
     cpu = resolved.device == "cpu" and resolved.precision == "bf16-mixed"

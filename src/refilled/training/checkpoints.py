@@ -4,7 +4,6 @@ A state is one file: safetensors (so that loading it runs no code), followed by 
 stands before. The state before the last one is kept beside it and is used when the last one is damaged.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from refilled.errors import CheckpointError, InUseError
 from refilled.files import sync_folder, write_atomic
+from refilled.locks import lock
 
 SCHEMA = 1
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -113,12 +113,10 @@ def hold(folder: Path) -> Iterator[None]:
         InUseError: another process holds it; the message names its process id.
     """
     with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file, wait=False):
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise InUseError(f"{folder} is in use by process {holder}; wait for it, or choose another --out") from None
+            raise InUseError(f"{folder} is in use by process {holder}; wait for it, or choose another --out")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -78,7 +78,7 @@ class GraphedNetwork:
                 if self.network.architecture is None:
                     _check_replay(recorded, chosen, images.flip(0))
         except RuntimeError as error:
-            generator.graphsafe_set_state(spare)  # the other one takes itself to be recorded for ever
+            generator.graphsafe_set_state(spare)  # the other one stays marked as being recorded
             name = self.network.architecture or "a network from a Python file"
             warn(f"{name} cannot be recorded as a CUDA graph and is run as usual: {error}", stacklevel=2)
             recorded = _ChosenParts(self.network, chosen.parts, self.mixed)

@@ -9,10 +9,9 @@ ends in a checksum of its contents and of its owner. A killed build therefore re
 cache, and a shard that is torn, or was made for something else, is detected and built again.
 """
 
-import fcntl
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Self
@@ -22,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refilled.data import Augmentation, Task, Views
+from refilled.data import Augmentation, AutoAugment, Task, Views
 from refilled.errors import RunError
 from refilled.files import write_atomic
+from refilled.locks import lock, unlock
 from refilled.models import Backbone, refuse_non_finite
 from refilled.training.evaluation import nearest_center_accuracy
 
@@ -37,6 +37,9 @@ _COMPARED = 256  # images
 _CENTERED = 16384  # images whose class means serve the comparison
 _DIGEST_SIZE = sha256().digest_size
 _ITEM_SIZE = np.dtype(np.float32).itemsize
+
+_OFF = {"auto_augment": "none", "color_jitter": 0.0, "random_erasing": 0.0}
+"""Values of younger fields that change nothing: caches from before them keep their keys."""
 
 Embed = Callable[[Tensor], Tensor]
 Say = Callable[[str], None]
@@ -57,11 +60,20 @@ class Contents:
     mixup: float = 0.0
     cutmix: float = 0.0
     schema: int = 3
+    auto_augment: AutoAugment = "none"
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
 
     @property
     def key(self) -> str:
         """A short name for the folder."""
-        return sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        parts = {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
+        return sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
+    def each_view(self) -> Views:
+        """How each view is made."""
+        return Views(**{field.name: getattr(self, field.name) for field in fields(Views)})
 
     @property
     def shards_a_view(self) -> int:
@@ -110,7 +122,7 @@ class TeacherCache:
     Args:
         folder: Where the shards lie.
         contents: What they hold.
-        of: The names of teacher and task, for people; they are no part of what identifies a cache.
+        of: The names of teacher and task, for people; they do not identify a cache.
     """
 
     def __init__(self, folder: Path, contents: Contents, of: tuple[str, str] = ("", "")) -> None:
@@ -221,9 +233,7 @@ class TeacherCache:
     def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say) -> bool:
         """Build a shard unless another process has; False if another process holds its lock and ``wait`` is False."""
         # One byte of the file stands for each shard. The system lets go of a byte when its process ends.
-        try:
-            fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, shard)
-        except (BlockingIOError, PermissionError):
+        if not lock(claims, shard, wait=wait):
             return False
         try:
             problem = self.problem(shard)
@@ -231,7 +241,7 @@ class TeacherCache:
                 say(f"teacher cache: shard {shard + 1} of {self.contents.shards} is {problem}; embedding its images")
                 self._write_shard(shard, task, embed)
         finally:
-            fcntl.lockf(claims, fcntl.LOCK_UN, 1, shard)
+            unlock(claims, shard)
         return True
 
     def _write_shard(self, shard: int, task: Task, embed: Embed) -> None:
@@ -244,9 +254,7 @@ class TeacherCache:
         self._mapped.pop(shard, None)
 
     def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
-        contents = self.contents
-        views = Views(contents.augmentation, contents.mixup, contents.cutmix)
-        pixels = views.load(task.seen.pixels, indices, seed=VIEW_SEED, view=view)
+        pixels = self.contents.each_view.load(task.seen.pixels, indices, seed=VIEW_SEED, view=view)
         embedding = embed(pixels).float().cpu()
         refuse_non_finite(embedding, [task.source_of(row) for row in indices.tolist()])
         return embedding
