@@ -123,7 +123,7 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
             "data fingerprint": result.data["fingerprint"],
             **({"licence of the data": task.licence} if task.licence else {}),
             "teacher": _listed({k: v for k, v in (result.teacher or {}).items() if k != "licence"}) or "none",
-            **({"licence of the teacher": licence or "unknown: no metadata name it"} if result.teacher else {}),
+            **({"licence of the teacher": licence or "unknown"} if result.teacher else {}),
             "network": f"{run.student or run.teacher}, {result.parameters:,} parameters",
             "time": f"{result.seconds:.0f} seconds",
             "hardware": _listed(result.hardware),
