@@ -92,6 +92,16 @@ def descriptions(of: type = Run) -> dict[str, str]:
     return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in lines}
 
 
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--teacher",
+        help=escape(f"{descriptions()['teacher'].partition(' In a file,')[0]} May be repeated, for several teachers."),
+        show_default=False,
+    ),
+]
+
+
 def configure(preset: str | None, values: dict[str, Any]) -> Run:
     """Return the run that the given flags and the preset describe; flags override the preset."""
     given = with_preset(preset, {name: value for name, value in values.items() if value is not None})

@@ -26,6 +26,7 @@ from refilled.report.matrix import matrix_of
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
 from refilled.report.projection import networks_of, projection_of
+from refilled.report.several import teacher_rows
 from refilled.report.speed import speed_of
 from refilled.report.text import shown, visible
 from refilled.runs.folder import RunFolder
@@ -73,12 +74,16 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
     """
     run, result = RunFolder(folder).run(), Result.load(folder)
     scored = task.test if run.score == "test" else task.val
-    licence = (result.teacher or {}).get("licence")
+    about = result.teacher or {}
+    licences = [each.get("licence") for each in about.get("teachers", [about])]
+    licence = ", ".join(dict.fromkeys(found for found in licences if found))
     headline = [_how_to_know(run)]
     tables: dict[str, list[list[str]]] = {"Accuracy": _accuracies(result)}
     pictures: dict[str, str] = {}
     if curves := _curves(folder):
         pictures["Learning curves: all terms of the loss, and accuracies"] = address(svg(curves))
+    if several := (result.teacher or {}).get("teachers"):
+        tables["What each teacher brought"] = teacher_rows(several, folder / "log.jsonl")
     worst: list[dict[str, str]] = []
     calibration, matrix, projection = None, None, None
     if len(scored) and int(scored.labels.min()) >= 0:
@@ -122,16 +127,15 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
             "command": _command(run),
             "data fingerprint": result.data["fingerprint"],
             **({"licence of the data": task.licence} if task.licence else {}),
-            "teacher": _listed({k: v for k, v in (result.teacher or {}).items() if k != "licence"}) or "none",
-            **({"licence of the teacher": licence or "unknown"} if result.teacher else {}),
-            "network": f"{run.student or run.teacher}, {result.parameters:,} parameters",
+            **_teachers(result.teacher),
+            "network": f"{run.student or run.only_teacher}, {result.parameters:,} parameters",
             "time": f"{result.seconds:.0f} seconds",
             "hardware": _listed(result.hardware),
             "versions": _listed(result.versions),
         },
     )
     write_atomic(folder / "report.html", text.encode("utf-8", "backslashreplace"))
-    card = model_card(run, result, licence, None if calibration is None else calibration.ece)
+    card = model_card(run, result, licence or None, None if calibration is None else calibration.ece)
     write_atomic(folder / "README.md", card.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
@@ -156,7 +160,9 @@ def _command(run: Run, compare: bool = False) -> str:
         if field.name in left_out or (value == default and field.name != "epochs"):
             continue
         flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
+        if field.name == "teacher":
+            words += [word for name in run.teachers for word in ("--teacher", name)]
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else [value])]
@@ -166,6 +172,19 @@ def _command(run: Run, compare: bool = False) -> str:
     else:
         words += [word for name, value in run.settings.items() for word in ("--set", f"{name}={value}")]
     return shlex.join(words)
+
+
+def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the lines of provenance about no teacher, one, or each of several."""
+    if not about:
+        return {"teacher": "none"}
+    if "teachers" not in about:
+        licence = about.get("licence") or "unknown"
+        known = {name: value for name, value in about.items() if name != "licence"}
+        return {"teacher": _listed(known), "licence of the teacher": licence}
+    kept = ("name", "ignored", "fingerprint", "image_size", "embedding", "embedding_dim", "licence")
+    each = ({name: teacher[name] for name in kept if teacher.get(name) is not None} for teacher in about["teachers"])
+    return {f"teacher {number}": _listed(teacher) for number, teacher in enumerate(each, start=1)}
 
 
 def _compared(folder: Path, against: Path, ours: Result, theirs: Result) -> tuple[list[str], list[list[str]]]:

@@ -22,7 +22,7 @@ from refilled.models import Backbone, embedded_folder, load_model
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
-from refilled.runs.prepared import load_task_of, load_teacher_of
+from refilled.runs.prepared import load_task_of, load_teacher_of, load_teachers_of
 from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
 from refilled.stages import Readout
@@ -105,19 +105,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def teacher_accuracy(folder: Path) -> float | None:
-    """Score the teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
+def teacher_accuracies(folder: Path) -> list[float]:
+    """Score each teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
 
-    It says how much the teacher has to teach: its embedding knows the student's classes from the training images alone.
-    None for a run without a teacher.
+    It says how much a teacher has to teach: its embedding knows the student's classes from the training images alone.
     """
-    task = task_of(folder)
-    teacher = teacher_of(folder, task.image_size)
-    if teacher is None:
-        return None
-    train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
-    mean = train.mean(0)  # what all images share says nothing about them
-    return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
+    task, found = task_of(folder), []
+    for teacher in teachers_of(folder, task.image_size).values():
+        train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
+        mean = train.mean(0)  # what all images share says nothing about them
+        found.append(nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels))
+    return found
 
 
 def task_of(folder: Path) -> Task:
@@ -125,25 +123,25 @@ def task_of(folder: Path) -> Task:
     return load_task_of(RunFolder(folder).run())
 
 
-def teacher_of(folder: Path, image_size: int) -> Backbone | None:
-    """Load the teacher of a run, for images of this size in pixels; None for a run without a teacher."""
+def teachers_of(folder: Path, image_size: int) -> dict[str, Backbone]:
+    """Load the teachers of a run by name, for images of this size in pixels."""
     run = RunFolder(folder).run()
-    return None if run.teacher is None else _placed(load_teacher_of(run, image_size))
+    return dict(zip(run.teachers, map(_placed, load_teachers_of(run, image_size)), strict=True))
 
 
 def teacher_task_of(folder: Path) -> Task | None:
-    """Load the images that the teacher of a run was trained on.
+    """Load the images that a teacher of a run was trained on, the first of which they are known.
 
     None if the run has no teacher, if nothing says what the teacher was trained on, or if those images are gone.
     """
-    teacher = RunFolder(folder).run().teacher
-    if teacher is None:
-        return None
-    trained = RunFolder(embedded_folder(teacher) or Path(teacher))
-    try:
-        return load_task_of(trained.run()) if trained.begun else None
-    except RefilledError:  # a page is complete without a picture of them
-        return None
+    for teacher in RunFolder(folder).run().teachers:
+        trained = RunFolder(embedded_folder(teacher) or Path(teacher))
+        try:
+            if trained.begun:
+                return load_task_of(trained.run())
+        except RefilledError:  # a page is complete without a picture of them
+            continue
+    return None
 
 
 def network_of(folder: Path, stage: str | None = None) -> Backbone:
