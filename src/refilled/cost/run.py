@@ -18,7 +18,7 @@ from refilled.data import TaskSize, free_memory, task_size
 from refilled.files import cache_folder
 from refilled.models import Backbone
 from refilled.runs.prepared import Prepared, resolve
-from refilled.stages import Part, Prepares, Stage
+from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import share_epochs, views_of
 
@@ -181,7 +181,7 @@ def _is_cached(stage: Stage, run: Run) -> bool:
 def _preparing_stages(stages: Sequence[Stage], number: int) -> int:
     """Return the number of stages with a loss that uses a teacher's embedding of the whole training set."""
     own = [stage.taught_by(number).terms.values() for stage in stages]
-    return sum(any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in terms) for terms in own)
+    return sum(any(needs_training_set(term.loss) for term in terms) for terms in own)
 
 
 def _passes_of_a_teacher(stages: Sequence[Stage], number: int, run: Run) -> int:
