@@ -18,6 +18,7 @@ MAX_MEGAPIXELS = "REFILLED_MAX_MEGAPIXELS"
 
 _MAX_BYTES = 196_000_000  # for decoding one picture: 48 million pixels in a PNG with colours
 _MAX_PIXELS = 80_000_000  # whatever they take
+_CAMERA_PIXELS = 50_000_000  # whatever they take, too: what cameras and telephones write, one at a time in memory
 _MAX_JPEG_PIXELS = 800_000_000  # of the file: it is decoded at a fraction of its size
 _SMALL_BYTES = 4_000_000  # for a picture that need not wait
 _LARGE_PIXELS = 4_000_000  # of a picture that is scaled in bands
@@ -63,8 +64,7 @@ def refuse_large(image: Image.Image) -> None:
     Raises:
         TooLarge: It has too many pixels.
     """
-    _refuse(image, _MAX_PIXELS)
-    _refuse(image, _MAX_BYTES // bytes_per_pixel(image))
+    _refuse(image, min(_MAX_PIXELS, max(_CAMERA_PIXELS, _MAX_BYTES // bytes_per_pixel(image))))
 
 
 def is_large(image: Image.Image) -> bool:

@@ -281,15 +281,16 @@ def _embedding(
 ) -> tuple[Tensor, str, list[str]]:
     """Return the embedding of all parts ``(N, d)``, the network's name, and notes."""
     count = sum(map(len, parts.values()))
-    if run.teacher is not None:
+    name = run.only_teacher
+    if name is not None:
         teacher = load_teacher_of(run, task.image_size)
-        notes = list(examine(teacher, task.train, run.teacher))
-        say(f"embedding {count} images by {run.teacher}")
+        notes = list(examine(teacher, task.train, name))
+        say(f"embedding {count} images by {name}")
         found = [
             embedding_of(teacher, replace(task, train=part, fingerprint=fingerprint(task.classes, (part,))), run)
             for part in parts.values()
         ]
-        return torch.cat(found), run.teacher, notes
+        return torch.cat(found), name, notes
     assert folder is not None  # find_doubtful has checked it
     if not RunFolder(folder).finished:
         raise RunError(f"{folder} holds an unfinished run without a teacher to use; finish it, or name a --teacher")
