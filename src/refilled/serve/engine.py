@@ -74,7 +74,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class TeacherMeans:
-    """The nearest class mean in a teacher's embedding, as :func:`~refilled.runs.inference.teacher_accuracies` scores."""
+    """The nearest class mean in a teacher's embedding, as :func:`.teacher_accuracies` scores."""
 
     teacher: Backbone
     mean: Tensor
