@@ -8,7 +8,7 @@ and the parts of the :class:`~refilled.outputs.Outputs` that each loss reads. Tw
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -47,6 +47,11 @@ class Prepares(Protocol):
 
         A loss that sees unlabelled images also gets theirs, after the labelled ones and with class id -1.
         """
+
+
+def needs_training_set(loss: object) -> TypeGuard[Prepares]:
+    """Return whether a loss must see the teacher's embedding of the whole training set before its stage starts."""
+    return isinstance(loss, Prepares) and loss.needs_training_set
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from refilled.data import TaskSize, free_memory, task_size
 from refilled.files import cache_folder
 from refilled.models import Backbone
 from refilled.runs.prepared import Prepared, resolve
-from refilled.stages import Part, Prepares, Stage
+from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import share_epochs, views_of
 
@@ -121,9 +121,10 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         teachers=tuple(scoring_cost(teacher, size, run, fabric) for teacher in teachers),
         steps=tuple(step_cost(student, teachers, stage, size, run, fabric, batches) for stage in stages),
     )
-    looks, found = [_looks_of_a_teacher(stages, number, run) for number in range(len(teachers))], []
-    widths = [teacher.embedding_dim for number, teacher in enumerate(teachers) if _curious(stages, number)]
+    passes = [_passes_of_a_teacher(stages, number, run) for number in range(len(teachers))]
+    widths = [teacher.embedding_dim for number, teacher in enumerate(teachers) if _preparing_stages(stages, number)]
     width = student.embedding_dim if prepared.readout is not None else max(widths, default=0)
+    predicted = []
     budget = share_epochs(stages, run.epochs_over(size.train, size.unlabelled)) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
         own = _largest_batch([stage], run, size, ranks)
@@ -133,14 +134,14 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         messages = communication(student, teachers, stage, run.batch_size, ranks, network)
         seconds = max(step.seconds(own) - spared, 0.0) + messages
         steps = run.steps_over(size.train, size.unlabelled)
-        found.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
+        predicted.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
     return Forecast(
         run=run,
         size=size,
         rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
-        stages=tuple(found),
-        seconds=_seconds(run, size, costs, found, looks, ranks),
-        memory=_memory(run, size, costs, batch, any(looks), width),
+        stages=tuple(predicted),
+        seconds=_seconds(run, size, costs, predicted, passes, ranks),
+        memory=_memory(run, size, costs, batch, any(passes), width),
         ranks=ranks,
     )
 
@@ -177,23 +178,24 @@ def _is_cached(stage: Stage, run: Run) -> bool:
     return run.views is not None and stage.embedding_suffices
 
 
-def _curious(stages: Sequence[Stage], number: int) -> int:
-    """Return the number of stages whose losses use the whole training set, as one of the teachers embeds it."""
+def _preparing_stages(stages: Sequence[Stage], number: int) -> int:
+    """Return the number of stages with a loss that uses a teacher's embedding of the whole training set."""
     own = [stage.taught_by(number).terms.values() for stage in stages]
-    return sum(any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in terms) for terms in own)
+    return sum(any(needs_training_set(term.loss) for term in terms) for terms in own)
 
 
-def _looks_of_a_teacher(stages: Sequence[Stage], number: int, run: Run) -> int:
+def _passes_of_a_teacher(stages: Sequence[Stage], number: int, run: Run) -> int:
     """Return how often a teacher embeds each training image outside the steps, for the cache and for losses."""
     views = run.views or 0
-    return _curious(stages, number) + views * any(_is_cached(stage.taught_by(number), run) for stage in stages)
+    cached = any(_is_cached(stage.taught_by(number), run) for stage in stages)
+    return _preparing_stages(stages, number) + views * cached
 
 
 def _seconds(
-    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], looks: Sequence[int], ranks: int
+    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], passes: Sequence[int], ranks: int
 ) -> dict[str, float]:
     score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
-    teach = sum(count * _each(cost) for count, cost in zip(looks, costs.teachers, strict=True)) / ranks
+    teach = sum(count * _each(cost) for count, cost in zip(passes, costs.teachers, strict=True)) / ranks
     scored = size.test if run.score == "test" else size.val
     return {
         "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
@@ -203,16 +205,16 @@ def _seconds(
     }
 
 
-def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, looks: bool, width: int) -> float | None:
+def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, passes: bool, width: int) -> float | None:
     """Return the higher peak of training and scoring, plus the data that stays in memory.
 
     This data is the images, and the embeddings of dimension ``width`` of the training images, once in batches and once
     in one tensor, for readouts and for losses that use the whole training set.
     """
     scored = min(SCORING_BATCH, size.train)
-    passes = [costs.student] + (list(costs.teachers) if looks else [])
+    scoring = [costs.student] + (list(costs.teachers) if passes else [])
     peaks = [cost.memory(batch) for cost in costs.steps if cost.memory is not None]
-    peaks += [cost.memory(scored) for cost in passes if cost.memory is not None]
+    peaks += [cost.memory(scored) for cost in scoring if cost.memory is not None]
     if not peaks:
         return None
     if run.device != "cpu":

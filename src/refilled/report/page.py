@@ -233,7 +233,7 @@ def _heat_map(confusion: Tensor) -> str:
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     grey = (255 * (1 - shares.sqrt())).round().to(torch.uint8)
     step = max(2, 480 // len(grey))
-    return _png(Image.fromarray(grey.repeat_interleave(step, 0).repeat_interleave(step, 1).numpy()))
+    return png(Image.fromarray(grey.repeat_interleave(step, 0).repeat_interleave(step, 1).numpy()))
 
 
 def _worst(
@@ -246,28 +246,29 @@ def _worst(
     images = pixels[rows].cpu().permute(0, 2, 3, 1).contiguous().numpy() if len(rows) else []
     return [
         {
-            "picture": _png(Image.fromarray(image)),
-            "source": _shown(sources[row]),
-            "said": f"{_shown(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
-            "true": _shown(task.classes[int(labels[row])]),
+            "picture": png(Image.fromarray(image)),
+            "source": shown(sources[row]),
+            "said": f"{shown(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
+            "true": shown(task.classes[int(labels[row])]),
         }
         for row, image in zip(rows.tolist(), images, strict=True)
     ]
 
 
-def _png(image: Image.Image) -> str:
+def png(image: Image.Image) -> str:
+    """Return an image as a ``data:`` URL."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Write control characters and marks of direction visibly."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _visible(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[_shown(cell) for cell in row] for row in rows]
+    return [[shown(cell) for cell in row] for row in rows]
 
 
 def _listed(values: Mapping[str, Any]) -> str:

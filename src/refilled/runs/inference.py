@@ -1,7 +1,6 @@
 """What a finished run's network says about images."""
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import GreyRange, Task
-from refilled.data.decode import read_pixels
-from refilled.data.walking import list_images
-from refilled.errors import RefilledError, RunError, TaskError
+from refilled.errors import RefilledError, RunError
 from refilled.files import damaged
 from refilled.models import Backbone, embedded_folder, load_model
+from refilled.runs.classifying import Classifier
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
@@ -29,7 +27,6 @@ from refilled.training.evaluation import accuracy, nearest_center_accuracy, pred
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
 """Each image's probability of each class, and for images that cannot be read the reason."""
 
-_BATCH = 256
 _SHOWN = 5  # names in a message
 
 
@@ -166,8 +163,31 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
     return _placed(student)
 
 
+def open_classifier(folder: Path) -> Classifier:
+    """Load the student of a run's folder as a classifier of image files.
+
+    Raises:
+        RefilledError: The folder holds no student.
+    """
+    return classifier_of(_load_student(folder))
+
+
+def classifier_of(model: Backbone) -> Classifier:
+    """Return a student that is loaded already as a classifier of image files."""
+    assert model.image_size is not None  # every model that can be saved has one
+    assert model.class_names is not None  # every student has them
+    return Classifier(
+        lambda pixels: predict(model, pixels, parts=("logits",)).logits,
+        tuple(model.class_names),
+        model.image_size,
+        _grey_range_of(model),
+    )
+
+
 def classify(folder: Path, images: Iterable[Path]) -> Classified:
     """Return each image's probability of each class, and for images that cannot be read the reason.
+
+    All are held in memory; :meth:`Classifier.stream` gives them batch by batch.
 
     Args:
         folder: A student's folder.
@@ -176,52 +196,18 @@ def classify(folder: Path, images: Iterable[Path]) -> Classified:
     Raises:
         RefilledError: The folder holds no student, or there is no image.
     """
-    return classify_by(_load_student(folder), images)
+    return classify_by(open_classifier(folder), images)
 
 
-def classify_by(model: Backbone, images: Iterable[Path]) -> Classified:
+def classify_by(classifier: Classifier, images: Iterable[Path]) -> Classified:
     """Return what :func:`classify` returns, by a student that is loaded already."""
-    assert model.image_size is not None  # every model that can be saved has one
-    assert model.class_names is not None  # every student has them
-    return classify_with(
-        lambda pixels: predict(model, pixels).logits, model.class_names, model.image_size, _grey_range_of(model), images
-    )
-
-
-def classify_with(
-    logits: Callable[[Tensor], Tensor],
-    classes: Sequence[str],
-    size: int,
-    grey: GreyRange | None,
-    images: Iterable[Path],
-) -> Classified:
-    """Return what :func:`classify` returns, by any function from uint8 images ``(N, 3, S, S)`` to logits ``(N, C)``."""
-    paths = [path for image in images for path in images_in(image)]
-    if not paths:
-        raise TaskError("no images were found; name image files, or folders that hold some")
     readable: list[tuple[Path, dict[str, float]]] = []
     unreadable: list[tuple[Path, str]] = []
-    for start in range(0, len(paths), _BATCH):
-        batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), size, grey)
-        probabilities = logits(pixels).softmax(1).tolist() if len(pixels) else []
-        kept = [path for position, path in enumerate(batch) if position not in reasons]
-        readable += [(p, dict(zip(classes, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)]
-        unreadable += [(batch[position], reason) for position, reason in reasons.items()]
+    for batch in classifier.stream(images):
+        rows = (dict(zip(classifier.classes, row, strict=True)) for row in batch.probabilities.tolist())
+        readable += zip(batch.images, rows, strict=True)
+        unreadable += batch.unreadable
     return readable, unreadable
-
-
-def images_in(path: Path) -> list[Path]:
-    """Return the image files that a path names: those of a folder, at any depth, or the file itself.
-
-    Raises:
-        TaskError: A folder cannot be listed, or the text is the address of a download.
-    """
-    if path.is_dir():
-        return list_images(path).images
-    if re.match(r"[a-z]+:/|-$", str(path)):
-        raise TaskError(f"{path} is not a file; download what it names, and give the file or its folder")
-    return [path]
 
 
 def _load_student(folder: Path) -> Backbone:
@@ -235,7 +221,7 @@ def _load_student(folder: Path) -> Backbone:
 
 
 def _grey_range_of(model: Backbone) -> GreyRange | None:
-    """Return the black and white of a student's training images with more than 8 bits a channel, if they had any."""
+    """Return the black and white of a student's training images with more than 8 bits per channel, if they had any."""
     return None if model.grey_range is None else GreyRange(*model.grey_range)
 
 

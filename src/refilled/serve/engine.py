@@ -74,7 +74,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class TeacherMeans:
-    """The nearest class mean in a teacher's embedding, as :func:`.teacher_accuracies` scores."""
+    """Nearest class mean in a teacher's embedding, as in :func:`~refilled.runs.inference.teacher_accuracies`."""
 
     teacher: Backbone
     mean: Tensor
@@ -171,7 +171,7 @@ class Engine:
             return Refusal(400, "empty")
         try:
             width, height = header_size(picture)
-        except Exception as error:  # of any kind, as decoders raise on what is no picture
+        except Exception as error:  # decoders raise errors of any type for damaged pictures
             return Refusal(415, describe(error))
         if width * height > self.max_pixels:
             return Refusal(413, f"too large: {width}x{height}, over {self.max_pixels:,} pixels")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from refilled.data import Task
 from refilled.models import Backbone, refuse_non_finite
-from refilled.outputs import Outputs
-from refilled.stages import Prepares, Stage, Term
+from refilled.outputs import Outputs, not_computed
+from refilled.stages import Stage, needs_training_set
 from refilled.training.cuda_graphs import GraphedNetwork
 from refilled.training.distributed import World
 from refilled.training.evaluation import embed
@@ -55,7 +55,7 @@ class Teaching:
         if self.cache is not None and self.stage.embedding_suffices:
             embedding = self.cache(view, batch).to(self.fabric.device)
             if not self.stage.reads("logits"):
-                return Outputs(embedding.new_empty(len(batch), 0), embedding)
+                return Outputs(not_computed(len(batch), embedding), embedding)
             with torch.no_grad(), self.fabric.autocast():
                 return Outputs(self.teacher.classifier(embedding), embedding)
         if self.graphed is not None:
@@ -66,19 +66,22 @@ class Teaching:
 
     def prepare(self, task: Task) -> None:
         """Show the losses of the stage the embedding of the whole training set, if any asks for it."""
-        losses = [term.loss for term in self.stage.terms.values()]
-        curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
-        if not curious:
+        terms = [term for term in self.stage.terms.values() if needs_training_set(term.loss)]
+        if not terms:
             return
         with self.fabric.autocast():
             parts = [task.train, *([task.unlabelled] if task.unlabelled is not None else [])]
-            found = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
-        for part, rows in zip(parts, found, strict=True):
+            embeddings = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
+        for part, rows in zip(parts, embeddings, strict=True):
             refuse_non_finite(rows, part.sources)
-        embedding, labels = torch.cat(found).to(self.fabric.device), task.seen.labels.to(self.fabric.device, copy=True)
-        for loss in curious:
-            shown = len(labels) if Term(loss).sees_unlabelled else len(task.train)
-            loss.prepare(embedding[:shown], labels[:shown])
+        embedding, labels = (
+            torch.cat(embeddings).to(self.fabric.device),
+            task.seen.labels.to(self.fabric.device, copy=True),
+        )
+        for term in terms:
+            assert needs_training_set(term.loss)
+            shown = len(labels) if term.sees_unlabelled else len(task.train)
+            term.loss.prepare(embedding[:shown], labels[:shown])
 
     def refuse_sick(self, taught: Outputs, sources: Sequence[str], hint: str) -> None:
         """Blame the teacher, and name the images, where it is its outputs that are not finite."""
