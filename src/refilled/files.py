@@ -2,15 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from refilled.errors import RunError
 from refilled.locks import lock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -41,6 +45,20 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file.
+
+    Raises:
+        OSError: The disk is full or not writable; it names the file.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def spreadsheet_cell(text: str) -> str:
@@ -91,6 +109,64 @@ def read_fields(kind: type[T], path: Path) -> T:
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()[:3])
         raise RunError(damaged(path, "; ".join(problems))) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of a run that holds one JSON object per line.
+
+    Raises:
+        RunError: It cannot be read, or a line is something else.
+    """
+    entries = []
+    for number, line in enumerate(read_record(path).splitlines(), 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RunError(damaged(path, f"line {number} is not JSON ({error})")) from error
+        if not isinstance(entry, dict):
+            raise RunError(damaged(path, f"line {number} is no JSON object"))
+        entries.append(entry)
+    return entries
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file that belongs to a run.
+
+    Raises:
+        RunError: It cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(read_record(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RunError(damaged(path, f"it is not TOML ({error})")) from error
+
+
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Read a safetensors file that belongs to a run.
+
+    Raises:
+        RunError: It cannot be read, or holds something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise RunError(damaged(path, (error.strerror or str(error)).lower())) from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise RunError(damaged(path, f"it holds no tensors ({error})")) from error
+
+
+def require(path: Path, found: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """Check that a record has these keys with values of these types.
+
+    Raises:
+        RunError: A key is missing, or its value is of another type.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise RunError(damaged(path, f"'{name}' is missing, or of another type"))
 
 
 def damaged(path: Path, why: str) -> str:

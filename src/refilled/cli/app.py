@@ -26,7 +26,8 @@ from refilled.cli.teachers import teachers
 from refilled.cli.train import distill, train
 from refilled.cli.tune import tune
 from refilled.cli.use import evaluate, list_, predict
-from refilled.errors import RefilledError, RunError
+from refilled.errors import RunError
+from refilled.network import forbidden, go_offline
 
 app = typer.Typer(
     help="Distil a strong vision model trained on other classes into a small model for your own.",
@@ -48,8 +49,14 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Use no network: only files of this machine. As with REFILLED_OFFLINE=1."),
+    ] = False,
 ) -> None:
     """Handle the options before the command."""
+    if offline:
+        go_offline()
 
 
 for _command in (
@@ -80,7 +87,9 @@ app.add_typer(cache, name="cache")
 def main() -> None:
     """Run the command line. A known error is printed as one line; ``--debug`` shows its traceback."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--debug", "--offline")]
+    if "--offline" in sys.argv or forbidden():
+        go_offline()
     if rank() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 alone prints results
     try:
@@ -96,7 +105,7 @@ def main() -> None:
             err.print(f"ended by SIGTERM; {printable(what_was_left(arguments))}", markup=False, soft_wrap=True)
         sys.exit(143)
     except Exception as error:
-        message = str(error) if isinstance(error, RefilledError) else explain(error)
+        message = explain(error)
         if debug or message is None:
             raise
         if _first_to_tell(message):

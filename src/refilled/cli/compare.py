@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from refilled.cli.options import Cpus, Executor, Gpus, Preset, Teachers, configure, descriptions, run_flags, run_name
 from refilled.cli.show import console
-from refilled.errors import RunError
+from refilled.errors import RefilledError, RunError
 from refilled.presets import with_preset
 
 if TYPE_CHECKING:
@@ -49,7 +49,11 @@ def compare(
     from refilled.grid.executors import find_executor
 
     if task.endswith(".toml"):
-        comparison = Comparison.from_toml(_read(Path(task)))
+        text = _read(Path(task))
+        try:
+            comparison = Comparison.from_toml(text)
+        except RefilledError as error:
+            raise RunError(f"{task}: {error}") from error
         out = out or Path("runs") / Path(task).stem
     else:
         # All rows use the preset's training; only the row that names the preset uses its settings.

@@ -14,12 +14,19 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
+from refilled.errors import RefilledError
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 _MEMORY_KNOBS = (
     "memory ran out. Use less: --image-memory 0 keeps decoded images on disk; a smaller --batch-size, --image-size or "
     "--student needs less for each step; with --jobs, fewer at a time. The files of an unfinished run are intact, and "
     "'refilled distill --resume FOLDER' continues it"
+)
+_NO_SPACE = "no space left on device"
+_MAKE_ROOM = (
+    "Make room, then resume: an unfinished run with 'refilled distill --resume FOLDER', any other command by repeating "
+    "it. REFILLED_CACHE and TMPDIR move what can be computed again"
 )
 _REMEDIES = {
     errno.EACCES: "grant the right to read and write it, or choose another place",
@@ -39,10 +46,17 @@ class Terminated(BaseException):
 
 
 def explain(error: BaseException) -> str | None:
-    """Return what a fault of the machine means for the user; None for any other error, which is a defect of refilled.
+    """Return what an error means for the user; None for an error that is a defect of refilled.
 
     The message names the file, and how to mend it.
     """
+    if isinstance(error, RefilledError):
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) and cause.errno in _FULL):
+            return str(error)
+        return f"{error}; {_MAKE_ROOM}" if cause.filename is None else _disk_full(cause)
+    if not isinstance(error, OSError) and _NO_SPACE in str(error).lower():  # of a library that is no Python
+        return f"the disk is full ({error}). {_MAKE_ROOM}"
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
     ):
@@ -68,11 +82,7 @@ def _disk_full(error: OSError) -> str:
         room = f" and {shutil.disk_usage(folder).free:,} bytes are free there"
     except OSError:
         room = ""
-    return (
-        f"the disk is full: {place} cannot be written{needed}{room}. Make room, then resume: an unfinished run with "
-        "'refilled distill --resume FOLDER', any other command by repeating it. REFILLED_CACHE and TMPDIR move what "
-        "can be computed again"
-    )
+    return f"the disk is full: {place} cannot be written{needed}{room}. {_MAKE_ROOM}"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The page of a comparison: one HTML file without scripts and without external resources."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,8 +13,7 @@ from torch import Tensor
 from refilled.compare.summary import Gain, mean_and_spread, paired_gain
 from refilled.config import Recipe, Run
 from refilled.data import Split, Task
-from refilled.errors import RunError
-from refilled.files import damaged, read_record, write_atomic
+from refilled.files import read_json_lines, write_atomic
 from refilled.models import Backbone
 from refilled.report.pictures import (
     COLORS,
@@ -303,8 +301,4 @@ def _curves(rows: Sequence[RowResults], measure: str) -> Figure:
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "log.jsonl"
-    try:
-        return [dict(json.loads(line)) for line in read_record(path).splitlines()]
-    except (ValueError, TypeError) as error:
-        raise RunError(damaged(path, f"one of its lines is not a JSON object ({error})")) from error
+    return read_json_lines(folder / "log.jsonl")

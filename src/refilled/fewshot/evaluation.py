@@ -16,7 +16,6 @@ from statistics import mean, stdev
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import FewShotRun
@@ -24,7 +23,16 @@ from refilled.data import Side, Task, load_pool, queries_left, sample_episodes
 from refilled.errors import RunError
 from refilled.fewshot.bank import Bank, Known, Learner
 from refilled.fewshot.methods import load_few_shot_method
-from refilled.files import damaged, read_fields, read_record, write_atomic
+from refilled.files import (
+    append,
+    damaged,
+    read_fields,
+    read_json_lines,
+    read_record,
+    read_tensors,
+    require,
+    write_atomic,
+)
 from refilled.models import load_teacher
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device, versions
@@ -63,11 +71,13 @@ class FewShotResult:
         """Read a finished test's result.
 
         Raises:
-            RunError: The test is not finished.
+            RunError: The test is not finished, or its result is damaged.
         """
         if not (folder / "DONE").exists():
             raise RunError(f"{folder} holds no finished few-shot test")
-        return read_fields(cls, folder / "result.json")
+        found = read_fields(cls, folder / "result.json")
+        require(folder / "result.json", found.data, pool=str, fingerprint=str, images=int, classes=int, notes=list)
+        return found
 
 
 Progress = Callable[[int, float, float | None], None]
@@ -182,7 +192,7 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
         model,
         augmentation=pool.augmentation,
         device=run.device,
-        head=load_file(head_file) if head_file.is_file() else {},
+        head=read_tensors(head_file) if head_file.exists() else {},
         known=_known(name, fingerprint(model), pool.fingerprint, pool.augmentation, run.device),
         sources=pool.train.sources,
         notes=notes,
@@ -228,8 +238,10 @@ def recorded_accuracies(folder: Path) -> list[float]:
 
     With the same seed, all methods see the same tasks in the same order.
     """
-    lines = (folder / TASKS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["accuracy"] for line in lines]
+    entries = read_json_lines(folder / TASKS)
+    for entry in entries:
+        require(folder / TASKS, entry, accuracy=(int, float))
+    return [entry["accuracy"] for entry in entries]
 
 
 class _Record:
@@ -256,11 +268,12 @@ class _Record:
         return len(self.accuracies)
 
     def add(self, accuracies: list[float], seconds: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            for accuracy in accuracies:
-                entry = {"task": len(self.accuracies), "accuracy": accuracy, "seconds": seconds}
-                file.write(json.dumps(entry) + "\n")
-                self.accuracies.append(accuracy)
+        first = len(self.accuracies)
+        entries = [
+            {"task": task, "accuracy": accuracy, "seconds": seconds} for task, accuracy in enumerate(accuracies, first)
+        ]
+        append(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
+        self.accuracies += accuracies
         self.seconds += seconds * len(accuracies)
 
 

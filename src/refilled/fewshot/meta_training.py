@@ -28,7 +28,7 @@ from refilled.models import Backbone, create_model, load_model, save_model
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device, versions
 from refilled.stages import Stage
-from refilled.training.checkpoints import State, discard_states, hold
+from refilled.training.checkpoints import State, discard_states, hold, refusing_another_state
 from refilled.training.journal import RunJournal
 from refilled.training.loop import Position
 from refilled.training.progress import Display
@@ -131,7 +131,8 @@ class _MetaTraining:
 
     def carry_out(self, journal: RunJournal) -> None:
         if state := journal.restore():
-            self._restore(state)
+            with refusing_another_state():
+                self._restore(state)
         journal.begin_stage(_STAGE, self.epochs, self.steps, self.position.epoch * self.steps + self.position.step)
         for epoch in range(self.position.epoch, self.epochs):
             self.learner.train()

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.module_outputs import describe_output, find_last_linear, linear_calls, read_embedding
+from refilled.network import hub
 
 _BY_PATCHES = ("vit_mae", "beit", "data2vec-vision", "ijepa")
 """Types trained by prediction of masked patches. Without a trained pooled output, they use the mean of patches."""
@@ -165,8 +166,8 @@ def load_hugging_face(
         import transformers
     except ImportError as error:
         raise ModelError("teachers of the form hf:NAME need transformers: pip install 'refilled[hf]'") from error
-    with _quiet(transformers):
-        module, missing = _load(transformers, name)
+    with nullcontext() if Path(name).is_dir() else hub() as offline, _quiet(transformers):
+        module, missing = _load(transformers, name, offline)
         processor = _processor(transformers, name)
     if needed := sorted(key for key in missing if not any(part in key for part in _NOT_NEEDED)):
         raise ModelError(f"hf:{name} lacks {len(needed)} tensors of its network: {', '.join(needed[:4])}")
@@ -186,7 +187,7 @@ def load_hugging_face(
     return teacher
 
 
-def _load(transformers: Any, name: str) -> tuple[Any, set[str]]:
+def _load(transformers: Any, name: str, offline: str | None) -> tuple[Any, set[str]]:
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         kinds = getattr(config, "architectures", None) or [""]
@@ -196,7 +197,8 @@ def _load(transformers: Any, name: str) -> tuple[Any, set[str]]:
     except Exception as error:  # transformers and its downloads raise many unrelated types
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         where = "" if Path(name).is_dir() else ". Without internet access, download it elsewhere and give hf:FOLDER"
-        raise ModelError(f"hf:{name} cannot be loaded: {reason[0]}{where}") from error
+        why = reason[0] if offline is None else f"it is not on this machine, and {offline}"
+        raise ModelError(f"hf:{name} cannot be loaded: {why}{where}") from error
     return module, set(about["missing_keys"])
 
 

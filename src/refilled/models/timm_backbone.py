@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.mixed_convolution import mix_convolutions
+from refilled.network import hub
 
 _BY_CLASS_TOKEN = re.compile(r"dino|eupe|lingbot")
 """Models trained by self-distillation, whose image-level loss is on the class token."""
@@ -196,12 +198,15 @@ def timm_model(name: str, pretrained: bool = False, **options: Any) -> Any:
         near = get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         guess = f"; did you mean {' or '.join(f'timm/{model}' for model in near)}?" if near else ";"
         raise ModelError(f"unknown timm model '{name}'{guess} timm.list_models() lists all")
+    offline = None
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        with hub() if pretrained else nullcontext() as offline:
+            return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # timm and its downloads raise a dozen unrelated types
         if not pretrained:
             raise ModelError(f"timm/{name} cannot be built: {error}") from error
+        why = f"{error}" if offline is None else f"they are not on this machine, and {offline}."
         raise ModelError(
-            f"the published weights of timm/{name} cannot be loaded: {error} Without internet access, download the "
+            f"the published weights of timm/{name} cannot be loaded: {why} Without internet access, download the "
             f"file elsewhere and give timm/{name}:FILE.safetensors"
         ) from error

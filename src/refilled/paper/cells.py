@@ -1,7 +1,7 @@
 """The jobs that fill a table: what each cell runs, and where finished results are."""
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from refilled.config import YOUNGER, FewShotRun, MetaRun, Recipe, Run
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.methods import list_meta_learners
+from refilled.files import read_toml
 from refilled.grid.jobs import FewShotTest, Job, JobResult, load, name_of
 from refilled.methods import load_method
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, PaperRecipe, Protocol
@@ -300,12 +301,12 @@ class JobGraph:
         if not path.exists():
             return
         settled = replace(run, settings=load_method(run.method).settle(run.settings))
-        if _in_full(path.read_text(encoding="utf-8")) != _in_full(settled.to_toml()):
+        if _in_full(read_toml(path)) != _in_full(tomllib.loads(settled.to_toml())):
             raise RunError(f"{path.parent} was run with other default settings; remove it, or choose another --out")
 
 
-def _in_full(record: str) -> dict[str, Any]:
+def _in_full(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe and the method's settings from a recorded run, without what depends on the machine."""
-    recorded = {**YOUNGER, **tomllib.loads(record)}
+    recorded = {**YOUNGER, **record}
     recipe = [field.name for field in fields(Recipe) if field.name != "precision"]
     return {name: recorded.get(name) for name in ("settings", *recipe)}

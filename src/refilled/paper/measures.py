@@ -5,9 +5,11 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from refilled.files import write_atomic
+from refilled.errors import RunError
+from refilled.files import read_record, write_atomic
 from refilled.grid.jobs import accuracy, load
 from refilled.losses.local_kd import local_kd
 from refilled.methods.kd import softened_kl
@@ -41,7 +43,10 @@ def measure(cell: Cell, run: Path, kept: Path) -> float | None:
         value = _gradient(cell, run) if cell.column.classes else _nmi(cell, run)
         kept.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(value).encode())
-    recorded: float | None = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        recorded: float | None = TypeAdapter(float | None).validate_json(read_record(path))
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged: it is not a number; remove it, and it is computed again") from error
     return recorded
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -18,7 +17,7 @@ from torch import Tensor
 from refilled.config import WHERE, Run
 from refilled.data import Task
 from refilled.errors import RunError
-from refilled.files import write_atomic
+from refilled.files import read_json_lines, write_atomic
 from refilled.models import Backbone
 from refilled.report.card import model_card
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
@@ -195,8 +194,7 @@ def _data(task: Task, result: Result) -> list[list[str]]:
 
 
 def _curves(folder: Path) -> Figure | None:
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    log: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
+    log = read_json_lines(folder / "log.jsonl")
     names = [n for n in dict.fromkeys(n for e in log for n in e) if n not in ("stage", "epoch", "lr", "seconds")]
     names = [n for n in names if any(isinstance(e.get(n), int | float) for e in log)]
     if not names:

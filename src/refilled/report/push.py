@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from refilled.errors import RunError
+from refilled.network import forbidden
 from refilled.runs.result import Result
 
 FILES = ("model.safetensors", "model.json", "README.md")
@@ -27,6 +28,8 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     if missing := [file for file in FILES if not (folder / file).exists()]:
         hint = f"write it with 'refilled report {folder}'" if missing == ["README.md"] else "the run has no student"
         raise RunError(f"{folder} lacks {', '.join(missing)}: {hint}")
+    if reason := forbidden():
+        raise RunError(f"{folder} was not uploaded to {name}: {reason}. Allow the network, and repeat the command")
     import httpx
     from huggingface_hub import HfApi
 

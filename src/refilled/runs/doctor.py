@@ -10,9 +10,8 @@ import tempfile
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
+from refilled import network
 from refilled.files import cache_folder
 
 NETWORKS = {"wrn_10_1": 32, "mobilenet_0.25": 64}
@@ -20,7 +19,6 @@ NETWORKS = {"wrn_10_1": 32, "mobilenet_0.25": 64}
 
 _PACKAGES = ("torch", "torchvision", "timm")
 _FOR_DEVELOPERS = ("dev", "docs", "examples")
-_TIMEOUT = 3.0  # seconds
 
 
 def examine(offline: bool = False) -> dict[str, Any]:
@@ -169,13 +167,8 @@ def _size(folder: Path) -> int:
 
 
 def _hub(offline: bool) -> dict[str, Any]:
-    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    address = network.address()
+    if offline or network.forbidden():
         return {"address": address, "reached": None, "error": None}
-    try:
-        with urlopen(Request(address, method="HEAD"), timeout=_TIMEOUT):
-            return {"address": address, "reached": True, "error": None}
-    except HTTPError:  # it answered
-        return {"address": address, "reached": True, "error": None}
-    except (OSError, ValueError) as error:
-        return {"address": address, "reached": False, "error": str(error)}
+    fault = network.fault_of(address)
+    return {"address": address, "reached": fault is None, "error": fault}

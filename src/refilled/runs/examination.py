@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refilled.data import Split
-from refilled.errors import RunError
-from refilled.files import write_atomic
+from refilled.files import read_fields, write_atomic
 from refilled.losses.trust import held_out_information, is_at_chance, knows_less, label_information
 from refilled.models import Backbone
 from refilled.runs.prepared import Prepared
@@ -52,12 +51,7 @@ class Verdict:
         path = folder / "teacher.json"
         if not path.exists():
             return None
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-            of_each = tuple((bool(ignored), known) for ignored, known in read.get("of_each", ()))
-            return cls(bool(read["ignored"]), tuple(read["notes"]), of_each)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{path} is damaged ({error}); train again with --overwrite") from error
+        return read_fields(cls, path)
 
     def save(self, folder: Path) -> None:
         """Write the verdict to a run's folder."""

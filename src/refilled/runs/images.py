@@ -8,17 +8,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from refilled.data import Split, Task
 from refilled.errors import RunError
-from refilled.files import write_atomic
+from refilled.files import damaged, read_json_object, read_tensors, require, write_atomic
 
 _SHOWN = 3  # names of images in a message
 
@@ -56,13 +55,12 @@ class ImageRecord:
         """
         if not (folder / "data.json").exists():
             return None
-        try:
-            about: dict[str, Any] = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-            return cls(**about, digests=load_file(folder / "images.safetensors"))
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise RunError(
-                f"the record of images in {folder} is damaged ({error}); train again with --overwrite"
-            ) from error
+        path = folder / "data.json"
+        about, digests = read_json_object(path), read_tensors(folder / "images.safetensors")
+        require(path, about, task=str, fingerprint=str, stamp=str, image_size=int)
+        if "train" not in digests:
+            raise RunError(damaged(folder / "images.safetensors", "it holds no digests of training images"))
+        return cls(**{name: about[name] for name in ("task", "fingerprint", "stamp", "image_size")}, digests=digests)
 
     def save(self, folder: Path) -> None:
         """Write the record to a run's folder. ``data.json`` is last, so the record is complete if it exists."""

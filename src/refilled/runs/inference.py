@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import GreyRange, Task
 from refilled.errors import RefilledError, RunError
-from refilled.files import damaged
+from refilled.files import read_tensors
 from refilled.models import Backbone, embedded_folder, load_model
+from refilled.models.weights import load_weights
 from refilled.runs.classifying import Classifier
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
@@ -156,10 +155,7 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
         path = run_folder.stage(stage)
         if not path.exists():
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
-        try:
-            student.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise RunError(damaged(path, str(error))) from error
+        load_weights(student, read_tensors(path), str(path))
     return _placed(student)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from refilled.errors import RunError
-from refilled.files import read_fields, write_atomic
+from refilled.files import read_fields, require, write_atomic
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class Result:
         """Read a finished run's result.
 
         Raises:
-            RunError: The run is not finished.
+            RunError: The run is not finished, or its result is damaged.
         """
         if not (folder / "DONE").exists():
             raise RunError(f"{folder} holds no finished run")
-        return read_fields(cls, folder / "result.json")
+        path = folder / "result.json"
+        found = read_fields(cls, path)
+        require(path, found.data, fingerprint=str, task=str, image_size=int, images=dict, skipped=list, notes=list)
+        require(path, found.data["images"], train=int, val=int, test=int)
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the result to a run's folder."""

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import Split, Task
+from refilled.files import read_tensors
 from refilled.models import Backbone, refuse_non_finite
+from refilled.models.weights import load_weights
 from refilled.runs.environment import device_name, versions
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared
@@ -95,7 +96,7 @@ def _measure_stages(prepared: Prepared, folder: RunFolder, world: World) -> dict
     for stage in prepared.stages[:-1]:
         weights = world.lead(partial(_weights_in, folder.stage(stage.name)))
         if weights is not None:
-            student.load_state_dict(weights)
+            load_weights(student, weights, str(folder.stage(stage.name)))
             _, nearest = predict_classes_twice(student, task.train, scored.pixels, prepared.run.device, world)
             measures[stage.name] = {"ncm_accuracy": accuracy(nearest, scored.labels)}
     student.load_state_dict(final)
@@ -103,7 +104,7 @@ def _measure_stages(prepared: Prepared, folder: RunFolder, world: World) -> dict
 
 
 def _weights_in(path: Path) -> dict[str, Tensor] | None:
-    return load_file(path) if path.exists() else None
+    return read_tensors(path) if path.exists() else None
 
 
 def _unlabelled(run: Run, task: Task) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from refilled.errors import RunError, unknown
-from refilled.files import write_atomic
+from refilled.files import read_record, write_atomic
 from refilled.runs.result import Result
 from refilled.training.progress import Display
 
@@ -82,7 +82,7 @@ class Tracked(Display):
 
     def _send(self, result: Result | None) -> None:
         log = self._folder / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        lines = read_record(log).splitlines() if log.exists() else []
         for name in list(self._names):
             try:
                 self._send_to(name, lines, result)

@@ -1,10 +1,10 @@
 """The teachers to compare by default, and what a candidate would download."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refilled.errors import ModelError
+from refilled.network import no_hub
 
 DEFAULT = (
     "timm/mobilenetv3_large_100.ra_in1k",
@@ -48,15 +48,15 @@ def downloads_of(candidates: Sequence[str]) -> list[Download]:
 
 
 def refuse_offline(downloads: Sequence[Download]) -> None:
-    """Refuse downloads if the user has asked for none.
+    """Refuse downloads if the user has asked for none, or the hub cannot be reached.
 
     Raises:
-        ModelError: HF_HUB_OFFLINE is set, and there is something to download.
+        ModelError: There is something to download, and no network.
     """
-    if downloads and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if downloads and (reason := no_hub()):
         missing = ", ".join(map(str, downloads))
         raise ModelError(
-            f"HF_HUB_OFFLINE is set, and these weights are not on this machine: {missing}. Unset it, or give files: "
+            f"{reason}, and these weights are not on this machine: {missing}. Allow the download, or give files: "
             "--candidates timm/NAME:FILE.safetensors"
         )
 

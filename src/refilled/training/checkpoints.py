@@ -84,11 +84,24 @@ def _read(path: Path) -> State:
     try:
         tensors = load(body)
         data = json.loads(tensors.pop(_DATA).numpy().tobytes())
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no training state ({error})") from error
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise CheckpointError(f"{path} was written by another version of refilled")
     return State(tensors, data)
+
+
+@contextmanager
+def refusing_another_state() -> Iterator[None]:
+    """Explain a state that is whole, but of another network or optimiser."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"the saved state belongs to another run: its content does not fit this one ({type(error).__name__}: "
+            f"{reason}). Restore last.ckpt of this run, or begin anew with --overwrite"
+        ) from error
 
 
 def discard_states(folder: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from refilled.files import write_atomic
+from refilled.files import append, write_atomic
 from refilled.models import Backbone
 from refilled.stages import Stage
-from refilled.training.checkpoints import State, load_state, save_state
+from refilled.training.checkpoints import State, load_state, refusing_another_state, save_state
 from refilled.training.distributed import ALONE, World
 from refilled.training.loop import Position
 from refilled.training.progress import Display
@@ -67,7 +67,8 @@ class RunJournal:
         """Load the newest valid state and truncate the log to its length at that time."""
         state = self.world.lead(self._load)
         if state:
-            self._seconds_before = float(state.data.get("seconds", 0.0))
+            with refusing_another_state():
+                self._seconds_before = float(state.data.get("seconds", 0.0))
         self._started = self._saved = time.monotonic()
         return state
 
@@ -76,8 +77,10 @@ class RunJournal:
         self.warnings = [f"{problem}; training resumed from the state before it" for problem in problems]
         for warning in self.warnings:
             self.display.message(f"warning: {warning}")
+        with refusing_another_state():
+            size = int(state.data.get("log_bytes", 0)) if state else 0
         self._log_path.touch()
-        os.truncate(self._log_path, int(state.data.get("log_bytes", 0)) if state else 0)
+        os.truncate(self._log_path, size)
         return state
 
     def checkpoint_due(self) -> bool:
@@ -109,8 +112,7 @@ class RunJournal:
         """Add a line to the log, and show the epoch."""
         if not self.world.leads:
             return
-        with self._log_path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+        append(self._log_path, json.dumps(entry) + "\n")
         self.display.epoch(entry)
 
     def end_stage(self, stage: Stage, student: Backbone) -> None:

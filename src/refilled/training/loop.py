@@ -7,7 +7,7 @@ meta-training have loops of their own in ``fewshot/``.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from refilled.config import Recipe
 from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
-from refilled.errors import CheckpointError, NonFiniteError, RunError
+from refilled.errors import NonFiniteError, RunError
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 from refilled.stages import Reports, Stage, Term, numbered
 from refilled.training.averaging import WeightAverage
-from refilled.training.checkpoints import State
+from refilled.training.checkpoints import State, refusing_another_state
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, predict_classes
@@ -173,7 +173,7 @@ class _Training:
 
     def run(self, stages: Sequence[Stage]) -> None:
         state = self.journal.restore()
-        with _refusing_another_state():
+        with refusing_another_state():
             start = Position(**state.data["position"]) if state else Position()
         budget = share_epochs(stages, self.recipe.epochs_over(self.labelled, self.unlabelled))
         for number, (stage, epochs) in enumerate(zip(stages, budget, strict=True)):
@@ -181,7 +181,7 @@ class _Training:
                 continue
             self._enter(number, stage, epochs, sum(budget[:number]))
             if state is not None and number == start.stage:
-                with _refusing_another_state():
+                with refusing_another_state():
                     self._restore(state)
             else:
                 self._begin()
@@ -418,18 +418,6 @@ class _Training:
         torch.set_rng_state(state.tensors["random"])
         if "random_cuda" in state.tensors and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
-
-
-@contextmanager
-def _refusing_another_state() -> Iterator[None]:
-    """Explain a state that is whole, but of another network or optimiser."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the saved state belongs to another run: its content does not fit this one ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Restore last.ckpt of this run, or begin anew with --overwrite"
-        ) from error
 
 
 def _read_by(term: Term, taught: Sequence[Outputs | None]) -> Outputs | None:

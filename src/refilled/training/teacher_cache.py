@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from refilled.data import Augmentation, AutoAugment, Task, Views
@@ -93,6 +94,13 @@ class Contents:
 
 
 @dataclass(frozen=True)
+class _Manifest:
+    contents: Contents
+    teacher: str
+    task: str
+
+
+@dataclass(frozen=True)
 class Gap:
     """How far a cache is from the live teacher, on some of the training images and all views in turn."""
 
@@ -137,13 +145,14 @@ class TeacherCache:
             RunError: there is none, or its manifest is damaged.
         """
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            return cls(folder, Contents(**manifest["contents"]), (manifest["teacher"], manifest["task"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            manifest = TypeAdapter(_Manifest).validate_json((folder / "manifest.json").read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"].lower()
             raise RunError(
-                f"{folder} holds no teacher cache that can be read ({type(error).__name__}: {error}); a run or "
-                "'refilled cache build' that needs it mends it"
+                f"{folder} holds no teacher cache that can be read: manifest.json: {reason}; a run or 'refilled cache "
+                "build' that needs it mends it"
             ) from error
+        return cls(folder, manifest.contents, (manifest.teacher, manifest.task))
 
     @property
     def size(self) -> int:
@@ -174,6 +183,8 @@ class TeacherCache:
         path = self.path(shard)
         if not path.exists():
             return "not there"
+        if not path.is_file():
+            return "not a file"
         size = path.stat().st_size
         if size != self._size(shard):
             return f"torn: {size:,} bytes, not {self._size(shard):,}"

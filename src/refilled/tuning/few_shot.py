@@ -13,6 +13,7 @@ from refilled.fewshot.evaluation import load_side, make_bank, resolve, task_accu
 from refilled.fewshot.methods import FewShotMethod, load_few_shot_method
 from refilled.runs.determinism import use_machine
 from refilled.tuning.search_space import import_optuna, parse_values
+from refilled.tuning.study import open_study
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -65,13 +66,7 @@ def tune(
         return mean(accuracies)
 
     storage.parent.mkdir(parents=True, exist_ok=True)
-    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
-    study = optuna.create_study(
-        storage=journal,
-        study_name=run.method,
-        direction="maximize",
-        load_if_exists=True,
-    )
+    study = open_study(storage, run.method)
     complete = (optuna.trial.TrialState.COMPLETE,)
     while (finished := len(study.get_trials(states=complete))) < trials:
         # Seeded by the number of the trial, so that an interrupted search continues as if it had not been interrupted.

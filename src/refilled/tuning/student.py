@@ -20,13 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from refilled.config import Recipe, Run
 from refilled.errors import NonFiniteError, RunError, unknown
-from refilled.files import alone, write_atomic
+from refilled.files import alone, read_toml, write_atomic
 from refilled.methods import load_method
 from refilled.runs.experiment import check, complete
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 from refilled.tuning.search_space import import_optuna, parse_values
+from refilled.tuning.study import open_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -138,22 +139,14 @@ def _begin(run: Run, search: Mapping[str, str], folder: Path) -> None:
             if any(entry.name != ".lock" for entry in folder.iterdir()):
                 raise RunError(f"{folder} is not empty and holds no tuning; choose another --out")
             write_atomic(path, tomli_w.dumps(wanted).encode())
-        elif tomllib.loads(path.read_text(encoding="utf-8")) != wanted:
+        elif read_toml(path) != wanted:
             raise RunError(
                 f"{folder} holds a tuning of another run or search; see {path.name}, or choose another --out"
             )
 
 
 def _open(folder: Path) -> "Study":
-    optuna = import_optuna()
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
-    study: Study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name="refilled",
-        direction="maximize",
-        load_if_exists=True,
-    )
-    return study
+    return open_study(folder / "journal.log", "refilled")
 
 
 def _next(

@@ -1,7 +1,6 @@
 """CIFAR-100: 100 classes with 500 training and 100 test images each, 32x32."""
 
 import logging
-import os
 import pickle
 import shutil
 import tarfile
@@ -18,9 +17,11 @@ import numpy as np
 from refilled.data.source import ArrayPart, Source
 from refilled.data.sources.parquet import is_parquet, open_parquet
 from refilled.errors import TaskError
+from refilled.network import forbidden
 
 SUMMARY = "60,000 photographs, 100 classes, 32x32; Parquet or the authors' files, else downloaded (161 MB)"
 CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
+_TIMEOUT = 10.0  # seconds without an answer
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # of the archive, as published
 _FOLDER = "cifar-100-python"
@@ -107,12 +108,12 @@ def _download(home: Path) -> None:
         f"download {URL} and unpack it to {home / _FOLDER}, or point --data-root or REFILLED_DATA at the folder that "
         "holds it"
     )
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise TaskError(f"CIFAR-100 is not below {home}, and downloads are off (HF_HUB_OFFLINE); {advice}")
+    if reason := forbidden():
+        raise TaskError(f"CIFAR-100 is not below {home}, and downloads are off ({reason}); {advice}")
     logging.getLogger(__name__).warning("downloading CIFAR-100 (161 MB) from %s to %s", URL, home)
     try:
         with TemporaryFile() as archive:
-            with urlopen(URL, timeout=60) as response:
+            with urlopen(URL, timeout=_TIMEOUT) as response:
                 shutil.copyfileobj(response, archive)
             archive.seek(0)
             if file_digest(archive, "md5").hexdigest() != MD5:

@@ -9,6 +9,7 @@ from refilled.data.source import Picture, Rows, Source, part_in_name, stamp_of
 from refilled.data.sources.columns import Cells, Column, choose_image, choose_label, read_labels, require
 from refilled.data.sources.parquet import as_picture
 from refilled.errors import TaskError
+from refilled.network import hub
 
 _BATCH = 256  # rows read at a time
 
@@ -26,12 +27,14 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
     """
     import datasets
 
+    offline = None
     try:
-        loaded = datasets.load_dataset(name)
+        with hub() as offline:
+            loaded = datasets.load_dataset(name)
     except Exception as error:  # no network, no such name, no access, a damaged file: each has its own class
         raise TaskError(
-            f"hub:{name} could not be loaded ({error}); check the name and the network, or download its Parquet files "
-            "and give their folder as the task"
+            f"hub:{name} could not be loaded ({offline or error}); check the name and the network, or download its "
+            "Parquet files and give their folder as the task"
         ) from error
     where = f"hub:{name}"
     keys = _part_keys(loaded, where)

@@ -105,7 +105,9 @@ def feat(bank: Bank, *, temperature: float = 64.0) -> Learner:
     """Nearest prototype after self-attention, in a model meta-trained for it (FEAT)."""
     weights = {name.removeprefix("attention."): value for name, value in bank.head.items()}
     attention = SetAttention(bank.model.embedding_dim)
-    if set(weights) != set(attention.state_dict()):
+    if {name: value.shape for name, value in weights.items()} != {
+        name: value.shape for name, value in attention.state_dict().items()
+    }:
         raise MethodError("feat needs a model that was trained with it; train one: refilled meta-train --method feat")
     attention.load_state_dict(weights)
     attention.eval()
