@@ -345,7 +345,7 @@ def test_a_finished_run_of_other_images_is_refused(tmp_path):
     others = {**record.digests, "train": record.digests["train"] + 1}  # what it would be, had it seen other images
     replace(record, fingerprint="0" * 64, stamp="earlier", digests=others).save(folder)
     (problem,) = JobGraph([cell], tmp_path).problems.values()
-    assert re.search(rf"{folder.name} was begun with: \d+ of train are new", str(problem))
+    assert re.search(rf"{folder.name} was started with: \d+ of train are new", str(problem))
 
 
 def test_a_dry_run_says_what_cannot_be_done(tmp_path):

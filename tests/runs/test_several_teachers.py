@@ -212,7 +212,7 @@ def test_resuming_names_each_file_again(file, tmp_path):
         distill(good(LETTERS, f"{file}:pixels"), out, display=Stops(3))
     assert f"--teacher {LETTERS} --teacher {file}:pixels" in fault("distill", "--resume", out)
     said = fault("distill", "--resume", out, *teachers[2:])
-    assert f"was begun with teacher {LETTERS}, {file}:pixels, not {file}:pixels" in said
+    assert f"was started with teacher {LETTERS}, {file}:pixels, not {file}:pixels" in said
     assert refilled("distill", "--resume", out, *teachers).exit_code == 0
 
 

@@ -179,7 +179,7 @@ def test_a_build_that_broke_off_resumes_where_it_stood(tmp_path):
     whole.build(task, colours)
     with pytest.raises(KeyboardInterrupt):
         cache.build(task, breaking)
-    assert list(cache.problems().values()) == ["not there"] * 5
+    assert list(cache.problems().values()) == ["missing"] * 5
     cache.build(task, breaking)
     assert content(cache) == content(whole)
     assert sum(calls) == 2 * 50 + calls[3]  # nothing but the shard that broke off was embedded twice
@@ -322,7 +322,7 @@ def test_the_gap_shows_what_is_lost(run):
 
 
 def test_without_a_teacher_or_a_number_of_views_there_is_nothing_to_build(run):
-    with pytest.raises(RunError, match="say how many with --views"):
+    with pytest.raises(RunError, match="give the number with --views"):
         build_cache(replace(run, views=None))
     with pytest.raises(RunError, match="name one with --teacher"):
         build_cache(replace(run, teacher=None))

@@ -145,12 +145,12 @@ def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatc
 
 
 def test_a_run_of_an_earlier_version_is_not_resumed(teacher, tmp_path):
-    """A parameter that its record does not name was not there; today's default would change the run in its middle."""
+    """A parameter that the record lacks did not exist; its present default would change the run in the middle."""
     with pytest.raises(Interrupted):
         distill(refilled(teacher), tmp_path / "a", display=_Stopping(1))
     record = tmp_path / "a" / "run.toml"
     record.write_text(record.read_text().replace('kd_average = "elements"\n', ""))
-    with pytest.raises(RunError, match=r"had no kd_average; resume with that version, or .*--overwrite"):
+    with pytest.raises(RunError, match=r"without kd_average; resume with that version, or .*--overwrite"):
         resume(tmp_path / "a")
     assert (tmp_path / "a" / "last.ckpt").exists()
 

@@ -148,7 +148,7 @@ def _how_to_know(run: Run) -> str:
 
 def _command(run: Run, compare: bool = False) -> str:
     """Return the command that carries out the run, or compares its method with the student alone."""
-    alone = run.method == "vanilla"  # `distill` would take another method
+    alone = run.method == "vanilla"  # `distill` would use another method
     left_out = {"task", "settings", *WHERE} | ({"method", "seed"} if compare else set())
     if alone and not compare:
         left_out |= {"method", "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding"}
@@ -174,7 +174,7 @@ def _command(run: Run, compare: bool = False) -> str:
 
 
 def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the lines of provenance about no teacher, one, or each of several."""
+    """Return the lines of provenance for each teacher, or for none."""
     if not about:
         return {"teacher": "none"}
     if "teachers" not in about:
@@ -286,7 +286,7 @@ def _heat_map(confusion: Tensor) -> str:
 def _worst(
     task: Task, pixels: Any, sources: Sequence[str], probabilities: Tensor, labels: Tensor
 ) -> list[dict[str, str]]:
-    """Return the most confident errors: picture, where it came from, and what was said how surely."""
+    """Return the most confident errors: picture, file, and predicted class with its probability."""
     confidence, found = probabilities.max(1)
     rows = torch.where(found == labels, -1.0, confidence).argsort(descending=True)[:_WORST]
     rows = rows[found[rows] != labels[rows]]

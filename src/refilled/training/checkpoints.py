@@ -100,7 +100,7 @@ def refusing_another_state() -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"the saved state belongs to another run: its content does not fit this one ({type(error).__name__}: "
-            f"{reason}). Restore last.ckpt of this run, or begin anew with --overwrite"
+            f"{reason}). Restore last.ckpt of this run, or start again with --overwrite"
         ) from error
 
 
