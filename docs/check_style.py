@@ -26,7 +26,7 @@ _SUFFIXES = {".md", ".py", ".toml"}
 TURNS: tuple[tuple[str, str], ...] = (
     (r"\b(?:ever )?so many\b", "this many, or the number of"),
     (
-        r"\b(?:images?|shots?|positives?|tasks?|seeds?|dots?|queries|steps|GFLOP|bytes|seconds) an? "
+        r"\b(?:images?|shots?|positives?|tasks?|seeds?|dots?|queries|steps|GFLOP|bits|bytes|seconds) an? "
         r"(?:class|species|step|seed|task|batch|run|gigabyte|stage|pass|message|parameter|channel|image|second|minute)"
         r"\b(?! of)",
         "per class, per step, ...",
@@ -40,6 +40,16 @@ TURNS: tuple[tuple[str, str], ...] = (
     (r"\bin (?:the )?place of\b", "instead of"),
     (r"\b(?:begun|made|embeds?|computed) anew\b", "again"),
     (r"\bwhat is there\b", "what exists, or a list of it"),
+    (
+        r"(?<![Tt]here )\b(?:is|are) no "
+        r"(?:class|file|fraction|image|label|number|part|picture|range|sample|text|word)(?:s|es)?\b",
+        "is not a ..., or are not ...",
+    ),
+    (r"\bfor ever\b(?! so)", "forever, or name what blocks"),
+    (r"\bpassed over\b", "ignored, or left out"),
+    (r"\bin the one and\b", "in the first and ... in the second"),
+    (r"; [^;:]+ if None\b", "None: ..., as a sentence of its own"),
+    (r'"""Digest (?:the|what|each|class)\b', "Return a digest of ..."),
     (r"\bto speak of\b", "worth mentioning; give the number instead"),
     (r'(?:"""|^\s*#\s)(?:Say|Tell) (?:what|in|which|how|whether|where|that|if)\b', "Return ..., or Print ..."),
 )

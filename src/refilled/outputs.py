@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,16 @@ class Outputs(NamedTuple):
 
     features: tuple[Tensor, ...] = ()
     """Feature maps ``(N, C_l, H_l, W_l)``, shallow to deep; empty unless requested."""
+
+
+def not_computed(count: int, like: Tensor | None = None) -> Tensor:
+    """Return the placeholder ``(count, 0)`` for logits or an embedding that no one reads.
+
+    Args:
+        count: Number of images.
+        like: The placeholder has the dtype and the device of this tensor. None: float32 on the CPU.
+    """
+    return torch.empty(count, 0) if like is None else like.new_empty(count, 0)
 
 
 class ModelShape(Protocol):

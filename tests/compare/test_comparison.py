@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from refilled.compare.comparison import Comparison, compare
-from refilled.compare.page import Row, on_the_unlabelled, verdict
+from refilled.compare.page import RowResults, on_the_unlabelled, verdict
 from refilled.compare.summary import Gain
 from refilled.config import Run
 from refilled.errors import RunError
@@ -232,11 +232,13 @@ class _Row:
         return self.differences
 
 
-def _found(tmp_path: Path, name: str, accuracies: list[float], unlabelled: bool, teacher: bool) -> Row:
+def _found(tmp_path: Path, name: str, accuracies: list[float], unlabelled: bool, teacher: bool) -> RowResults:
     data = {"unlabelled": {"source": "rest", "images": 70, "fingerprint": "f"}} if unlabelled else {}
     rest = {"ncm_accuracy": 0.0, "class_accuracies": {}, "stages": {}, "seconds": 0.0, "parameters": 0}
     about = {"teacher": {"name": "t"} if teacher else None, "versions": {}, "hardware": {}}
-    return Row(name, [Result(accuracy=a, data=data, **rest, **about) for a in accuracies], [tmp_path] * len(accuracies))
+    return RowResults(
+        name, [Result(accuracy=a, data=data, **rest, **about) for a in accuracies], [tmp_path] * len(accuracies)
+    )
 
 
 def test_the_teacher_gets_no_credit_for_the_unlabelled_images(tmp_path):
@@ -288,7 +290,7 @@ def test_recipes_are_compared_by_what_the_runs_were_trained_with(tmp_path):
         (tmp_path / name).mkdir()
         text = replace(Run(task="digits", student="wrn_10_1"), **changes).to_toml()
         (tmp_path / name / "run.toml").write_text(text)
-        rows.append(Row(name, [], [tmp_path / name]))
+        rows.append(RowResults(name, [], [tmp_path / name]))
     assert rows[1].differences_to(rows[0]) == ["epochs 7 against 60", "cutmix 1.0 against 0.0"]
     assert rows[0].differences_to(rows[0]) == []
 

@@ -64,7 +64,7 @@ def test_a_crop_is_scaled_as_a_whole_and_ends_at_the_border(tmp_path):
     whole = decode(Crop(tmp_path / "a.png", (-5, -5, 100, 100)), 20)
     assert whole[:, :9].max() == 0  # both halves are there: nothing was cut off to make a square
     assert whole[:, 11:].min() == 255
-    with pytest.raises(Exception, match="holds nothing of the picture"):
+    with pytest.raises(Exception, match="lies outside the picture"):
         decode(Crop(tmp_path / "a.png", (50, 0, 60, 10)), 20)
 
 
@@ -120,11 +120,11 @@ def test_missing_birds_are_said_once_with_where_to_get_and_put_them(tmp_path):
 @pytest.mark.parametrize(
     ("table", "content", "message"),
     [
-        ("image_class_labels", "1 1\n", "do not tell of the same images"),
-        ("bounding_boxes", "1 1 1 1\n", "4 more"),
+        ("image_class_labels", "1 1\n", "list different images"),
+        ("bounding_boxes", "1 1 1 1\n", "without exactly 5 fields"),
         ("classes", None, "cannot be read"),
         ("train_test_split", "\n".join(f"{n} 2" for n in range(1, 41)), "unknown class or part"),
-        ("bounding_boxes", "\n".join(f"{n} a 1 2 3" for n in range(1, 41)), "no numbers"),
+        ("bounding_boxes", "\n".join(f"{n} a 1 2 3" for n in range(1, 41)), "not four numbers"),
     ],
 )
 def test_damaged_tables_are_named(home, table, content, message):
@@ -146,5 +146,5 @@ def test_a_missing_picture_is_left_out_with_a_reason(home):
 
 @pytest.mark.parametrize("fraction", ["0", "1", "nan"])
 def test_a_test_part_is_a_fraction(fraction):
-    with pytest.raises(TaskError, match="no fraction to test on"):
+    with pytest.raises(TaskError, match="is not a fraction to test on"):
         load_task(f"digits@test={fraction}")

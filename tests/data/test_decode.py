@@ -121,7 +121,7 @@ def bad_files(tmp_path):
             :3000
         ],
         "truncated.jpg": good[: len(good) // 2],
-        "text.jpg": b"this is no picture",
+        "text.jpg": b"not a picture",
         "bomb.png": png_of_size(50_000, 50_000),
         "large.png": png_of_size(10_000, 9_000),
         "vector.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",

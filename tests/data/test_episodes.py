@@ -93,7 +93,7 @@ def test_every_class_and_image_is_drawn_about_equally_often():
         ({"n_shot": 0}, "n_shot = 0"),
         ({"n_query": 0}, "n_query = 0"),
         ({"n_shot": 20}, "has 20 images, but 20 shots and at least one query image need 21"),
-        ({"n_shot": 15}, "leaves 5 images for queries after 15 shots, not 15"),
+        ({"n_shot": 15}, "has 5 images left for queries after 15 shots, not 15"),
     ],
 )
 def test_an_impossible_episode_is_explained(arguments, message):

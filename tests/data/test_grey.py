@@ -1,4 +1,4 @@
-"""More than 8 bits a channel: one range for a whole data set, found in the training images, recorded and said."""
+"""More than 8 bits per channel: one range for a whole data set, found in the training images, recorded and said."""
 
 import json
 import shutil
@@ -155,7 +155,9 @@ def test_classes_that_differ_in_brightness_alone_stay_apart_from_training_to_pre
     wider.write_bytes(encoded(noise(60000, 1), "PNG"))
     result = CliRunner().invoke(app, ["predict", str(out), str(wider), "--json"])
     assert result.exit_code == 1
-    assert "its levels go from 349 to 60000, but those of the training images from 0 to 4095 (12 bits)" in result.output
+    assert (
+        "its levels range from 349 to 60000, but those of the training images from 0 to 4095 (12 bits)" in result.output
+    )
 
 
 def test_a_student_of_eight_bits_does_not_guess_what_is_black_and_white(tmp_path):
@@ -193,10 +195,10 @@ def test_the_bits_can_be_said(tmp_path):
     task = load_task(f"{tmp_path}@bits=12")
     assert task.grey_range == (0, 4095)
     assert task.name.endswith("@bits=12")
-    with pytest.raises(TaskError, match="bits=7 is no number of bits"):
+    with pytest.raises(TaskError, match="bits=7 is out of range"):
         load_task(f"{tmp_path}@bits=7")
     with pytest.raises(
-        TaskError, match=r"images cannot be read.*its levels go from 3 to 900, but .* 0 to 255 \(8 bits\)"
+        TaskError, match=r"images cannot be read.*its levels range from 3 to 900, but .* 0 to 255 \(8 bits\)"
     ):
         load_task(f"{tmp_path}@bits=8")
 

@@ -67,7 +67,7 @@ def test_dev_beside_train_is_the_val_part(tmp_path):
     ("folders", "message"),
     [
         (("train", "val", "validation"), "2 folders for the val part: val, validation"),
-        (("valid", "test"), "has the parts test, valid, but no class folders in a part to train on"),
+        (("valid", "test"), "has the parts test, valid, but none named train with class folders"),
     ],
 )
 def test_unclear_parts_are_refused(tmp_path, folders, message):
@@ -79,7 +79,7 @@ def test_unclear_parts_are_refused(tmp_path, folders, message):
 
 def test_parts_without_classes_are_no_classes(tmp_path):
     fill(tmp_path, ("train", "test"))
-    with pytest.raises(TaskError, match="names of parts, but they hold no class folders"):
+    with pytest.raises(TaskError, match="named after parts, but have no class folders"):
         load_task(str(tmp_path))
 
 
@@ -92,14 +92,14 @@ def test_one_level_too_high_says_which_folder_to_give(tmp_path, inner):
     fill(tmp_path / inner)
     if inner == "dataset/train":
         fill(tmp_path / "dataset" / "test", first=50)
-    with pytest.raises(TaskError, match=rf"holds one folder only.*give {tmp_path / inner.split('/')[0]} instead"):
+    with pytest.raises(TaskError, match=rf"contains only one folder.*give {tmp_path / inner.split('/')[0]} instead"):
         load_task(str(tmp_path))
 
 
 def test_one_level_too_deep_is_refused(tmp_path):
     for source in ("camera1", "camera2"):
         fill(tmp_path / source)
-    with pytest.raises(TaskError, match=r"\(camera1, camera2\) all hold the same folders \('cat', 'dog'\)"):
+    with pytest.raises(TaskError, match=r"\(camera1, camera2\) all contain the same folders \('cat', 'dog'\)"):
         load_task(str(tmp_path))
 
 
@@ -113,7 +113,7 @@ def test_one_inner_folder_per_class_is_fine(tmp_path):
 def test_folders_beside_train_are_named(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "extra", first=50)
-    assert "not used, since they lie beside train: extra" in load_task(str(tmp_path)).notes
+    assert "folders next to train that are not used: extra" in load_task(str(tmp_path)).notes
 
 
 @pytest.mark.slow

@@ -163,6 +163,8 @@ def test_a_column_says_the_part(tmp_path, names):
     check(task)
     assert [len(split) for split in (task.train, task.val, task.test)] == [8, 6, 6]
     assert "parts as in column 'split' of labels.csv" in task.notes
+    frame.rename(columns={"label": "split", "split": "part"}).to_csv(tmp_path / "other.csv", index=False)
+    assert "parts as in column 'part' of other.csv" in load_task(f"{tmp_path / 'other.csv'}@label=split").notes
     frame.assign(split=np.arange(20) % 5).to_csv(tmp_path / "labels.csv", index=False)
     task = load_task(str(tmp_path))
     assert any(
@@ -232,14 +234,14 @@ def test_labels_of_any_kind_are_read(tmp_path, names, labels, classes):
 def test_the_columns_can_be_named(tmp_path, names):
     frame = pd.DataFrame({"id": range(20), "photo": names, "kind": CLASSES * 10, "size": [8, 9] * 10, "score": 0.5})
     frame.to_csv(tmp_path / "labels.csv", index=False)
-    advice = r"which column .*labels\.csv is the label: it has id, photo, kind, size, score\. Add one of these"
+    advice = r"which column .*labels\.csv holds the labels: it has id, photo, kind, size, score\. Add one of these"
     with pytest.raises(TaskError, match=rf"{advice} to the task: @label=kind \(text\); @label=size \(text\)$"):
         load_task(str(tmp_path / "labels.csv"))
     check(load_task(f"{tmp_path / 'labels.csv'}@label=kind"))
     check(load_task(f"{tmp_path}@label=kind,image=photo"))
     with pytest.raises(TaskError, match="unknown column 'knd'; did you mean 'kind'"):
         load_task(f"{tmp_path}@label=knd")
-    with pytest.raises(TaskError, match=r"'id' of .* is no label: it holds another value in each"):
+    with pytest.raises(TaskError, match=r"'id' of .* is not a label: its 20 rows all hold different values"):
         load_task(f"{tmp_path}@label=id")
     frame[["photo", "kind", "size"]].to_csv(tmp_path / "labels.csv", index=False, header=False)
     check(load_task(f"{tmp_path}@label=2"))
@@ -260,21 +262,21 @@ def test_a_table_about_class_folders_is_not_taken_for_their_labels(tmp_path):
 def test_labels_that_differ_in_case_are_said(tmp_path, names):
     pd.DataFrame({"image": names, "label": ["A", "a"] * 10}).to_csv(tmp_path / "labels.csv", index=False)
     task = load_task(str(tmp_path))
-    assert "labels 'A' and 'a' differ in case or accents only, and are different classes" in task.notes
+    assert "labels 'A' and 'a' differ only in case or accents, and are different classes" in task.notes
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"image,label\nimages/000.png\n", r"labels\.csv, line 2: 'images/000\.png' is no file name and label"),
-        (b"image,label\n,cat\nimages/000.png,dog\n", "line 2: ' cat' is no file name and label"),
+        (b"image,label\nimages/000.png\n", r"labels\.csv, line 2: 'images/000\.png' is not a file name and a label"),
+        (b"image,label\n,cat\nimages/000.png,dog\n", "line 2: ' cat' is not a file name and a label"),
         (b"image,label\nimages/000.png,cat\n../images/001.png,dog\n", r"line 3: '\.\./images/001\.png' leads out of"),
-        (b'image,label\n"images/000.png,cat\nimages/001.png,dog\n', "quotation mark before it is not closed"),
+        (b'image,label\n"images/000.png,cat\nimages/001.png,dog\n', "an earlier quotation mark is not closed"),
         (b"image,label\na.png,cat\nb.png,dog\n", "none of the 2 images .* the first is 'a.png'"),
-        (b"no list of images\n", r"none of the 1 images that .*labels\.csv lists in column '1' is below"),
-        (b"", "holds nothing"),
-        (b"image,label\n", "holds nothing"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\r", "no text"),
+        (b"no list of images\n", r"none of the 1 images in column '1' of .*labels\.csv is below"),
+        (b"", "is empty"),
+        (b"image,label\n", "is empty"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\r", "is not text"),
         (b"image,label\nimages/000.png,0.5\nimages/001.png,1\n", "holds fractions such as 0.5"),
     ],
 )

@@ -56,7 +56,7 @@ def test_paths_of_any_name_are_found_and_their_resolved_text_means_the_same(tmp_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "needs a text"),
+        ("", "is empty; give one such as"),
         ("cifar10", "did you mean 'cifar100'"),
         ("digits:", "names no classes"),
         ("digits@shot=5", "did you mean 'shots'"),

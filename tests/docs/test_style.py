@@ -36,6 +36,13 @@ def test_the_documents_are_in_the_house_style(capsys):
         "Besides, there are options.",
         "the mean in place of the sum",
         '    """Say where an image came from."""',
+        "more than 8 bits a channel",
+        "A column of fractions is no label.",
+        "A worker would wait for ever.",
+        "Hidden files are passed over.",
+        "The label is 'cat' in the one and 'dog' in the other.",
+        "label: The label column; found by name if None.",
+        '    """Digest the states of the files."""',
     ],
 )
 def test_a_listed_turn_is_refused(text):
@@ -49,6 +56,7 @@ def test_a_listed_turn_is_refused(text):
     [
         "10 images per class",
         "Return where an image came from.",
+        "If there is no label, or there are no images, an error says so.",
         "The page says so, and the run resumes.",
         "Give the images a class of their own.",
         "| 10 images per class | 10 per class |",

@@ -312,7 +312,7 @@ def test_maml_learns_sinusoids():
 @pytest.mark.parametrize("name", list_meta_learners())
 def test_every_meta_learner_trains_all_that_it_learns(name):
     torch.manual_seed(0)
-    learner = load_meta_learner(name).recipe(create_model("convnet4", 3, image_size=16))
+    learner = load_meta_learner(name).function(create_model("convnet4", 3, image_size=16))
     loss, scores = learner.loss(meta_task())
     assert scores.shape == (2, 6, 3)
     loss.backward()

@@ -220,7 +220,7 @@ def test_degenerate_batches_stay_finite_and_connected(loss, name):
 
 
 @negatives
-def test_an_embedding_that_is_not_finite_is_not_passed_over(negatives):
+def test_an_embedding_that_is_not_finite_is_not_ignored(negatives):
     student, teacher, y = batch(LABELS)
     student[3, 0] = torch.nan
     assert TripletAlignmentLoss(negatives=negatives)(student, teacher, y).isnan()

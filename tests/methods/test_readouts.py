@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from sklearn.svm import LinearSVC
 
-from refilled.compare.page import Row, on_the_teacher, write_report
+from refilled.compare.page import RowResults, on_the_teacher, write_report
 from refilled.config import Run
 from refilled.errors import MethodError, ModelError, RunError
 from refilled.methods import load_method
@@ -151,7 +151,7 @@ def test_there_must_be_held_out_images_to_score(tmp_path):
 
 def test_the_page_takes_readouts_for_baseline_and_for_the_row_that_is_shown(teacher, tmp_path):
     runs = {"probe": reading(teacher, "linear_probe"), "alone": QUICK, "near": reading(teacher, "nearest_neighbour")}
-    rows = [Row(name, [distill(run, tmp_path / name)], [tmp_path / name]) for name, run in runs.items()]
+    rows = [RowResults(name, [distill(run, tmp_path / name)], [tmp_path / name]) for name, run in runs.items()]
     write_report(tmp_path / "report.html", "Readouts", rows, rows[0], rows[-1], [on_the_teacher(rows[-1], rows[0])])
     assert "Nearest class mean in the teacher" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == 4

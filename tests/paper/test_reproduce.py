@@ -29,12 +29,14 @@ from refilled.fewshot.evaluation import FewShotResult
 from refilled.grid.jobs import FewShotTest, carry_out, name_of
 from refilled.grid.runner import run_grid
 from refilled.models import create_model
-from refilled.paper.cells import Cell, Choice, Plan, cells, chosen
+from refilled.paper.cells import Cell, Choice, JobGraph, cells, chosen
 from refilled.paper.fill import estimate_table, fill, find_table
 from refilled.paper.measures import added_gradients
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
+from refilled.paper.rendering import markdown, terminal, write
 from refilled.paper.report import Entry, TableReport
-from refilled.paper.tables import TABLES, Column, Row, Table
+from refilled.paper.schema import Column, Row, Table
+from refilled.paper.tables import TABLES
 from refilled.runs.experiment import distill
 from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import resolve
@@ -54,8 +56,8 @@ def folder(tmp_path_factory) -> Path:
     """A folder in which the runs of all tables have been carried out, those that they share once."""
     folder = tmp_path_factory.mktemp("reproduce")
     every = [cell for table in TABLES.values() for cell in cells(table, ONE)]
-    plan = Plan(every, folder / "runs")
-    run_grid(plan.runs, plan.folder, needs=plan.needs)
+    graph = JobGraph(every, folder / "runs")
+    run_grid(graph.runs, graph.folder, needs=graph.needs)
     return folder
 
 
@@ -211,20 +213,20 @@ def test_a_split_among_the_options_of_a_task_stays_there():
 
 def test_few_shot_tests_share_backbones_and_meta_training(tmp_path):
     found = {name: cells(TABLES[name], Choice("mini")) for name in ("s3", "table7")}
-    plan = Plan([*found["s3"], *found["table7"]], tmp_path)
-    kinds = [type(job) for job in plan.runs.values()]
+    graph = JobGraph([*found["s3"], *found["table7"]], tmp_path)
+    kinds = [type(job) for job in graph.runs.values()]
     shots_of_meta_training = 2
     assert (kinds.count(Run), kinds.count(MetaRun)) == (2, 3 * shots_of_meta_training)
     assert kinds.count(FewShotTest) == len(found["s3"])
     for cell in found["s3"]:
-        name = plan.run_of(cell)
-        before = list(plan.missing([cell]))
+        name = graph.run_of(cell)
+        before = list(graph.missing([cell]))
         assert before[-1] == name
-        for needed in plan.needs[name]:
+        for needed in graph.needs[name]:
             assert before.index(needed) < before.index(name)
-        job = plan.runs[name]
+        job = graph.runs[name]
         models = {model for model in (job.teacher, job.student) if model is not None}
-        assert models == {str(tmp_path / needed) for needed in plan.needs[name]}
+        assert models == {str(tmp_path / needed) for needed in graph.needs[name]}
 
 
 def test_a_few_shot_test_is_named_after_all_that_decides_it():
@@ -258,7 +260,7 @@ def test_a_few_shot_table_shows_the_interval_over_tasks(folder):
 @pytest.mark.slow
 def test_settings_that_were_searched_for_are_those_of_the_test(folder):
     (cell,) = [c for c in cells(TABLES["table7"], ONE) if (c.row.name, c.column.name) == ("SVM", "10-shot")]
-    name = Plan([cell], folder / "runs").run_of(cell)
+    name = JobGraph([cell], folder / "runs").run_of(cell)
     written = tomllib.loads((folder / "runs" / name / "run.toml").read_text())
     tried = optuna_values(folder / "runs" / f"{name}.tuning" / "trials")
     assert len(tried) == cell.run.trials
@@ -283,12 +285,12 @@ def test_one_process_at_a_time_searches(tmp_path):
 def test_few_shot_tests_and_meta_trainings_are_estimated_too(tmp_path, monkeypatch):
     every = [few_shot_cell("smoke", *names) for names in (("FEAT", "1-shot"), ("SVM", "1-shot"), ("MAML", "5-shot"))]
     every.append(few_shot_cell("smoke", "ReFilled from ResNet", "5-shot"))
-    plan = Plan(every, tmp_path)
-    missing = plan.missing(every)
+    graph = JobGraph(every, tmp_path)
+    missing = graph.missing(every)
     monkeypatch.setattr(module, "images_per_second", lambda work, device: 1e9)
     monkeypatch.setattr(module, "tasks_per_second", lambda run, network, student, size: 0.1 if student else 1.0)
     monkeypatch.setattr(module, "meta_tasks_per_second", lambda run, network, size: 0.5)
-    first, *lines = estimate(plan, missing, jobs=2)
+    first, *lines = estimate(graph, missing, jobs=2)
     tests = [job for job in missing.values() if isinstance(job, FewShotTest)]
     seconds = sum((10 if job.student else 1) * (job.run.n_episodes + job.trials * job.tune_tasks) for job in tests)
     seconds += sum(2 * job.n_episodes for job in missing.values() if isinstance(job, MetaRun))
@@ -322,47 +324,47 @@ def test_a_run_is_named_after_what_it_is_and_not_after_where_it_is():
 @pytest.mark.parametrize("then", ["angle_weight = 10.0\n", ""], ids=["another default", "before the parameter came"])
 def test_a_run_of_an_earlier_version_is_refused(tmp_path, then):
     table = small_table(Row("taught", "rkd", (None,)))
-    plan = Plan(cells(table, ONE), tmp_path)
-    (name,) = plan.needs
+    graph = JobGraph(cells(table, ONE), tmp_path)
+    (name,) = graph.needs
     (tmp_path / name).mkdir()
     written = tmp_path / name / "run.toml"
-    settled = resolve(plan.runs[name])
+    settled = resolve(graph.runs[name])
     written.write_text(settled.to_toml())
-    assert not Plan(cells(table, ONE), tmp_path).problems
+    assert not JobGraph(cells(table, ONE), tmp_path).problems
     written.write_text(settled.to_toml().replace("angle_weight = 50.0\n", then))
-    (problem,) = Plan(cells(table, ONE), tmp_path).problems.values()
-    assert f"{name} was run when other defaults held" in str(problem)
+    (problem,) = JobGraph(cells(table, ONE), tmp_path).problems.values()
+    assert f"{name} was run with other default settings" in str(problem)
 
 
 def test_a_finished_run_of_other_images_is_refused(tmp_path):
     (cell,) = cells(small_table(STUDENT), ONE)
-    plan = Plan([cell], tmp_path)
-    run_grid(plan.runs, tmp_path)
-    assert not Plan([cell], tmp_path).problems
-    record = ImageRecord.load(folder := tmp_path / plan.run_of(cell))
+    graph = JobGraph([cell], tmp_path)
+    run_grid(graph.runs, tmp_path)
+    assert not JobGraph([cell], tmp_path).problems
+    record = ImageRecord.load(folder := tmp_path / graph.run_of(cell))
     others = {**record.digests, "train": record.digests["train"] + 1}  # what it would be, had it seen other images
     replace(record, fingerprint="0" * 64, stamp="earlier", digests=others).save(folder)
-    (problem,) = Plan([cell], tmp_path).problems.values()
+    (problem,) = JobGraph([cell], tmp_path).problems.values()
     assert re.search(rf"{folder.name} was begun with: \d+ of train are new", str(problem))
 
 
 def test_a_dry_run_says_what_cannot_be_done(tmp_path):
     table = small_table(Row("taught", "rkd", (None,)))
-    plan = Plan(cells(table, ONE), tmp_path / "runs")
-    (name,) = plan.needs
+    graph = JobGraph(cells(table, ONE), tmp_path / "runs")
+    (name,) = graph.needs
     (tmp_path / "runs" / name).mkdir(parents=True)
-    (tmp_path / "runs" / name / "run.toml").write_text(resolve(plan.runs[name]).to_toml().replace("50.0", "10.0"))
+    (tmp_path / "runs" / name / "run.toml").write_text(resolve(graph.runs[name]).to_toml().replace("50.0", "10.0"))
     (line,) = estimate_table(table, ONE, tmp_path)
-    assert re.fullmatch(f"failed: taught.*{name} was run when other defaults held.*", line)
+    assert re.fullmatch(f"failed: taught.*{name} was run with other default settings.*", line)
 
 
 def test_teachers_and_equal_cells_are_one_run(tmp_path):
     tables = [TABLES[name] for name in ("table1", "s4", "s1", "figure3")]
     choice = Choice(scale="paper", seeds=(0, 1))
-    plan = Plan([cell for table in tables for cell in cells(table, choice)], tmp_path)
-    teachers = {needed for name, needed in plan.needs.items() if plan.runs[name].task == "cub:100-199@test=0.3"}
+    graph = JobGraph([cell for table in tables for cell in cells(table, choice)], tmp_path)
+    teachers = {needed for name, needed in graph.needs.items() if graph.runs[name].task == "cub:100-199@test=0.3"}
     assert len(teachers) == 1
-    students = [run for run in plan.runs.values() if run.method == "vanilla" and run.task == "cub:100-199@test=0.3"]
+    students = [run for run in graph.runs.values() if run.method == "vanilla" and run.task == "cub:100-199@test=0.3"]
     widths, seeds, shots = 4, 2, 6
     assert len(students) == widths * seeds + shots * seeds
 
@@ -538,18 +540,18 @@ def test_the_estimate_adds_up(tmp_path, monkeypatch):
     rows = [Row(method, method, (None,)) for method in ("vanilla", "kd", "at")]
     choice = Choice("mini", seeds=(0, 1))
     every = cells(small_table(*rows), choice)
-    plan = Plan(every, tmp_path)
-    missing = plan.missing(every)
+    graph = JobGraph(every, tmp_path)
+    missing = graph.missing(every)
     epochs = 24
     # Two students alone and their teacher; what it says of as many views, once for two students; two who look at its
     # feature maps, and so need it itself.
     expected = (3 * 6000 * epochs / 200 + 3 * 6000 * epochs / 200 + 2 * 6000 * epochs / 100) / 3600 / 2
-    lines = estimate(plan, missing, jobs=2)
+    lines = estimate(graph, missing, jobs=2)
     assert lines[0] == f"7 runs to do, about {60 * expected:.1f} minutes in 2 processes:"
     assert [re.match(r"  (\d x \S+ [\w ]+),", line)[1] for line in lines[1:]] == [
         "4 x wrn_10_1 alone", "1 x wrn_16_2 alone", "1 x wrn_16_2 embedding", "2 x wrn_10_1 taught by wrn_16_2",
     ]  # fmt: skip
-    assert estimate(plan, {}, jobs=2) == ["nothing is left to do"]
+    assert estimate(graph, {}, jobs=2) == ["nothing is left to do"]
 
 
 def test_embeddings_that_lie_on_disk_are_not_counted_again(tmp_path, monkeypatch):
@@ -626,8 +628,8 @@ def test_rows_are_set_against_the_student_alone_seed_by_seed(tmp_path):
         ["a", "+1.25 [-1.93, +4.43], not established"],
         ["b", "-1.00, one seed, not established"],
     ]
-    assert "| a | +1.25 [-1.93, +4.43], not established |" in said._markdown()
-    assert "+1.25 [-1.93, +4.43]" in said.write(tmp_path).read_text()
+    assert "| a | +1.25 [-1.93, +4.43], not established |" in markdown(said)
+    assert "+1.25 [-1.93, +4.43]" in write(said, tmp_path).read_text()
     assert report(table, {("a", 0): 1.0}).gains() == []
     assert report(small_table(*table.rows[1:]), values).gains() == []
 
@@ -656,13 +658,13 @@ def test_names_are_text_wherever_they_are_shown(tmp_path):
     name = "<script>alert(1)</script> {{7*7}} [/b] | $x$"
     table = replace(small_table(Row(name, "vanilla", (1.0,))), picture="lines", columns_are=name)
     said = report(table, {(name, 0): 2.0})
-    page = said.write(tmp_path).read_text()
+    page = write(said, tmp_path).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; {{7*7}}" in page
     assert (tmp_path / "results.md").read_text().count("|") - 2 * 3 == 3  # the bar in the name is no border
     assert read_csv(tmp_path / "results.csv")[0]["row"] == name
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(said.terminal())
+    console.print(terminal(said))
     assert "[/b]" in console.export_text()
 
 

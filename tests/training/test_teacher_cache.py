@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from typer.testing import CliRunner
 
 from refilled.cli.app import app
-from refilled.compare.page import Row, on_the_cache
+from refilled.compare.page import RowResults, on_the_cache
 from refilled.config import Run
 from refilled.data import Split, Task, Views, augment, load_task
 from refilled.errors import RunError
@@ -281,7 +281,7 @@ def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_fro
     assert gap["largest_difference"] < 1e-4
     assert gap["live_accuracy"] == gap["cached_accuracy"] > 0
     assert Result.load(tmp_path / "run") == result
-    (said,) = on_the_cache(Row("RKD", [result], [tmp_path / "run"]))
+    (said,) = on_the_cache(RowResults("RKD", [result], [tmp_path / "run"]))
     assert "3 views" in said
     assert "mixed" not in said
     assert f"{gap['live_accuracy']:.1f} % in the live teacher's embeddings" in said
@@ -289,7 +289,7 @@ def test_a_run_takes_a_cache_that_was_built_before_and_reports_how_far_it_is_fro
 
 def test_a_page_says_that_few_are_right_because_they_are_mixed(run, tmp_path):
     result = distill(replace(run, cutmix=1.0, epochs=1), tmp_path / "run")
-    (said,) = on_the_cache(Row("RKD", [result], [tmp_path / "run"]))
+    (said,) = on_the_cache(RowResults("RKD", [result], [tmp_path / "run"]))
     assert "training images, each mixed with another image, with" in said
 
 

@@ -1,4 +1,4 @@
-"""Compare methods on a task at equal cost: one readable file of what to run, and a page with the result.
+"""Compare methods on a task at equal cost: one file that describes the runs, and a page with the result.
 
 A comparison is TOML::
 
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from refilled.compare.page import (
-    Row,
+    RowResults,
     on_the_cache,
     on_the_teacher,
     on_the_unlabelled,
@@ -78,7 +78,7 @@ class Comparison:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise RunError(f"a comparison needs different seeds, not {list(self.seeds)}")
         for row in self.grid(Path()).values():
-            resolve(row[self.seeds[0]])  # to find a wrong row before anything is trained
+            resolve(row[self.seeds[0]])  # raises for an invalid row before anything is trained
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
@@ -96,7 +96,7 @@ class Comparison:
             raise RunError(f"not a comparison: {'; '.join(problems)}") from error
 
     def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
-        """Return the run of each row and seed. A teacher that is trained first lies in ``folder/teacher``."""
+        """Return the run of each row and seed. A teacher that is trained first is in ``folder/teacher``."""
         shared = self.run if self.teacher is None else replace(self.run, teacher=str(folder / "teacher"))
         return {
             name: {seed: _with(shared, {**changes, "seed": seed}) for seed in self.seeds}
@@ -111,7 +111,7 @@ def compare(
     console: Console | None = None,
     executor: Executor = processes,
 ) -> Path:
-    """Run what is missing of a comparison, and write its table and page.
+    """Execute the missing runs of a comparison, and write its table and page.
 
     Returns:
         The page, ``report.html``. The same folder holds ``results.csv``, one line per run, and ``results.md``.
@@ -123,9 +123,9 @@ def compare(
         console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
     grid = comparison.grid(folder)
     runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
-    run_grid(runs, folder, jobs, lambda name, found: _tell(console, name, accuracy(found)), executor=executor)
+    run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, accuracy(result)), executor=executor)
     places = {name: [folder / _place(name, seed) for seed in row] for name, row in grid.items()}
-    rows = [Row(name, [Result.load(place) for place in own], own) for name, own in places.items()]
+    rows = [RowResults(name, [Result.load(place) for place in own], own) for name, own in places.items()]
     baseline, shown = rows[0], rows[-1]
     lines = table(rows, baseline)
     seeds = count_of(len(comparison.seeds), "seed")
@@ -149,7 +149,7 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
         if name not in vars(run) and name != "preset":
             raise RunError(unknown("key", name, ["preset", *vars(run)]))
     given = {name: value for name, value in changes.items() if name != "preset"}
-    changed = replace(run, **with_preset(changes.get("preset"), given))
+    changed = replace(run, **with_preset(changes.get("preset"), {"unlabelled": run.unlabelled, **given}))
     if not load_method(changed.method).ignores_teacher:
         return changed
     # The run does not depend on the teacher, so it need not be repeated for another one.
@@ -179,7 +179,7 @@ def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
 
 
-def _csv(rows: Sequence[Row], seeds: Sequence[int]) -> str:
+def _csv(rows: Sequence[RowResults], seeds: Sequence[int]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     stages = sorted({stage for row in rows for result in row.results for stage in result.stages})

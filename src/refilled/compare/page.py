@@ -38,8 +38,8 @@ _EXAMPLES = 40  # of each group of images
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method in the table: its results, one per seed, and their folders."""
+class RowResults:
+    """A row of the comparison: its results, one per seed, and the folders of the runs."""
 
     name: str
     results: Sequence[Result]
@@ -52,27 +52,27 @@ class Row:
 
     @property
     def unlabelled(self) -> Mapping[str, Any] | None:
-        """What the first seed's record says of its images without labels; None if it had none."""
-        found: Mapping[str, Any] | None = self.results[0].data.get("unlabelled")
-        return found
+        """The record of the unlabelled images in the result of the first seed; None if there were none."""
+        record: Mapping[str, Any] | None = self.results[0].data.get("unlabelled")
+        return record
 
     @property
     def ignored_teacher(self) -> bool:
-        """Whether all of its runs ignored their teacher, as ``guard`` has it."""
+        """Whether all runs ignored their teacher because of ``guard``."""
         return all((result.teacher or {}).get("ignored", False) for result in self.results)
 
-    def gain_over(self, other: "Row") -> Gain:
+    def gain_over(self, other: "RowResults") -> Gain:
         """Return the gain over another row, paired by seed."""
         return paired_gain(self.accuracies, other.accuracies)
 
-    def differences_to(self, other: "Row") -> list[str]:
+    def differences_to(self, other: "RowResults") -> list[str]:
         """List the differences in training other than the method, such as ``cutmix 1.0 against 0.0``."""
         ours, theirs = _recipe(self.folders[0]), _recipe(other.folders[0])
         return [f"{name} {value} against {theirs[name]}" for name, value in ours.items() if value != theirs[name]]
 
 
-def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
-    """Return the rows as text, each with its gain over the baseline."""
+def table(rows: Sequence[RowResults], baseline: RowResults) -> list[dict[str, str]]:
+    """Return the rows as text by column, each with its gain over the baseline."""
     return [
         {
             "method": row.name,
@@ -85,7 +85,7 @@ def table(rows: Sequence[Row], baseline: Row) -> list[dict[str, str]]:
     ]
 
 
-def verdict(row: Row, baseline: Row) -> str:
+def verdict(row: RowResults, baseline: RowResults) -> str:
     """Return a sentence on whether the teacher helped. A gain from another recipe is not credited to the teacher."""
     gain, seeds = row.gain_over(baseline), len(row.results)
     if differences := row.differences_to(baseline):
@@ -108,7 +108,7 @@ def verdict(row: Row, baseline: Row) -> str:
     return f"The teacher hurt: {row.name} loses {-gain.mean:.2f} points against {baseline.name} ({interval})."
 
 
-def on_the_teacher(row: Row, baseline: Row) -> str:
+def on_the_teacher(row: RowResults, baseline: RowResults) -> str:
     """Return a sentence on the accuracy of the teacher's embedding alone on the same images."""
     accuracy = teacher_accuracy(row.folders[0])
     if accuracy is None:
@@ -120,8 +120,8 @@ def on_the_teacher(row: Row, baseline: Row) -> str:
     )
 
 
-def on_the_unlabelled(rows: Sequence[Row], baseline: Row, shown: Row) -> list[str]:
-    """State how much unlabelled images alone gain, where the row has some and the baseline has not."""
+def on_the_unlabelled(rows: Sequence[RowResults], baseline: RowResults, shown: RowResults) -> list[str]:
+    """Return sentences on the gain from unlabelled images alone; empty unless only the shown row has them."""
     if shown.unlabelled is None or baseline.unlabelled is not None:
         return []
     without_teacher = [row for row in rows if row.unlabelled is not None and row.results[0].teacher is None]
@@ -136,7 +136,7 @@ def on_the_unlabelled(rows: Sequence[Row], baseline: Row, shown: Row) -> list[st
     ]
 
 
-def on_the_cache(row: Row) -> list[str]:
+def on_the_cache(row: RowResults) -> list[str]:
     """Return a sentence that compares cached and live embeddings of the teacher; empty if there was no cache."""
     cache = (row.results[0].teacher or {}).get("cache")
     if cache is None:
@@ -151,11 +151,16 @@ def on_the_cache(row: Row) -> list[str]:
 
 
 def write_report(
-    path: Path, title: str, rows: Sequence[Row], baseline: Row, shown: Row, sentences: Sequence[str]
+    path: Path,
+    title: str,
+    rows: Sequence[RowResults],
+    baseline: RowResults,
+    shown: RowResults,
+    sentences: Sequence[str],
 ) -> None:
     """Write the page: verdict, table, accuracies by seed, images, embeddings (t-SNE, first seed), and curves.
 
-    The figures are also written beside it, as ``figures/NAME.svg``.
+    The figures are also written to ``figures/NAME.svg`` in the same folder.
 
     Args:
         path: The HTML file.
@@ -225,14 +230,16 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def embeddings(baseline: Row, shown: Row, task: Task, rows: Tensor) -> dict[str, Tensor]:
-    """Embed some test images by the first seed's networks: baseline, after each stage, at the end, and the teacher.
+def embeddings(baseline: RowResults, shown: RowResults, task: Task, rows: Tensor) -> dict[str, Tensor]:
+    """Embed test images with the networks of the first seed.
+
+    The networks are the baseline, the shown student after each stage and at the end, and the teacher if there is one.
 
     Args:
-        baseline: The student without a teacher.
-        shown: The student with one.
-        task: The task of the two.
-        rows: Which test images, ``(N,)``.
+        baseline: The row without a teacher.
+        shown: The row with one.
+        task: The task of both.
+        rows: Row numbers of the test images, ``(N,)``.
 
     Returns:
         Embeddings ``(N, d)`` by the name of the network.
@@ -248,8 +255,8 @@ def embeddings(baseline: Row, shown: Row, task: Task, rows: Tensor) -> dict[str,
     return {name: embed(network, pixels) for name, network in networks.items()}
 
 
-def _images(shown: Row, task: Task) -> dict[str, Tensor]:
-    """Choose images of each part of the task, and of the teacher's own if they can be found."""
+def _images(shown: RowResults, task: Task) -> dict[str, Tensor]:
+    """Return images of each split of the task, and training images of the teacher if they are available, by heading."""
     parts: dict[str, Split] = {}
     if (of_teacher := teacher_task_of(shown.folders[0])) is not None:
         parts[_heading("The teacher's training images", of_teacher.train, len(of_teacher.classes))] = of_teacher.train
@@ -265,8 +272,8 @@ def _heading(what: str, split: Split, classes: int | None = None) -> str:
     return f"{what}: {min(len(split), _EXAMPLES)} of {len(split):,}{of_classes}"
 
 
-def _curves(rows: Sequence[Row], measure: str) -> Figure:
-    """Draw a measure of the log against the share of the run, since rows may differ in the number of their epochs.
+def _curves(rows: Sequence[RowResults], measure: str) -> Figure:
+    """Draw a measure from the logs against the share of the run, because rows may have different numbers of epochs.
 
     Stages and methods without the measure leave a gap.
     """
@@ -295,4 +302,4 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     try:
         return [dict(json.loads(line)) for line in read_record(path).splitlines()]
     except (ValueError, TypeError) as error:
-        raise RunError(damaged(path, f"a line of it is no JSON object ({error})")) from error
+        raise RunError(damaged(path, f"one of its lines is not a JSON object ({error})")) from error

@@ -8,15 +8,15 @@ from refilled.config import Run
 from refilled.cost.run import duration, forecast
 from refilled.errors import RunError
 
-_RESERVE = 0.03  # share of the limit, for what a forecast does not see: start, saving, the report
-_EPOCHS = 100  # of the forecast, so that the rounding of stages does not matter
+_RESERVE = 0.03  # share of the limit for work that a forecast does not include: start, saving, the report
+_EPOCHS = 100  # epochs of the forecast; with many, rounding to whole epochs per stage does not matter
 
 
 def within(run: Run, seconds: float) -> tuple[Run, str]:
-    """Return the run with as many epochs as fit a time limit, and a line about this choice.
+    """Return the run with the largest number of epochs that fits a time limit, and a line about this choice.
 
-    The number is settled before training, so that the learning rate falls to its end, and a resumed run has the same
-    number. Loading, embedding by the teacher and scoring are part of the limit.
+    The number is fixed before training. The schedule of the learning rate is therefore completed, and a resumed run has
+    the same number. The limit includes loading, embedding by the teacher and scoring.
 
     Args:
         run: The run; its own number of epochs is ignored.
@@ -27,9 +27,9 @@ def within(run: Run, seconds: float) -> tuple[Run, str]:
         RefilledError: The run has another fault that can be found before training.
     """
     start = perf_counter() - process_time()  # what the process has done so far is mostly imports
-    found = forecast(replace(run, epochs=_EPOCHS, least_steps=0))
-    per_epoch, stages = found.seconds["training"] / _EPOCHS, max(1, len(found.stages))
-    rest = found.total - found.seconds["training"] + perf_counter() - start
+    cost = forecast(replace(run, epochs=_EPOCHS, least_steps=0))
+    per_epoch, stages = cost.seconds["training"] / _EPOCHS, max(1, len(cost.stages))
+    rest = cost.total - cost.seconds["training"] + perf_counter() - start
     epochs = math.floor((seconds * (1 - _RESERVE) - rest) / max(per_epoch, 1e-6))
     if epochs < stages:
         needed = math.ceil((rest + stages * per_epoch) / (1 - _RESERVE))

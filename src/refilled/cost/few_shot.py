@@ -55,16 +55,16 @@ def tasks_per_second(run: FewShotRun, network: str, student: str | None, image_s
     run = resolve(replace(run, settings={**run.settings, **start}))
     steps: int = run.settings.get("steps", 0)
     if steps > _FEW_STEPS:  # all steps cost the same
-        one, few = (_seconds_a_task(_with_steps(run, number), network, image_size) for number in (1, _FEW_STEPS))
+        one, few = (_seconds_per_task(_with_steps(run, number), network, image_size) for number in (1, _FEW_STEPS))
         return 1 / (one + (steps - 1) * max(0.0, few - one) / (_FEW_STEPS - 1))
-    return 1 / _seconds_a_task(run, network, image_size)
+    return 1 / _seconds_per_task(run, network, image_size)
 
 
 def _with_steps(run: FewShotRun, steps: int) -> FewShotRun:
     return replace(run, settings={**run.settings, "steps": steps})
 
 
-def _seconds_a_task(run: FewShotRun, network: str, image_size: int) -> float:
+def _seconds_per_task(run: FewShotRun, network: str, image_size: int) -> float:
     size = TaskSize(tuple(map(str, range(run.n_way))), 0, 0, 0, image_size, "crop-flip", images_per_second=0.0)
     pool = made_up_task(size, run.n_way * (run.n_shot + run.n_query))
     pixels, labels = pool.train.pixels, pool.train.labels
@@ -100,16 +100,16 @@ def meta_tasks_per_second(run: MetaRun, network: str, image_size: int) -> float:
         for _ in range(tasks):
             learner.loss(task)[0].backward()
 
-    def looks(tasks: int) -> None:
+    def validations(tasks: int) -> None:
         with torch.no_grad():
             for _ in range(tasks):
                 learner.scores(task)
 
-    return 1 / (_seconds(steps, 1) + run.n_validation / run.validate_every * _seconds(looks, 1))
+    return 1 / (_seconds(steps, 1) + run.n_validation / run.validate_every * _seconds(validations, 1))
 
 
 def _meta_learner(method: str, backbone: Backbone, **settings: Any) -> MetaLearner:
-    learner = load_meta_learner(method).recipe(backbone, **settings)
+    learner = load_meta_learner(method).function(backbone, **settings)
     assert isinstance(learner, MetaLearner)
     return learner
 

@@ -121,8 +121,9 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         teacher=None if teacher is None else scoring_cost(teacher, size, run, fabric),
         steps=tuple(step_cost(student, teacher, stage, size, run, fabric, batches) for stage in stages),
     )
-    looks, found = _looks_of_the_teacher(stages, run), []
-    embedder = student if prepared.readout is not None else teacher if _curious(stages) else None
+    passes = _passes_of_the_teacher(stages, run)
+    embedder = student if prepared.readout is not None else teacher if _preparing_stages(stages) else None
+    predicted = []
     budget = share_epochs(stages, run.epochs_over(size.train, size.unlabelled)) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
         own = _largest_batch([stage], run, size, ranks)
@@ -130,14 +131,14 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         messages = communication(student, teacher, stage, run.batch_size, ranks, network)
         seconds = max(step.seconds(own) - spared, 0.0) + messages
         steps = run.steps_over(size.train, size.unlabelled)
-        found.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
+        predicted.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
     return Forecast(
         run=run,
         size=size,
         rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
-        stages=tuple(found),
-        seconds=_seconds(run, size, costs, found, looks, ranks),
-        memory=_memory(run, size, costs, batch, looks, 0 if embedder is None else embedder.embedding_dim),
+        stages=tuple(predicted),
+        seconds=_seconds(run, size, costs, predicted, passes, ranks),
+        memory=_memory(run, size, costs, batch, passes, 0 if embedder is None else embedder.embedding_dim),
         ranks=ranks,
     )
 
@@ -172,44 +173,44 @@ def _is_cached(stage: Stage, run: Run) -> bool:
     return run.views is not None and stage.embedding_suffices
 
 
-def _curious(stages: Sequence[Stage]) -> int:
-    """Return the number of stages whose losses use the whole training set."""
+def _preparing_stages(stages: Sequence[Stage]) -> int:
+    """Return the number of stages with a loss that uses the teacher's embedding of the whole training set."""
     return sum(
         any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in stage.terms.values())
         for stage in stages
     )
 
 
-def _looks_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
+def _passes_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
     """Return how often the teacher embeds each training image outside the steps, for the cache and for losses."""
     views = run.views or 0
-    return _curious(stages) + views * any(_is_cached(stage, run) for stage in stages)
+    return _preparing_stages(stages) + views * any(_is_cached(stage, run) for stage in stages)
 
 
 def _seconds(
-    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], looks: int, ranks: int
+    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], passes: int, ranks: int
 ) -> dict[str, float]:
     score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
     teach = 0.0 if costs.teacher is None else _each(costs.teacher) / ranks
     scored = size.test if run.score == "test" else size.val
     return {
         "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
-        "embedding by the teacher": looks * (size.train + size.unlabelled) * teach,
+        "embedding by the teacher": passes * (size.train + size.unlabelled) * teach,
         "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }
 
 
-def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, looks: int, width: int) -> float | None:
+def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, passes: int, width: int) -> float | None:
     """Return the higher peak of training and scoring, plus the data that stays in memory.
 
     This data is the images, and the embeddings of dimension ``width`` of the training images, once in batches and once
     in one tensor, for readouts and for losses that use the whole training set.
     """
     scored = min(SCORING_BATCH, size.train)
-    passes = [costs.student] + ([costs.teacher] if costs.teacher is not None and looks else [])
+    scoring = [costs.student] + ([costs.teacher] if costs.teacher is not None and passes else [])
     peaks = [cost.memory(batch) for cost in costs.steps if cost.memory is not None]
-    peaks += [cost.memory(scored) for cost in passes if cost.memory is not None]
+    peaks += [cost.memory(scored) for cost in scoring if cost.memory is not None]
     if not peaks:
         return None
     if run.device != "cpu":

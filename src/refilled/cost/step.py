@@ -182,8 +182,8 @@ def _peak(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device)
     if not Path("/proc/self/clear_refs").exists():  # without a reset, the peak may be older
         return None
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    return None if found is None else 1024.0 * int(found[1])
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    return None if peak is None else 1024.0 * int(peak[1])
 
 
 class _Clock(Journal):

@@ -1,4 +1,4 @@
-"""Data: tasks from text, images in memory or on disk, augmentation and batches as pure functions of the seed."""
+"""Tasks from text, images in memory or on disk, and augmentation and batches as pure functions of the seed."""
 
 from refilled.data.class_split import Side, list_splits
 from refilled.data.episodes import Episodes, queries_left, sample_episodes

@@ -1,4 +1,4 @@
-"""Few-shot learning divides the classes, not the images: seen ones to learn from, val to tune on, unseen to test on."""
+"""Divide classes for few-shot learning: seen classes to train on, val to tune on, unseen to test on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from refilled.errors import TaskError, unknown
 
 Side = Literal["seen", "val", "unseen"]
 SIDES: tuple[Side, ...] = get_args(Side)
-BESIDE = "split.json"  # the name of a split beside the images, where none is named
-_OTHER_NAMES = {"seen": "train", "unseen": "test"}  # what the field also calls them
+BESIDE = "split.json"  # default name of a split next to the images
+_OTHER_NAMES = {"seen": "train", "unseen": "test"}  # other usual names
 
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Positions of the seen, val and unseen classes, ascending, and what goes with the split."""
+    """Positions of the seen, val and unseen classes, ascending, and defaults for their images."""
 
     seen: tuple[int, ...]
     val: tuple[int, ...]
@@ -32,28 +32,31 @@ class ClassSplit:
 
 
 def list_splits() -> list[str]:
-    """Name the splits that come with the package."""
+    """Return the names of the splits that come with the package."""
     return sorted(file.name.removesuffix(".json") for file in _folder().iterdir())
 
 
 def split_classes(source: Source, known_as: str, folder: Path | None, name: str | None = None) -> ClassSplit:
-    """Find out which classes of a source are seen, val and unseen.
+    """Return which classes of a source are seen, val and unseen.
 
-    In this order: the split that is named, of the package or a JSON file beside the images; ``split.json`` beside the
-    images; the split of the package that is called like the source; and, where no class has images in two of the parts
-    train, val and test of the source, these parts.
+    The first of these that exists is used:
+
+    * the split called ``name``, of the package or in a JSON file next to the images;
+    * ``split.json`` next to the images;
+    * the split of the package with the name of the source;
+    * the source's parts train, val and test, if no class has images in two of them.
 
     A split is ``{"seen": [...], "val": [...], "unseen": [...]}`` with names of classes, or patterns such as
-    ``"Greek/*"``. Without ``val`` there is nothing to tune on.
+    ``"Greek/*"``. ``val`` is optional and only needed for tuning.
 
     Args:
         source: The source.
-        known_as: What the source is called.
-        folder: Where its images lie, if that is a folder of the user's.
-        name: The split's name, if it is given.
+        known_as: The name of the source.
+        folder: The folder of its images. None: the source is not a folder of the user.
+        name: The name of the split, or None.
 
     Raises:
-        TaskError: There is no split, or it does not fit the classes.
+        TaskError: There is no split, or it does not match the classes.
     """
     if name is not None:
         return _fit(_named(name, folder), source, name)
@@ -70,13 +73,13 @@ def split_classes(source: Source, known_as: str, folder: Path | None, name: str 
         else f'write {folder / BESIDE} as {{"seen": ["cat", ...], "val": [...], "unseen": [...]}}, or '
     )
     raise TaskError(
-        f"nothing says which classes of {known_as} are seen and unseen: {own}name a split, as in {known_as}@split=NAME "
+        f"{known_as} has no split into seen and unseen classes: {own}name a split, as in {known_as}@split=NAME "
         f"({', '.join(list_splits())})"
     )
 
 
 def parts_share_no_class(source: Source) -> bool:
-    """Whether there are several parts and no class has images in two of them."""
+    """Return whether there are several parts and no class has images in two of them."""
     present = [classes for part in (source.train, source.val, source.test) if (classes := _present(part))]
     return len(present) > 1 and sum(map(len, present)) == len(set().union(*present))
 
@@ -109,7 +112,7 @@ def _read(path: Any) -> Mapping[str, Any]:
 
 
 def _fit(content: Mapping[str, Any], source: Source, where: str) -> ClassSplit:
-    """Look the names of a split up among the classes of a source."""
+    """Return the split of a source from the names in a file."""
     sides = {side: _listed(content, side, where) for side in SIDES}
     positions = {side: _positions(names, source.classes, where) for side, names in sides.items()}
     owner: dict[int, str] = {}
@@ -125,7 +128,7 @@ def _fit(content: Mapping[str, Any], source: Source, where: str) -> ClassSplit:
     if kind not in (None, *get_args(Augmentation)):
         raise TaskError(f"the split {where}: {unknown('augmentation', str(kind), get_args(Augmentation))}")
     if size is not None and not (isinstance(size, int) and 1 <= size <= 4096):
-        raise TaskError(f"the split {where} asks for images of {size!r} pixels; give 1 to 4096")
+        raise TaskError(f"the split {where} has an image_size of {size!r} pixels; give 1 to 4096")
     seen, val, unseen = (tuple(sorted(positions[side])) for side in SIDES)
     return ClassSplit(seen, val, unseen, size, kind)
 
@@ -139,10 +142,10 @@ def _listed(content: Mapping[str, Any], side: str, where: str) -> list[str]:
 
 def _positions(names: Sequence[str], classes: Sequence[str], where: str) -> set[int]:
     known = {name: position for position, name in enumerate(classes)}
-    found: set[int] = set()
+    positions: set[int] = set()
     for name in names:
-        matching = {known[name]} if name in known else {p for c, p in known.items() if fnmatchcase(c, name)}
-        if not matching:
+        matches = {known[name]} if name in known else {p for c, p in known.items() if fnmatchcase(c, name)}
+        if not matches:
             raise TaskError(f"the split {where}: {unknown('class', name, classes)}")
-        found |= matching
-    return found
+        positions |= matches
+    return positions

@@ -1,7 +1,7 @@
-"""From encoded pictures to one uint8 tensor of square RGB images, whatever the pictures are.
+"""Decode pictures of any format to one uint8 tensor of square RGB images.
 
-A picture that cannot be read is left out with a reason and never stops the run: nothing but regular files is opened,
-nothing but the listed formats is tried, and the number of pixels is read from the header before any is decoded.
+A picture that cannot be read is left out with a reason and never stops the run. Only regular files are opened, only the
+listed formats are tried, and the number of pixels is read from the header before any pixel is decoded.
 """
 
 import os
@@ -50,70 +50,70 @@ _ALWAYS = {
 
 
 def _readable_formats() -> dict[str, set[str]]:
-    """Return the formats that the installed Pillow reads, with the suffixes of their files."""
-    found = dict(_ALWAYS)
+    """Return the formats that the installed Pillow reads, with their file suffixes."""
+    formats = dict(_ALWAYS)
     if features.check("avif"):
-        found["AVIF"] = {".avif"}
+        formats["AVIF"] = {".avif"}
     if features.check("jpg_2000"):
-        found["JPEG2000"] = {".jp2", ".j2k", ".jpx"}
+        formats["JPEG2000"] = {".jp2", ".j2k", ".jpx"}
     with suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        found["HEIF"] = {".heic", ".heif", ".hif"}
-    return found
+        formats["HEIF"] = {".heic", ".heif", ".hif"}
+    return formats
 
 
 _FORMATS = _readable_formats()
 FORMATS = tuple(_FORMATS)
 SUFFIXES = frozenset().union(*_FORMATS.values())
-"""File names that promise one of the formats."""
+"""File suffixes of the formats."""
 
 MAX_MEGAPIXELS = "REFILLED_MAX_MEGAPIXELS"
-"""Variable of the environment that raises the limit on the pixels of a picture, in millions."""
+"""Environment variable that raises the limit on the size of a picture, in millions of pixels."""
 
-_MAX_PIXELS = 80_000_000  # to be decoded: 240 MB
-_MAX_JPEG_PIXELS = 800_000_000  # of the file: it is decoded at a fraction of its size
+_MAX_PIXELS = 80_000_000  # to decode: 240 MB
+_MAX_JPEG_PIXELS = 800_000_000  # of the file, which is decoded at a fraction of its size
 _FIRST_BYTES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
 
 _BATCH = 128  # encoded pictures held in memory at a time
-_LARGE = 4_000_000  # pixels; pictures larger than this are decoded one at a time, to bound the memory
+_LARGE = 4_000_000  # pixels; larger pictures are decoded one at a time, to bound the memory
 _large_picture = Lock()
 
 
 class _Unreadable(Exception):
-    """Why a picture is left out."""
+    """The reason to leave out a picture."""
 
 
 def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArray[np.uint8]:
     """Decode one picture to RGB ``(S, S, 3)``: upright, short side scaled to ``size``, centre square kept.
 
-    A :class:`Crop` is scaled as a whole instead: its box was put around what counts.
-
-    The first frame of an animation is taken, transparency laid on white, more than 8 bits a channel scaled to 8.
+    A :class:`Crop` is scaled as a whole, since its box contains the subject. Of an animation, the first frame is used.
+    Transparent pixels are blended with white. More than 8 bits per channel are scaled to 8.
 
     Args:
         picture: The encoded picture.
         size: Side length S of the image.
-        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
+        grey: Black and white of pictures with more than 8 bits per channel. None: such pictures are unreadable.
 
     Raises:
-        Exception: Of many kinds; :func:`describe` turns them into a reason.
+        Exception: The picture cannot be read. The type varies; :func:`describe` returns the reason.
     """
     if isinstance(picture, np.ndarray):
         return _square(Image.fromarray(picture), size)
-    cut_out, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
+    box, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
     with _open(picture) as file, _identify(file) as opened:
         image: Image.Image = opened
         if image.format == "JPEG":
             _refuse_large(image, _MAX_JPEG_PIXELS)
-        if cut_out is None:
-            image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at a fraction of the size, at least twice ours
+        if box is None:
+            # JPEG only: decode at a fraction of the picture's size, but at least twice the target.
+            image.draft(None, (2 * size, 2 * size))
         _refuse_large(image)
         if is_deep(image):
-            image = _shallow(image, file, grey)
-        if cut_out is not None:
-            return _cut_out(image, cut_out, size)
+            image = _to_8_bits(image, file, grey)
+        if box is not None:
+            return _crop(image, box, size)
         if image.width * image.height <= _LARGE:
             return _upright_square(image, size)
         with _large_picture:
@@ -121,21 +121,21 @@ def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArra
 
 
 def find_grey_range(pictures: Iterable[Picture]) -> GreyRange | None:
-    """Find what is black and white over pictures with more than 8 bits a channel; None if there are none.
+    """Return black and white of the pictures with more than 8 bits per channel; None if there are none.
 
-    All pictures are opened, and those with more than 8 bits decoded.
+    The headers of all pictures are read, and those with more than 8 bits are decoded.
     """
-    found: list[Extremes] = []
+    levels: list[Extremes] = []
     remaining = iter(pictures)
-    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as executor:
         warnings.simplefilter("ignore")
         while batch := list(islice(remaining, _BATCH)):
-            found += (each for each in pool.map(_extremes, batch) if each is not None)
-    return range_of(found)
+            levels += (each for each in executor.map(_extremes, batch) if each is not None)
+    return range_of(levels)
 
 
 def has_deep(pictures: Iterable[Picture]) -> bool:
-    """Whether one of the pictures has more than 8 bits a channel, from the headers alone."""
+    """Return whether one of the pictures has more than 8 bits per channel, from the headers alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return any(_has_unknown_range(picture) for picture in pictures)
@@ -162,7 +162,7 @@ def header_size(picture: bytes) -> tuple[int, int]:
     """Return the width and height of an encoded picture, from the header alone.
 
     Raises:
-        Exception: Of many kinds, where it is no picture; :func:`describe` turns them into a reason.
+        Exception: It is not a readable picture. The type varies; :func:`describe` returns the reason.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ def short_side(picture: Picture) -> int | None:
             warnings.simplefilter("ignore")
             with _open(picture) as file, _identify(file) as image:
                 return min(image.size)
-    except Exception:  # Pillow's plugins raise many kinds on broken files; decode() will give the reason
+    except Exception:  # Pillow raises many types for broken files; decode() will give the reason
         return None
 
 
@@ -193,16 +193,16 @@ def read_pixels(
 
     Args:
         pictures: The encoded pictures.
-        count: How many there are, N.
+        count: Number of pictures, N.
         size: Side length S of the images.
-        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
+        grey: Black and white of pictures with more than 8 bits per channel. None: such pictures are unreadable.
 
     Returns:
-        uint8 ``(M, 3, S, S)`` in channels-last memory, of the M readable ones in their order, and for each other one
-        its position and the reason.
+        The M readable images in their order, uint8 ``(M, 3, S, S)`` in channels-last memory; and for each unreadable
+        picture its position and the reason.
 
     Raises:
-        TaskError: There is no room for them in memory.
+        TaskError: The images do not fit in memory.
     """
     pixels = _allocate(count, size)
     array = pixels.numpy()
@@ -212,23 +212,23 @@ def read_pixels(
         for position, picture in numbered:
             try:
                 array[position] = decode(picture, size, grey)
-            except Exception as error:  # of any kind: a broken file must not stop the run
+            except Exception as error:  # of any type: a broken file must not stop the run
                 reasons[position] = describe(error)
 
     remaining = enumerate(pictures)
-    # Small pictures are decoded faster by one thread: the interpreter's lock, not the decoder, is their limit.
+    # One thread is faster for small pictures, which are limited by the interpreter's lock, not by the decoder.
     threads = torch.get_num_threads() if size > 64 else 1
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")  # Pillow warns of oddities in pictures that it reads well
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as executor:
+        warnings.simplefilter("ignore")  # Pillow warns about pictures that it reads correctly
         while batch := list(islice(remaining, _BATCH)):
-            list(pool.map(work, [batch[start::threads] for start in range(threads)]))
+            list(executor.map(work, [batch[start::threads] for start in range(threads)]))
     readable = np.ones(count, dtype=bool)
     readable[list(reasons)] = False
     return keep(pixels.permute(0, 3, 1, 2), readable), dict(sorted(reasons.items()))
 
 
 def keep(pixels: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
-    """Keep the images ``wanted`` of ``(N, 3, S, S)`` by moving them forward in place: no second copy in memory."""
+    """Return the ``wanted`` images of ``(N, 3, S, S)``, moved forward in place to avoid a second copy in memory."""
     for to, origin in enumerate(np.flatnonzero(wanted).tolist()):
         if to != origin:
             pixels[to] = pixels[origin]
@@ -236,16 +236,16 @@ def keep(pixels: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
 
 
 def describe(error: Exception) -> str:
-    """Return in a few words why a picture could not be read."""
+    """Return a short reason why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return f"not a picture in a known format ({', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()  # without the path, which stands beside the reason
+        return error.strerror.lower()  # without the path, which is printed next to the reason
     return str(error) or type(error).__name__
 
 
 def is_encoded_picture(path: Path) -> bool:
-    """Return whether a regular file begins like a picture in one of the common formats."""
+    """Return whether a regular file begins with the signature of a common picture format."""
     if not regular_file_size(path):
         return False
     try:
@@ -258,14 +258,14 @@ def is_encoded_picture(path: Path) -> bool:
 def regular_file_size(path: Path) -> int | None:
     """Return the size of a regular file in bytes; None for anything else."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _identify(file: IO[bytes]) -> Image.Image:
-    """Read the header of a picture. The limit on its pixels is ours, since Pillow's refuses large photographs."""
+    """Read the header of a picture, without Pillow's limit on its size, which refuses large photographs."""
     Image.MAX_IMAGE_PIXELS = None
     return Image.open(file, formats=FORMATS)
 
@@ -296,18 +296,18 @@ def _open(picture: bytes | Path) -> IO[bytes]:
         if not picture:
             raise _Unreadable("empty")
         return BytesIO(picture)
-    found = picture.stat()
-    if stat.S_ISDIR(found.st_mode):
+    status = picture.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise _Unreadable("a directory")
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
         raise _Unreadable("not a regular file")
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise _Unreadable("empty")
     return picture.open("rb")
 
 
 def _upright_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    with suppress(Exception):  # a damaged orientation tag; damaged pixels will say so below
+    with suppress(Exception):  # a damaged orientation tag is ignored; damaged pixels raise an error below
         ImageOps.exif_transpose(image, in_place=True)
     return _square(image, size)
 
@@ -321,12 +321,12 @@ def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def _cut_out(image: Image.Image, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
+def _crop(image: Image.Image, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
     left, top, right, bottom = map(round, box)
     inside = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        raise _Unreadable(f"its box ({left}, {top}, {right}, {bottom}) holds nothing of the picture")
-    # Cut before scaling: resize() with a box would mix in what lies around it.
+        raise _Unreadable(f"its box ({left}, {top}, {right}, {bottom}) lies outside the picture")
+    # Crop before scaling: resize() with a box would mix in pixels from outside the box.
     return np.asarray(_rgb(image).crop(inside).resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -339,27 +339,27 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _shallow(image: Image.Image, file: IO[bytes], grey: GreyRange | None) -> Image.Image:
-    """Bring a picture with more than 8 bits a channel to 8."""
+def _to_8_bits(image: Image.Image, file: IO[bytes], grey: GreyRange | None) -> Image.Image:
+    """Scale a picture with more than 8 bits per channel to 8."""
     scale = FULL if image.format in FORMATS_SCALED_BY_PILLOW else grey
     if scale is None:
         raise _Unreadable(NO_RANGE)
     with _large_picture if image.width * image.height > _LARGE else nullcontext():
         levels, opacity = levels_of(image, file)
-        shallow = Image.fromarray(to_bytes(levels, scale))
+        scaled = Image.fromarray(to_bytes(levels, scale))
     if opacity is not None:
-        shallow.putalpha(Image.fromarray(opacity))
-    shallow.getexif().update(image.getexif())  # which may say that it lies on its side
-    return shallow
+        scaled.putalpha(Image.fromarray(opacity))
+    scaled.getexif().update(image.getexif())  # for the orientation tag
+    return scaled
 
 
 def _allocate(count: int, size: int) -> Tensor:
-    """Return room for ``(N, S, S, 3)`` bytes."""
+    """Return an uninitialised tensor ``(N, S, S, 3)``."""
     try:
         return torch.empty((count, size, size, 3), dtype=torch.uint8)
     except RuntimeError as error:
         raise TaskError(
-            f"{count} images of {size}x{size} need {count * size * size * 3 / 2**30:.1f} GiB, for which there is no "
-            f"room in memory ({describe(error)}); keep them on disk with --image-memory 0, or ask for a smaller image "
-            "size or fewer shots"
+            f"{count} images of {size}x{size} need {count * size * size * 3 / 2**30:.1f} GiB and do not fit "
+            f"in memory ({describe(error)}); keep them on disk with --image-memory 0, or use a smaller image size or "
+            "fewer shots"
         ) from error

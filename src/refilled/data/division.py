@@ -48,8 +48,8 @@ def open_and_divide(text: TaskText, data_root: Path) -> tuple[Source, Division]:
 def choose_classes(source: Source, text: TaskText) -> tuple[Source, Sequence[int]]:
     """Return the source and the positions of the classes that a task's text selects.
 
-    For one side of a class split, parts of the source that share no class are merged: they describe the split, and
-    every side has to be divided on its own.
+    For one side of a class split, parts of the source that share no class are merged, since they describe the split.
+    The merged part is then divided again.
     """
     if text.selection not in SIDES or text.selection in source.classes:
         return source, select_classes(text.selection, source.classes, seed=text.options.seed)

@@ -1,4 +1,4 @@
-"""Few-shot tasks: which images of which classes, as a pure function of (seed, number of the task)."""
+"""Few-shot tasks: the images and classes of each task as a pure function of (seed, number of the task)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,46 +13,46 @@ from refilled.errors import TaskError
 
 
 class Episodes(NamedTuple):
-    """T tasks of N classes with K support and Q query images of each; images are row numbers of the pool.
+    """T tasks of N classes, with K support and Q query images per class. Images are positions in the pool.
 
-    In every task the classes are numbered 0 .. N - 1, and the images stand class after class, so that all tasks share
-    their labels.
+    In every task, classes are numbered 0 .. N - 1 and images are sorted by class. All tasks therefore share their
+    labels.
     """
 
     numbers: Tensor
-    """``(T,)``: which tasks they are, of all that the seed gives."""
+    """``(T,)``: the numbers of the tasks."""
 
     classes: Tensor
-    """``(T, N)``: the pool's class ids."""
+    """``(T, N)``: class ids of the pool."""
 
     support: Tensor
-    """``(T, N K)``."""
+    """``(T, N K)``: positions of the support images."""
 
     query: Tensor
-    """``(T, N Q)``."""
+    """``(T, N Q)``: positions of the query images."""
 
     labels: Tensor
-    """``(N K,)``: 0 .. N - 1, of the support images of every task."""
+    """``(N K,)``: labels 0 .. N - 1 of the support images of every task."""
 
     query_labels: Tensor
-    """``(N Q,)``."""
+    """``(N Q,)``: labels of the query images."""
 
 
 def sample_episodes(
     labels: Tensor, numbers: Sequence[int], *, n_way: int = 5, n_shot: int = 1, n_query: int = 15, seed: int = 0
 ) -> Episodes:
-    """Draw the tasks with these numbers; each depends on the seed and its own number alone.
+    """Draw the tasks with these numbers. Each task depends only on the seed and its own number.
 
-    Of each class the query images are drawn first, then the support images: with the same seed, tasks of more shots
-    have the support images of those with fewer among theirs, and ask the same queries.
+    Per class, query images are drawn before support images. With the same seed, tasks with fewer shots therefore have
+    the same query images, and a subset of the support images.
 
     Args:
         labels: Class ids ``(M,)`` of the pool's images.
         numbers: Numbers of the tasks.
         n_way: Classes per task, N.
         n_shot: Support images per class, K.
-        n_query: Query images per class, Q; see :func:`queries_left` for classes that have too few.
-        seed: The seed.
+        n_query: Query images per class, Q; see :func:`queries_left` for smaller classes.
+        seed: Seed of the tasks.
 
     Raises:
         TaskError: A number is out of range, there are fewer classes than ``n_way``, or a class has too few images.
@@ -60,7 +60,7 @@ def sample_episodes(
     _check_ways(labels, n_way, n_shot, n_query)
     left = queries_left(labels, n_shot, n_query)
     if left < n_query:
-        raise TaskError(f"the smallest class leaves {left} images for queries after {n_shot} shots, not {n_query}")
+        raise TaskError(f"the smallest class has {left} images left for queries after {n_shot} shots, not {n_query}")
     order = labels.argsort(stable=True).numpy()
     present, counts = np.unique(labels.numpy(), return_counts=True)
     images = np.split(order, np.cumsum(counts)[:-1])
@@ -83,15 +83,15 @@ def sample_episodes(
 
 
 def queries_left(labels: Tensor, n_shot: int, n_query: int, names: Sequence[str] = ()) -> int:
-    """How many query images, ``n_query`` at most, every class of ``labels`` ``(M,)`` has left after its shots.
+    """Return the number of query images that every class has left after its shots, at most ``n_query``.
 
-    One number for all classes keeps the tasks alike, so that their accuracies can be averaged.
+    The number is the same for all classes, so that the accuracies of tasks can be averaged.
 
     Args:
-        labels: Class ids of the pool's images.
+        labels: Class ids ``(M,)`` of the pool's images.
         n_shot: Support images per class.
-        n_query: Wanted query images per class.
-        names: Names of the classes, if they are known.
+        n_query: Desired query images per class.
+        names: Names of the classes, for the error.
 
     Raises:
         TaskError: A class has fewer than ``n_shot + 1`` images.
@@ -103,7 +103,7 @@ def queries_left(labels: Tensor, n_shot: int, n_query: int, names: Sequence[str]
         name = names[number] if names else number
         raise TaskError(
             f"class {name} has {smallest} images, but {n_shot} shots and at least one query "
-            f"image need {n_shot + 1}; ask for fewer shots, or leave the class out of the split"
+            f"image need {n_shot + 1}; use fewer shots, or remove the class from the split"
         )
     return min(n_query, smallest - n_shot)
 
@@ -119,4 +119,4 @@ def _check_ways(labels: Tensor, n_way: int, n_shot: int, n_query: int) -> None:
             raise TaskError(f"{name} = {value} is out of range; give {least} or more")
     classes = len(labels.unique())
     if classes < n_way:
-        raise TaskError(f"a task of {n_way} classes cannot be drawn from {classes}; ask for fewer ways")
+        raise TaskError(f"a task of {n_way} classes cannot be drawn from {classes} classes; use a smaller n_way")

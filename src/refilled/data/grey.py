@@ -1,8 +1,8 @@
-"""Pictures with more than 8 bits a channel: which of their levels are black and white.
+"""Pictures with more than 8 bits per channel: which of their levels are black and white.
 
-A file of 16 or 32 bits seldom uses them all: cameras and scanners give 10, 12 or 14 bits, or 8 in a wide file, and
-floats may be on any scale. What black and white are is a property of the data set, decided once over the training
-images and then the same for every image, so that a dark image stays dark.
+Files of 16 or 32 bits rarely use all of them. Cameras and scanners give 10, 12 or 14 bits, or 8 in a wider file, and
+floats may have any scale. Black and white are a property of the data set: they are determined once, from the training
+images, and are the same for every image, so that a dark image stays dark.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-FORMATS_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # which say their range, so that Pillow brings it to 16 bits
+FORMATS_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # their files contain the range, which Pillow scales to 16 bits
 
 DEEP = "more than 8 bits"
 NO_RANGE = (
@@ -22,15 +22,15 @@ NO_RANGE = (
 )
 """The reason to leave out a picture with more than 8 bits per channel where the range of levels is not known."""
 
-_BITS = (8, 10, 12, 14, 16)  # of sensors
+_BITS = (8, 10, 12, 14, 16)  # usual bit depths of sensors
 Arguments = tuple[Any, ...] | str | None
-"""How Pillow tells a decoder what lies in a file: the name of a raw mode, or a tuple that begins with it."""
+"""Arguments of a decoder of Pillow: the name of a raw mode, or a tuple that begins with it."""
 
 _DEEP_COLOUR = re.compile(r"(RGB|RGBA|RGBX|LA);16[BLN]")
 
 
 class GreyRange(NamedTuple):
-    """The levels that are shown as black and white."""
+    """The levels that become black (0) and white (255)."""
 
     black: float
     white: float
@@ -43,8 +43,8 @@ class GreyRange(NamedTuple):
     @property
     def bits(self) -> int | None:
         """The number of bits whose range this is, or None."""
-        found = round(self.white).bit_length()
-        return found if 8 <= found <= 16 and self == self.of_bits(found) else None
+        bits = round(self.white).bit_length()
+        return bits if 8 <= bits <= 16 and self == self.of_bits(bits) else None
 
     def __str__(self) -> str:
         bits = "" if self.bits is None else f" ({self.bits} bits)"
@@ -55,7 +55,7 @@ FULL = GreyRange.of_bits(16)
 
 
 class Extremes(NamedTuple):
-    """What is known of the levels of a picture, or of several."""
+    """The lowest and highest level of a picture."""
 
     lowest: float
     highest: float
@@ -64,10 +64,10 @@ class Extremes(NamedTuple):
 
 
 def extremes(levels: NDArray[np.generic]) -> Extremes:
-    """Find the extremes of the levels of one picture.
+    """Return the extremes of the levels of one picture.
 
     Raises:
-        ValueError: Some are not finite.
+        ValueError: Some levels are not finite.
     """
     lowest, highest = float(levels.min()), float(levels.max())
     if not np.isfinite((lowest, highest)).all():
@@ -77,17 +77,17 @@ def extremes(levels: NDArray[np.generic]) -> Extremes:
     return Extremes(lowest, highest, whole=highest > 1 and bool((levels == np.floor(levels)).all()))
 
 
-def range_of(found: Iterable[Extremes]) -> GreyRange | None:
-    """Decide black and white from the extremes of all training images; None if there are no images.
+def range_of(levels: Iterable[Extremes]) -> GreyRange | None:
+    """Return black and white for the extremes of all training images; None if there are no images.
 
-    Whole numbers from 0 to 65535 take the narrowest of 8, 10, 12, 14 and 16 bits that holds them all. Fractions are
-    meant on the scale [0, 1] or [0, 255] where they fit. All else goes from the lowest to the highest level.
+    Whole numbers from 0 to 65535: the smallest of 8, 10, 12, 14 and 16 bits that holds all of them. Fractions: [0, 1]
+    or [0, 255], whichever is the first to hold all of them. Otherwise: the lowest and the highest level.
     """
-    found = list(found)
-    if not found:
+    images = list(levels)
+    if not images:
         return None
-    lowest, highest = min(each.lowest for each in found), max(each.highest for each in found)
-    whole = any(each.whole for each in found) and all(each.whole or each.highest <= 1 for each in found)
+    lowest, highest = min(image.lowest for image in images), max(image.highest for image in images)
+    whole = any(image.whole for image in images) and all(image.whole or image.highest <= 1 for image in images)
     if lowest >= 0 and whole and highest <= FULL.white:
         return next(of_bits for of_bits in map(GreyRange.of_bits, _BITS) if highest <= of_bits.white)
     if lowest >= 0 and not whole and highest <= 1:
@@ -98,19 +98,21 @@ def range_of(found: Iterable[Extremes]) -> GreyRange | None:
 
 
 def to_bytes(levels: NDArray[np.generic], scale: GreyRange) -> NDArray[np.uint8]:
-    """Scale levels so that black becomes 0 and white 255.
+    """Scale levels so that black becomes 0 and white becomes 255.
 
-    Levels beyond a range of bits belong to another kind of data. Beyond a measured range they are clipped, as far as
-    its width.
+    Levels outside a range of bits are an error, since they belong to another kind of data. Levels outside a measured
+    range are clipped, up to a distance of the width of the range.
 
     Raises:
-        ValueError: Levels lie beyond the range.
+        ValueError: Levels are too far outside the range.
     """
     lowest, highest, _ = extremes(levels)
     width = scale.white - scale.black
     slack = 0 if scale.bits is not None else width
     if lowest < scale.black - slack or highest > scale.white + slack:
-        raise ValueError(f"its levels go from {lowest:g} to {highest:g}, but those of the training images from {scale}")
+        raise ValueError(
+            f"its levels range from {lowest:g} to {highest:g}, but those of the training images from {scale}"
+        )
     if np.issubdtype(levels.dtype, np.integer) and scale.bits is not None:
         return (levels.astype(np.int64) * 255 // int(scale.white)).astype(np.uint8)
     shares = (levels.astype(np.float64) - scale.black) / width
@@ -119,22 +121,22 @@ def to_bytes(levels: NDArray[np.generic], scale: GreyRange) -> NDArray[np.uint8]
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a picture, of which the header has been read and no more, has more than 8 bits a channel."""
+    """Return whether a picture has more than 8 bits per channel, from the header alone."""
     return image.mode.startswith(("I", "F")) or _raw_mode(image) is not None
 
 
 def levels_of(image: Image.Image, file: IO[bytes]) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None]:
-    """Read the levels of a deep picture.
+    """Return the levels of a picture with more than 8 bits per channel.
 
-    Of colours with 16 bits Pillow keeps the upper 8. The lower ones come from reading the file again with its bytes
-    exchanged, except for grey with transparency, where Pillow cannot.
+    Of colours with 16 bits, Pillow keeps the upper 8. The lower 8 are read in a second pass with exchanged bytes. For
+    grey with transparency, Pillow does not support this, and the upper 8 bits are used alone.
 
     Args:
         image: The picture, not loaded yet.
-        file: The file that it comes from.
+        file: The file of the picture.
 
     Returns:
-        Levels ``(H, W)`` or ``(H, W, 3)``, and opacity ``(H, W)``, if the picture has some.
+        Levels ``(H, W)`` or ``(H, W, 3)``; and opacity ``(H, W)``, or None if the picture has none.
     """
     raw = _raw_mode(image)
     if raw is None:
@@ -153,7 +155,7 @@ def levels_of(image: Image.Image, file: IO[bytes]) -> tuple[NDArray[np.generic],
 
 
 def _raw_mode(image: Image.Image) -> str | None:
-    """Return how a picture of colours with 16 bits lies in its file; None for every other picture."""
+    """Return the raw mode of a picture whose colours have 16 bits in its file; None for every other picture."""
     tiles = getattr(image, "tile", [])
     raw = _first(tiles[0].args) if tiles else None
     return raw if isinstance(raw, str) and _DEEP_COLOUR.fullmatch(raw) else None
@@ -165,5 +167,5 @@ def _first(arguments: Arguments) -> Any:
 
 def _exchanged(arguments: Arguments) -> Arguments:
     raw = str(_first(arguments))
-    raw = raw[:-1] + {"B": "L", "L": "B", "N": "B"}[raw[-1]]  # native order is that of small computers
+    raw = raw[:-1] + {"B": "L", "L": "B", "N": "B"}[raw[-1]]  # native order is little-endian
     return (raw, *arguments[1:]) if isinstance(arguments, tuple) else raw

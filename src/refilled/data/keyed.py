@@ -1,7 +1,7 @@
-"""Random numbers without a state: a pure function of their keys.
+"""Random numbers without state: a pure function of their keys.
 
-Sample order and augmentation draw from here, so that they depend on the seed, the epoch and the image, and on
-nothing else: not on the batch, the number of workers, or where a run was interrupted.
+The order of samples and the augmentation use them, and therefore depend only on the seed, the epoch and the image, not
+on the batch, the number of workers, or the step at which a run was interrupted.
 
 References: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014 (splitmix64);
 Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (counters for keys).
@@ -17,9 +17,9 @@ Key = int | str | NDArray[Any]
 
 
 def keyed_bits(*keys: Key) -> NDArray[np.uint64]:
-    """Hash the keys to 64 random bits, broadcasting over those that are integer arrays.
+    """Return 64 random bits, a hash of the keys. Integer arrays among the keys are broadcast.
 
-    A string names a purpose, so that two draws from one seed are independent:
+    A string names a purpose, so that draws for different purposes are independent:
     ``keyed_bits(seed, "crop", epoch, indices)`` has the shape of ``indices``.
     """
     bits = np.zeros((), dtype=np.uint64)
@@ -30,17 +30,17 @@ def keyed_bits(*keys: Key) -> NDArray[np.uint64]:
 
 
 def keyed_uniform(*keys: Key) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), of the shape that the keys broadcast to."""
+    """Return uniform numbers in [0, 1), of the shape that the keys broadcast to."""
     return np.asarray((keyed_bits(*keys) >> np.uint64(11)) * 2.0**-53)
 
 
 def keyed_integers(below: int, *keys: Key) -> NDArray[np.int64]:
-    """Uniform integers 0 .. below - 1, of the shape that the keys broadcast to."""
+    """Return uniform integers from 0 to ``below - 1``, of the shape that the keys broadcast to."""
     return np.asarray(np.floor(keyed_uniform(*keys) * below), dtype=np.int64)
 
 
 def keyed_permutation(length: int, *keys: Key) -> NDArray[np.int64]:
-    """Return 0 .. length - 1 in an order that the keys decide; the keys are scalars."""
+    """Return a random permutation of 0 .. ``length - 1``. The keys must be scalars."""
     return np.argsort(keyed_bits(*keys, np.arange(length)), kind="stable")
 
 
@@ -53,7 +53,7 @@ def _as_uint64(key: Key) -> NDArray[np.uint64]:
 
 
 def _splitmix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every input bit changes every output bit with probability near one half."""
+    """Apply the finaliser of splitmix64: each input bit flips each output bit with probability near one half."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))

@@ -69,7 +69,7 @@ def load_task(
             that of the training images.
 
     Raises:
-        TaskError: The text is not understood, the data are missing or damaged, a class has too few images or none to
+        TaskError: The text is invalid, the data are missing or damaged, a class has too few images or none to
             train on, or more than 1 % of the images are unreadable.
     """
     root = data_folder(data_root)
@@ -124,7 +124,7 @@ def task_stamp(text: str, data_root: Path | None = None) -> str:
     content may still be the same, which :attr:`Task.fingerprint` shows.
 
     Raises:
-        TaskError: The text is not understood, or the data are missing or damaged.
+        TaskError: The text is invalid, or the data are missing or damaged.
     """
     root = data_folder(data_root)
     source = open_source(parse_task_text(text, root, TaskOptions()), root)

@@ -1,8 +1,8 @@
-"""Cutting held-out parts and drawing shots, class by class, with copies of a picture kept together.
+"""Cut held-out parts and draw shots, class by class, with copies of a picture on the same side.
 
-Where a data set can grow, a cut goes by the content of each picture: an added, removed, renamed or moved file changes
-the side of no other picture. Where the rows of a data set are fixed by its publisher, a cut goes by row, and the parts
-have exactly the sizes that were asked for.
+If a data set can grow, a cut depends on the content of each picture: an added, removed, renamed or moved file does not
+change the side of any other picture. If the publisher has fixed the rows of a data set, a cut depends on the row, and
+the parts have exactly the requested sizes.
 """
 
 from collections.abc import Iterable
@@ -19,29 +19,29 @@ from refilled.data.source import Crop, Picture, Rows
 
 DIGEST = np.dtype("S16")
 Digests = NDArray[np.bytes_]
-"""Digests of N pictures, as an array: it takes a fifth of what a tuple of bytes does."""
+"""Digests of N pictures, as an array, which takes a fifth of the memory of a tuple of bytes."""
 
-_END = 2**15  # bytes at the beginning and at the end of a file that tell it from other files
+_END = 2**15  # bytes at the start and at the end of a file that identify its content
 
 
 def hold_out_by_content(
     rows: Rows, labels: Rows, keys: NDArray[np.uint64], fraction: float, *, seed: int, purpose: str
 ) -> tuple[Rows, Rows]:
-    """Cut about a fraction off every class, so that adding or removing a picture changes the side of no other.
+    """Hold out about a fraction of every class, decided for each picture independently of the others.
 
-    Each picture is held out with probability ``fraction``, decided by a hash of (seed, purpose, key). Two guarantees
-    have to look at a whole class, and are the only exceptions to that promise: of a class with two or more different
-    pictures at least one is held out and at least one stays. Where chance holds out none, the picture with the lowest
-    hash is held out; where it holds out all, the one with the highest hash stays. The only picture of a class stays.
-    Pictures with equal keys are on the same side. Where classes share pictures, one guarantee may undo another.
+    Each picture is held out with probability ``fraction``, decided by a hash of (seed, purpose, key). Pictures with
+    equal keys are on the same side. Only two guarantees depend on the whole class: if it has two or more different
+    pictures, at least one is held out and at least one stays. If the hash selects none, the picture with the lowest
+    hash is held out; if it selects all, the one with the highest hash stays. The only picture of a class stays. If
+    classes share pictures, the guarantee for one class may break that for another.
 
     Args:
         rows: The part's rows to divide ``(N,)``.
         labels: Their classes ``(N,)``.
-        keys: What each picture is known by ``(N,)``; see :func:`content_keys`.
-        fraction: How much to hold out, in [0, 1).
+        keys: Their keys ``(N,)``; see :func:`content_keys`.
+        fraction: Fraction to hold out, in [0, 1).
         seed: The task's seed.
-        purpose: Sets cuts from one seed apart.
+        purpose: Name of the cut; cuts with different names are independent.
 
     Returns:
         The rows that stay and the rows that are held out, ascending.
@@ -61,42 +61,47 @@ def hold_out_by_content(
 
 
 def hold_out(rows: Rows, labels: Rows, firsts: Rows, fraction: float, *, seed: int, purpose: str) -> tuple[Rows, Rows]:
-    """Cut a fraction off every class; returns the rows that stay and the rows that are held out, ascending.
+    """Hold out a fraction of every class.
 
-    Copies go together: a group of equal pictures is dealt with as its first one. Of a class with n different pictures
-    ``fraction * n`` are held out, rounded, but at least one stays and, if n >= 2, at least one is held out; the only
-    picture of a class stays. Which ones is a function of (seed, purpose, row): other classes do not matter.
+    Of a class with n different pictures, ``fraction * n`` are held out, rounded, but at least one stays and, if
+    n >= 2, at least one is held out. Copies of a picture are on the side of the first one. The choice is a function of
+    (seed, purpose, row) and does not depend on other classes.
 
     Args:
         rows: The part's rows to divide ``(N,)``.
         labels: Their classes ``(N,)``.
-        firsts: For each, the first row that holds the same picture ``(N,)``; see :func:`first_copies`.
-        fraction: How much to hold out, in [0, 1).
+        firsts: The first row with the same picture, for each row ``(N,)``; see :func:`first_rows`.
+        fraction: Fraction to hold out, in [0, 1).
         seed: The task's seed.
-        purpose: Sets cuts from one seed apart.
+        purpose: Name of the cut; cuts with different names are independent.
+
+    Returns:
+        The rows that stay and the rows that are held out, ascending.
     """
     leads = firsts == rows
     rank, count = _rank_in_class(labels[leads], keyed_bits(seed, purpose, rows[leads]))
-    wanted = np.floor(fraction * count + 0.5)
-    wanted = np.minimum(np.maximum(wanted, 1), count - 1) if fraction > 0 else np.zeros_like(wanted)
-    held = np.isin(firsts, rows[leads][rank < wanted])
+    size = np.floor(fraction * count + 0.5)
+    size = np.minimum(np.maximum(size, 1), count - 1) if fraction > 0 else np.zeros_like(size)
+    held = np.isin(firsts, rows[leads][rank < size])
     return rows[~held], rows[held]
 
 
 def draw_shots(rows: Rows, labels: Rows, shots: int, *, seed: int, shots_seed: int) -> Rows:
-    """Draw ``shots`` rows of every class, ascending; of a smaller class, all.
+    """Return ``shots`` rows of every class, ascending, or all rows of a smaller class.
 
-    Fewer shots of the same seeds are a subset of more, and removing a row changes no other choice.
+    With the same seeds, fewer shots are a subset of more. Removing a row does not change the choice of other rows,
+    except that it may add one row of its class.
     """
     rank, _ = _rank_in_class(labels, keyed_bits(seed, "shots", shots_seed, rows))
     return rows[rank < shots]
 
 
 def content_keys(pictures: Iterable[Picture]) -> NDArray[np.uint64]:
-    """Return a number for each of N pictures ``(N,)`` that follows from its content, byte for byte as it is stored.
+    """Return a key for each of N pictures ``(N,)``, computed from its content as stored.
 
-    The size and the first and last 32 KiB count, and of a file neither its name nor its place. A crop is known by its
-    file's path and its box. A file that cannot be read is known by its name.
+    The key of a picture depends on its size in bytes and its first and last 32 KiB, but not on the name or folder of
+    its file. The key of a crop depends on the path of its file and on its box. The key of an unreadable file depends on
+    its name.
     """
     return np.fromiter(
         (int.from_bytes(_content_digest(picture)[:8], "little") for picture in pictures), dtype=np.uint64
@@ -104,23 +109,23 @@ def content_keys(pictures: Iterable[Picture]) -> NDArray[np.uint64]:
 
 
 def count_copies(keys: NDArray[np.uint64]) -> int:
-    """Return how many of N pictures are copies of an earlier one, by their :func:`content_keys`."""
+    """Return the number of pictures that are copies of an earlier one, from the :func:`content_keys` of all."""
     return len(keys) - len(np.unique(keys))
 
 
 def first_rows(rows: Rows, keys: NDArray[np.uint64]) -> Rows:
-    """For each row, return the first row with the same key ``(N,)``."""
+    """Return the first row with the same key, for each row ``(N,)``."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return rows[first[inverse]]
 
 
 def pixel_digests(pixels: Tensor) -> Digests:
-    """Digest each of the uint8 images ``(N, 3, S, S)``; equal digests mean equal pixels."""
+    """Return a digest of each of the uint8 images ``(N, 3, S, S)``. Equal digests mean equal pixels."""
     return np.array([_digest(image) for image in pixels.permute(0, 2, 3, 1).numpy()], dtype=DIGEST)
 
 
 def _rank_in_class(labels: Rows, keys: NDArray[np.uint64]) -> tuple[Rows, Rows]:
-    """Return each element's rank by key among its class, and the size of its class."""
+    """Return the rank of each row by key within its class, and the size of its class."""
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     order = np.lexsort((keys, inverse))
     rank = np.empty_like(inverse)
@@ -152,7 +157,7 @@ def _ends_of_file(path: Path) -> bytes | None:
             first = file.read(_END)
             file.seek(max(_END, size - _END))
             return _ends(size, first, file.read())
-    except OSError:  # it will be listed as unreadable when it is decoded
+    except OSError:  # it will be reported as unreadable when it is decoded
         return None
 
 

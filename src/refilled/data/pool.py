@@ -1,4 +1,4 @@
-"""The pool of images that few-shot tasks are drawn from: all images of the seen, the val or the unseen classes."""
+"""Load the pool of images that few-shot tasks are drawn from: all images of the seen, val or unseen classes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +29,11 @@ def load_pool(
     """Load all images of the classes on one side of a class split, from all parts of the source.
 
     Args:
-        text: A task's text without a selection of classes: ``cifar_fs``, ``photos@split=mine.json``; see
-            :func:`~refilled.data.class_split.split_classes` for where the split comes from.
+        text: A task's text without a selection of classes: ``cifar_fs``, ``photos@split=mine.json``. See
+            :func:`~refilled.data.class_split.split_classes` for the choice of the split.
         side: ``"seen"``, ``"val"`` or ``"unseen"``.
         data_root: Folder of the data sets. None: ``REFILLED_DATA`` or ``~/.cache/refilled/data``.
-        image_size: Side length S in pixels. None: that of the split or the source, else found from the images.
+        image_size: Side length S in pixels. None: that of the split or the source, else from the images.
         allow_bad: Leave out unreadable images even if they are more than 1 %.
         memory_limit: Bytes above which the images lie on disk. None: a quarter of the free memory.
 
@@ -41,15 +41,15 @@ def load_pool(
         A task with all images in ``train``; ``val`` and ``test`` are empty.
 
     Raises:
-        TaskError: The text is not understood, the data are missing or damaged, there is no split, or this side of the
-            split is empty.
+        TaskError: The text is invalid, the data are missing or damaged, there is no split, or this side of the split is
+            empty.
     """
     if side not in SIDES:
         raise TaskError(unknown("side", side, SIDES))
     root = data_folder(data_root)
     parsed = parse_task_text(text, root, TaskOptions(size=image_size))
     if parsed.selection is not None:
-        raise TaskError(f"'{text}' selects classes, but the split does that; leave out ':{parsed.selection}'")
+        raise TaskError(f"'{text}' selects classes, but here the split does so; leave out ':{parsed.selection}'")
     source = open_source(parsed, root)
     split = split_of(source, parsed)
     classes = getattr(split, side)
@@ -57,7 +57,7 @@ def load_pool(
         raise TaskError(f"the split of {parsed.source} has no {side} classes")
     part = merge_parts(source).train
     size = parsed.options.size or split.image_size or source.image_size or automatic_size(source.train)
-    # All sides share one range of levels, that of the classes that are trained on.
+    # All sides share one range of levels, that of the seen classes.
     seen, chosen = rows_of_classes(part, split.seen), rows_of_classes(part, classes)
     decoded, grey = decode_with_one_range(
         lambda grey: {"train": decode_part(part, chosen, all_rows, NO_DIGESTS, size, memory_limit, grey)},

@@ -1,4 +1,4 @@
-"""Which images make up each batch of an epoch, as a pure function of (seed, epoch)."""
+"""The batches of an epoch, as a pure function of (seed, epoch)."""
 
 from collections.abc import Callable
 from itertools import chain, islice
@@ -26,18 +26,17 @@ def epoch_batches(
 ) -> list[Tensor]:
     """Return the batches of one epoch: int64 index tensors, ``ceil(N / batch_size)`` of them.
 
-    ``"shuffle"`` deals out a random permutation. Every image comes exactly once and no batch is more than one image
-    smaller than another, so that there is no small last batch to disturb batch statistics.
+    ``"shuffle"`` splits a random permutation. Every image occurs exactly once. The sizes of batches differ by at most
+    one, since a small last batch would distort batch statistics.
 
-    ``"balanced"`` draws ``images_per_class`` images of each of ``batch_size // images_per_class`` different classes,
-    so that every image has positives, and class centres are more than the image itself. Classes take turns: over the
-    epoch no class is drawn more than once more often than another. A class goes through its images in random order and
-    from the start again, so one with fewer images repeats them. With fewer classes than a batch has room
-    for, each gives more images.
+    ``"balanced"`` draws ``images_per_class`` images of each of ``batch_size // images_per_class`` different classes.
+    Every image then has positives, and a class centre is the mean of several images. The numbers of times that two
+    classes are drawn in an epoch differ by at most one. Each class cycles through its images in random order, so that
+    small classes repeat images. If a batch has room for more classes than there are, each gives more images.
 
     Args:
         labels: Class ids ``(N,)``.
-        batch_size: Images in a batch, at most.
+        batch_size: Largest number of images in a batch.
         seed: The run's seed.
         epoch: The epoch, from 0.
         sampler: ``"shuffle"`` or ``"balanced"``.
@@ -78,24 +77,24 @@ def joined_batches(
 ) -> list[Tensor]:
     """Return the batches of one epoch over labelled and unlabelled images, the labelled ones first in each batch.
 
-    Each kind is dealt out as :func:`epoch_batches` does it, the unlabelled ones always by ``"shuffle"``, and anew as
-    often as ``steps`` need. No image comes twice in a batch, unless the balanced sampler repeats it.
+    Each kind is sampled as by :func:`epoch_batches`, the unlabelled images always with ``"shuffle"``, and sampled
+    again until there are ``steps`` batches. No image occurs twice in a batch, unless the balanced sampler repeats it.
 
     Args:
         labels: Class ids ``(N,)`` of the labelled images, whose indices are 0 .. N - 1.
-        unlabelled: Number M of unlabelled images, whose indices are N .. N + M - 1; 0 for labelled batches.
-        batch: Number of labelled and of unlabelled images in a batch, at most.
+        unlabelled: Number M of unlabelled images, whose indices are N .. N + M - 1. 0: labelled images only.
+        batch: Largest number of labelled and of unlabelled images in a batch.
         steps: Number of batches.
         seed: The run's seed.
         epoch: The epoch, from 0.
-        sampler: How labelled images are dealt out.
+        sampler: Sampler of the labelled images.
         images_per_class: K of the balanced sampler.
 
     Raises:
         TaskError: As :func:`epoch_batches`.
     """
 
-    def known(lap: int) -> list[Tensor]:
+    def labelled_lap(lap: int) -> list[Tensor]:
         return epoch_batches(
             labels,
             batch_size=batch[0],
@@ -105,13 +104,13 @@ def joined_batches(
             images_per_class=images_per_class,
         )
 
-    def others(lap: int) -> list[Tensor]:
-        dealt = epoch_batches(labels.new_empty(unlabelled), batch_size=batch[1], seed=seed, epoch=lap)
-        return [len(labels) + indices for indices in dealt]
+    def unlabelled_lap(lap: int) -> list[Tensor]:
+        batches = epoch_batches(labels.new_empty(unlabelled), batch_size=batch[1], seed=seed, epoch=lap)
+        return [len(labels) + indices for indices in batches]
 
     if not unlabelled:
-        return _repeated(known, epoch, steps)
-    pairs = zip(_repeated(known, epoch, steps), _repeated(others, epoch, steps), strict=True)
+        return _repeated(labelled_lap, epoch, steps)
+    pairs = zip(_repeated(labelled_lap, epoch, steps), _repeated(unlabelled_lap, epoch, steps), strict=True)
     return [torch.cat(pair) for pair in pairs]
 
 
@@ -119,14 +118,14 @@ def _repeated(lap: Callable[[int], list[Tensor]], epoch: int, steps: int) -> lis
     """Return the first ``steps`` batches of the laps that belong to an epoch."""
     first = lap(0)
     laps = -(-steps // len(first))
-    found = (lap(number) for number in range(epoch * laps, (epoch + 1) * laps))
-    return list(islice(chain.from_iterable(found), steps))
+    passes = (lap(number) for number in range(epoch * laps, (epoch + 1) * laps))
+    return list(islice(chain.from_iterable(passes), steps))
 
 
 def _balanced(
     labels: NDArray[np.int64], steps: int, batch_size: int, images_per_class: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Return ``(steps, P K)`` indices, K images of each of P classes in every row."""
+    """Return indices ``(steps, P K)``, with K images of each of P classes in every row."""
     _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
     classes_per_batch = min(batch_size // images_per_class, len(counts))
     images_per_class = batch_size // classes_per_batch
@@ -143,12 +142,12 @@ def _balanced(
 
 
 def _class_turns(classes: int, steps: int, per_batch: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return ``(steps, per_batch)`` class ids: no class twice in a row, all equally often up to one."""
+    """Return class ids ``(steps, per_batch)``: no class twice in a row, and all equally often up to one."""
     turns = np.empty(0, dtype=np.int64)
     lap = 0
     while len(turns) < steps * per_batch:
         order = keyed_permutation(classes, seed, "classes", epoch, lap)
-        # A batch may begin in one lap and end in the next: its classes so far go to the back of the next lap.
+        # A batch may begin in one lap and end in the next. Its classes so far move to the end of the next lap.
         begun = turns[len(turns) - len(turns) % per_batch :]
         turns = np.concatenate([turns, order[np.argsort(np.isin(order, begun), kind="stable")]])
         lap += 1

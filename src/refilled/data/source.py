@@ -1,4 +1,4 @@
-"""What a source of images offers before anything is decoded: classes, labels, and a way to the pictures."""
+"""Sources of images before decoding: classes, labels, and access to the encoded pictures."""
 
 import json
 import re
@@ -24,11 +24,11 @@ PART_NAMES = {
     }.items()
     for word in words.split()
 }
-"""What folders and files of the parts are called, without what separates words."""
+"""The part that each usual name of a folder or file stands for. Names are in lower case, without separators."""
 
 
 def part_called(name: str) -> str | None:
-    """Return the part that a folder of this name holds: ``train``, ``val`` or ``test``; None for any other name."""
+    """Return the part that a folder of this name holds: ``train``, ``val`` or ``test``. None: it is not a part."""
     return PART_NAMES.get(re.sub(r"[^a-z0-9]+", "", name.lower()))
 
 
@@ -37,38 +37,39 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Crop:
-    """What a box holds of the picture in a file, to be brought to a square whatever its shape."""
+    """The content of a box in a picture file. It is resized to a square regardless of its aspect ratio."""
 
     path: Path
     box: tuple[float, float, float, float]
-    """Left, top, right and bottom, in pixels; what lies beyond the borders is cut off."""
+    """Left, top, right and bottom, in pixels; clipped at the borders of the picture."""
 
 
 Picture = bytes | Path | Crop | NDArray[Any]
-"""An encoded image, the file that holds one, a box of it, or uint8 pixels ``(H, W)`` or ``(H, W, 3)``."""
+"""An encoded image, a file that holds one, a box in such a file, or uint8 pixels ``(H, W)`` or ``(H, W, 3)``."""
 
 
 class Part(Protocol):
-    """The train, val or test part of a source: N images, known so far by their labels."""
+    """The train, val or test part of a source: N images with labels, not decoded."""
 
     @property
     def labels(self) -> Rows:
         """Positions ``(N,)`` in the source's classes."""
 
     def name(self, row: int) -> str:
-        """Return the origin of an image, for reports."""
+        """Return the name of an image, for reports: where it comes from."""
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Yield the pictures of these rows, which ascend."""
+        """Yield the pictures of these rows, which must be ascending."""
 
     def stamp(self) -> str:
-        """Return a digest of these pictures. It changes when a file is changed or added."""
+        """Return a digest that changes when a file of the pictures is changed or added."""
 
 
 def part_in_name(name: str) -> tuple[str | None, str]:
-    """Find the part that a name of a file or folder says, and the word that says it; (None, "") where none does.
+    """Return the part in the name of a file or folder, and the word that names it; (None, "") if no word does.
 
-    The first word counts, ``train-00000-of-00002.parquet``, else the only one that names a part, ``birds_test.csv``.
+    The first word of the name decides, as in ``train-00000-of-00002.parquet``. If it does not name a part, the other
+    words decide, provided that they name a single part, as in ``birds_test.csv``.
     """
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
     named = [word for word in words if word in PART_NAMES]
@@ -78,24 +79,24 @@ def part_in_name(name: str) -> tuple[str | None, str]:
 
 
 def by_part(named: Iterable[tuple[Path, str]], where: Path) -> dict[str, list[Path]]:
-    """Group files by the part that a name says; empty where no name says one.
+    """Group files by the part in a name. Return an empty dictionary if no name contains a part.
 
     Args:
-        named: Each file, and the name that should say its part.
+        named: Each file, and the name that should contain its part.
         where: The folder, for errors.
 
     Raises:
-        TaskError: Some files are of no part, or two words are used for one part, so that it is unclear what counts.
+        TaskError: Only some of the names contain a part, or two words are used for one part.
     """
-    found = [(file, *part_in_name(name)) for file, name in named]
-    if all(part is None for _, part, _ in found):
+    files = [(file, *part_in_name(name)) for file, name in named]
+    if all(part is None for _, part, _ in files):
         return {}
     parts: dict[str, list[Path]] = {}
     words: dict[str, str] = {}
-    for file, part, word in found:
+    for file, part, word in files:
         if part is None:
             raise TaskError(
-                f"{file} belongs to no part of {where}: its name should begin with train, validation or test; rename "
+                f"{file} belongs to no part of {where}: its name should begin with train, validation or test. Rename "
                 "it, or move it elsewhere"
             )
         if words.setdefault(part, word) != word:
@@ -109,7 +110,7 @@ def by_part(named: Iterable[tuple[Path, str]], where: Path) -> dict[str, list[Pa
 
 @dataclass(frozen=True)
 class Names(Sequence[str]):
-    """Where images came from, said when asked: texts for millions of images would fill the memory."""
+    """Names of images, built on demand: the strings of millions of images would not fit in memory."""
 
     part: Part
     rows: Rows
@@ -122,7 +123,7 @@ class Names(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
-        """Return the origin of one image, or of several."""
+        """Return the name of one image, or of several."""
         if isinstance(index, slice):
             return tuple(map(self.part.name, self.rows[index].tolist()))
         return self.part.name(int(self.rows[index]))
@@ -134,12 +135,12 @@ class Names(Sequence[str]):
 
 
 def stamp_of(files: Iterable[Path], *more: str) -> str:
-    """Digest the names of files, their sizes, and when each was last changed, together with some texts."""
+    """Return a digest of the names, sizes and times of change of files, and of further texts."""
     digest = sha256(json.dumps(more).encode())
     for file in files:
         try:
-            found = file.stat()
-            state = [found.st_size, found.st_ctime_ns]  # not the time of modification: it is the same after a chmod
+            status = file.stat()
+            state = [status.st_size, status.st_ctime_ns]  # not the time of modification: a chmod leaves it unchanged
         except OSError:
             state = []
         digest.update(json.dumps([str(file), *state]).encode())
@@ -148,30 +149,30 @@ def stamp_of(files: Iterable[Path], *more: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, opened but not decoded."""
+    """A data set that is opened but not decoded."""
 
     classes: tuple[str, ...]
     train: Part
     val: Part | None = None
     test: Part | None = None
     augmentation: Augmentation = "crop-flip"
-    image_size: int | None = None  # the side length, where the source knows it
-    fixed: bool = False  # whether its publisher has fixed the rows, so that cuts may go by them
+    image_size: int | None = None  # side length in pixels, if the source sets it
+    fixed: bool = False  # whether the publisher has fixed the rows, so that cuts may depend on them
     licence: str | None = None
     citation: str | None = None
     notes: tuple[str, ...] = ()
-    """What a reader of results should know of how the source was read."""
+    """Facts about how the source was read, for the reader of results."""
 
 
 def merge_parts(source: Source) -> Source:
-    """Return a source whose training part holds all parts, to be divided again."""
+    """Return the source with all parts merged into the training part."""
     parts = tuple(part for part in (source.train, source.val, source.test) if part is not None)
     return replace(source, train=MergedPart(parts), val=None, test=None)
 
 
 @dataclass(frozen=True)
 class MergedPart:
-    """Several parts as one: the rows of the first, then those of the next."""
+    """Several parts as one. The rows of each part follow those of the part before."""
 
     parts: tuple[Part, ...]
 
@@ -181,17 +182,17 @@ class MergedPart:
         return np.concatenate([part.labels for part in self.parts])
 
     def name(self, row: int) -> str:
-        """Return the origin of an image, as its own part does."""
+        """Return the name of an image in its own part."""
         part = int(np.searchsorted(self._ends(), row, side="right"))
         return self.parts[part].name(row - self._starts()[part])
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Yield the pictures of these rows, which ascend."""
+        """Yield the pictures of these rows, which must be ascending."""
         for part, start, end in zip(self.parts, self._starts(), self._ends(), strict=True):
             yield from part.pictures(rows[(start <= rows) & (rows < end)] - start)
 
     def stamp(self) -> str:
-        """Digest the stamps of the parts."""
+        """Return a digest of the stamps of the parts."""
         return stamp_of((), *(part.stamp() for part in self.parts))
 
     def _ends(self) -> list[int]:
@@ -207,7 +208,7 @@ class SelectedPart:
 
     whole: Part
     rows: Rows
-    """Which ones, ascending."""
+    """Rows of the other part, ascending."""
 
     @property
     def labels(self) -> Rows:
@@ -215,34 +216,34 @@ class SelectedPart:
         return self.whole.labels[self.rows]
 
     def name(self, row: int) -> str:
-        """Return the origin of an image, as the whole part does."""
+        """Return the name of an image in the other part."""
         return self.whole.name(int(self.rows[row]))
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Yield the pictures of these rows, which ascend."""
+        """Yield the pictures of these rows, which must be ascending."""
         return self.whole.pictures(self.rows[rows])
 
     def stamp(self) -> str:
-        """Digest the stamp of the whole part, and which rows these are."""
+        """Return a digest of the stamp of the other part and of the rows."""
         return stamp_of((), self.whole.stamp(), sha256(self.rows.tobytes()).hexdigest())
 
 
 @dataclass(frozen=True)
 class ArrayPart:
-    """A part whose pixels are in memory already, uint8 ``(N, H, W)`` or ``(N, H, W, 3)``."""
+    """A part whose pixels are in memory, uint8 ``(N, H, W)`` or ``(N, H, W, 3)``."""
 
     labels: Rows
     pixels: NDArray[np.uint8]
     prefix: str
 
     def name(self, row: int) -> str:
-        """Return the origin of an image: ``digits#17``."""
+        """Return the name of an image, such as ``digits#17``."""
         return f"{self.prefix}#{row}"
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Give the pixels of these rows."""
+        """Return the pixels of these rows."""
         return (self.pixels[row] for row in rows)
 
     def stamp(self) -> str:
-        """Digest the pixels."""
+        """Return a digest of the pixels."""
         return sha256(self.pixels.tobytes()).hexdigest()

@@ -4,11 +4,11 @@ import torch
 
 from refilled.data.store import Pixels
 
-_BLOCK = 256  # images that are brought to memory at a time
+_BLOCK = 256  # images copied to memory at a time
 
 
 def channel_statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images ``(N, 3, S, S)``, on the scale [0, 1]."""
+    """Return mean and standard deviation per channel of uint8 images ``(N, 3, S, S)``, on the scale [0, 1]."""
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for block in pixels.split(_BLOCK):
         counts += torch.stack([torch.bincount(block[:, channel].flatten(), minlength=256) for channel in range(3)])
@@ -16,4 +16,5 @@ def channel_statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     variance = (share * (levels - mean[:, None]).square()).sum(1)
-    return mean.tolist(), variance.sqrt().clamp(min=1 / 255).tolist()  # a channel without contrast is left as it is
+    # At least one level, so that the normalisation of a constant channel does not divide by zero.
+    return mean.tolist(), variance.sqrt().clamp(min=1 / 255).tolist()

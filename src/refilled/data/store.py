@@ -1,10 +1,12 @@
-"""Decoded images on disk, for data larger than memory: decoded once, then mapped and gathered by index.
+"""Decoded images on disk, for data larger than memory: decoded once, then memory-mapped and gathered by index.
 
-The images of a part lie in one file, row after row, so that any batch is gathered from anywhere in it and everything
-else stays as it is for images in memory. What of it is mapped is the system's to keep or to drop. The file is made in
-shards of consecutive rows, those that are wanted and missing, by as many processes as there are threads; other runs and
-ranks that want the same share the work. A shard's record, written last, holds the digest of each of its images: without
-a record the shard is made again, and so it is where an image is no longer what the record says.
+The images of a part are stored in one file, in the order of rows, so that a batch can be gathered from any rows, as
+from a tensor in memory. The operating system decides which pages of the file stay in memory.
+
+The file is written in shards of consecutive rows. Missing shards are decoded when they are needed, by as many processes
+as torch has threads. Runs and ranks that need the same images share the work. The record of a shard is written last
+and holds the digest of each of its images. A shard without a record, or with an image that does not match its digest,
+is decoded again.
 """
 
 import json
@@ -38,17 +40,17 @@ from refilled.locks import lock
 
 _SHARD_BYTES = 2**27
 _CGROUP = Path("/sys/fs/cgroup")
-_BLOCK_BYTES = 2**24  # of images that are looked at together when a shard is checked
+_BLOCK_BYTES = 2**24  # of images that are checked at a time
 
 
 class StoredImages:
-    """uint8 images ``(N, 3, S, S)`` that lie in a mapped file; those that are asked for are copied to memory.
+    """uint8 images ``(N, 3, S, S)`` in a memory-mapped file. Indexing copies images to memory.
 
-    It stands in for a tensor where images are counted, gathered or gone through in their order.
+    It replaces a tensor wherever images are counted, gathered, or read in order.
 
     Args:
         file: The mapped images of a whole part ``(M, S, S, 3)``.
-        rows: Which of them are meant ``(N,)``.
+        rows: The rows of these images ``(N,)``.
     """
 
     def __init__(self, file: Tensor, rows: Tensor) -> None:
@@ -62,7 +64,7 @@ class StoredImages:
 
     @property
     def device(self) -> torch.device:
-        """The processor's memory, where they are copied to."""
+        """The device that images are copied to: the CPU."""
         return self._rows.device
 
     def __len__(self) -> int:
@@ -73,26 +75,26 @@ class StoredImages:
     @overload
     def __getitem__(self, index: Tensor | int) -> Tensor: ...
     def __getitem__(self, index: Tensor | slice | int) -> "Tensor | StoredImages":
-        """Copy the images at these positions, in channels-last memory; of a slice, nothing is copied yet."""
+        """Return a copy of the images at these positions, in channels-last memory. A slice is a view without a copy."""
         rows = self._rows[index]
         return StoredImages(self._file, rows) if isinstance(index, slice) else self._file[rows].movedim(-1, -3)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Copy the images at the positions ``(B,)``; ``dim`` must be 0."""
+        """Return a copy of the images at the positions ``(B,)``. ``dim`` must be 0."""
         assert dim == 0
         return self._file.index_select(0, self._rows[index]).permute(0, 3, 1, 2)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """Copy block after block of ``size`` images."""
+        """Yield copies of blocks of ``size`` images."""
         return (self[positions] for positions in torch.arange(len(self)).split(size))
 
     def keep(self, wanted: NDArray[np.bool_]) -> "StoredImages":
-        """Leave out the others."""
+        """Return the images for which ``wanted`` ``(N,)`` is true, without a copy."""
         return StoredImages(self._file, self._rows[torch.from_numpy(wanted)])
 
 
 class JoinedImages:
-    """The images of two parts as one: those of the first, then those of the second; nothing is copied.
+    """The images of two parts as one, those of the first part before those of the second. Nothing is copied.
 
     Args:
         first: uint8 images ``(N, 3, S, S)``, in memory or on disk.
@@ -114,19 +116,19 @@ class JoinedImages:
 
     @property
     def device(self) -> torch.device:
-        """Where both parts are, or the processor's memory if they are in different places."""
-        places = {self._first.device, self._second.device}
-        return places.pop() if len(places) == 1 else torch.device("cpu")
+        """The device of both parts, or the CPU if they are on different devices."""
+        devices = {self._first.device, self._second.device}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def __len__(self) -> int:
         return sum(self.lengths)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Copy the images at the positions ``(B,)``; ``dim`` must be 0."""
+        """Return a copy of the images at the positions ``(B,)``. ``dim`` must be 0."""
         assert dim == 0
         index = index.cpu()
         of_first = index < len(self._first)
-        found = [
+        blocks = [
             part.index_select(0, positions.to(part.device)).to(self.device)
             for part, positions in (
                 (self._first, index[of_first]),
@@ -134,59 +136,60 @@ class JoinedImages:
             )
         ]
         order = torch.cat([of_first.nonzero(), (~of_first).nonzero()]).squeeze(1)
-        return torch.cat(found).index_select(0, order.argsort().to(self.device))
+        return torch.cat(blocks).index_select(0, order.argsort().to(self.device))
 
 
 Pixels = Tensor | StoredImages
 """uint8 images ``(N, 3, S, S)`` in memory or on disk."""
 
 SeenPixels = Pixels | JoinedImages
-"""Images that training sees, of one part or of two."""
+"""The images of one part or of two joined parts."""
 
 
 class Stored(NamedTuple):
-    """What is found of the rows that were asked for."""
+    """The stored images of some rows."""
 
     images: StoredImages
-    """Those that could be read."""
+    """The readable images."""
     reasons: dict[int, str]
-    """For each other one its position among the rows, and why."""
+    """For each unreadable image, its position among the rows and the reason."""
     digests: Digests
-    """Of the images."""
+    """Digests of the readable images."""
 
 
 def stored_images(part: Part, rows: Rows, size: int, grey: GreyRange | None = None) -> Stored:
-    """Map the images of some rows of a part from disk, decoding those that are missing.
+    """Map the images of some rows of a part from disk, and decode those that are missing.
 
-    They lie below :func:`~refilled.files.cache_folder`, in a folder for the present state of the part's files and the
-    size. Every image is checked against its digest, which takes one or two seconds per gigabyte on one thread.
+    The images are stored below :func:`~refilled.files.cache_folder`, in a folder for the current state of the part's
+    files and the size. Every image is checked against its digest, which takes one or two seconds per gigabyte on one
+    thread.
 
     Args:
-        part: Where the images come from.
-        rows: Which ones ``(N,)``, ascending.
+        part: The part of the images.
+        rows: Their rows ``(N,)``, ascending.
         size: Side length S in pixels.
-        grey: Black and white of pictures with more than 8 bits a channel; None to refuse those.
+        grey: Black and white of pictures with more than 8 bits per channel. None: such pictures are unreadable.
 
     Raises:
-        TaskError: There is no room on the disk, or it does not keep what is written to it.
+        TaskError: The disk is full, or does not return what was written to it.
     """
     store = _Store(cache_folder() / "images" / _key(part, size, grey), part, size, grey)
     records = store.records(np.unique(rows // store.shard_rows).tolist())
     unreadable = {row: reason for record in records.values() for row, reason in record.reasons.items()}
     positions = np.flatnonzero(np.isin(rows, list(unreadable)))
     readable = np.delete(rows, positions)
-    made = np.concatenate([store.rows_of(shard) for shard in records])
-    digests = np.concatenate([record.digests for record in records.values()])[np.searchsorted(made, readable)]
+    stored = np.concatenate([store.rows_of(shard) for shard in records])
+    digests = np.concatenate([record.digests for record in records.values()])[np.searchsorted(stored, readable)]
     reasons = {int(position): unreadable[int(rows[position])] for position in positions}
     return Stored(StoredImages(store.map(), torch.from_numpy(readable)), reasons, digests)
 
 
 def free_memory() -> int:
-    """Bytes of memory that processes can still have, as far as the system tells; 16 GiB where it does not."""
+    """Return the bytes of free memory that the system reports, or 16 GiB if it reports none."""
     with suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-        free = 1024 * int(found[1]) if found else 2**34
-        with suppress(OSError, ValueError):  # no container, or one without a limit
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        free = 1024 * int(available[1]) if available else 2**34
+        with suppress(OSError, ValueError):  # no container, or no limit
             limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
             free = min(free, limit - used)
         return free
@@ -194,12 +197,13 @@ def free_memory() -> int:
 
 
 def _key(part: Part, size: int, grey: GreyRange | None) -> str:
-    known_by = [part.stamp(), len(part.labels), size, 1, *([] if grey is None else [grey])]
-    return sha256(json.dumps(known_by).encode()).hexdigest()[:16]
+    """Return the name of the folder of a part's images."""
+    identity = [part.stamp(), len(part.labels), size, 1, *([] if grey is None else [grey])]
+    return sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 class _Record(NamedTuple):
-    """What is known of a finished shard: by row, why it is unreadable; and the digest of each of its rows."""
+    """The record of a decoded shard: the reason for each unreadable row, and the digest of each row."""
 
     reasons: dict[int, str]
     digests: Digests
@@ -215,7 +219,7 @@ class _Record(NamedTuple):
 
 @dataclass(frozen=True)
 class _Store:
-    """The images of a part at one size, in a folder: those of the shards that have been wanted so far."""
+    """The folder of a part's images at one size. It holds the shards that have been needed so far."""
 
     folder: Path
     part: Part
@@ -235,34 +239,34 @@ class _Store:
         return self.folder / "images.u8"
 
     def records(self, shards: Sequence[int]) -> dict[int, _Record]:
-        """Return the records of these shards, all of them whole; what is missing or damaged is made first."""
-        found = dict(zip(shards, self._whole(shards), strict=True))
-        missing = [shard for shard, record in found.items() if record is None]
+        """Return the records of these shards. Missing and damaged shards are decoded first."""
+        records = dict(zip(shards, self._whole(shards), strict=True))
+        missing = [shard for shard, record in records.items() if record is None]
         try:
             self._make_all(missing)
         except OSError as error:
             raise TaskError(
-                f"the decoded images cannot be written to {self.folder} ({describe(error)}): they take "
+                f"the decoded images cannot be written to {self.folder} ({describe(error)}): they need "
                 f"{len(self.part.labels) * self._image_bytes / 2**30:.1f} GiB at most; point REFILLED_CACHE at another "
                 "disk, or use a smaller image size; the same command then resumes"
             ) from error
-        found |= dict(zip(missing, self._whole(missing), strict=True))
-        for shard, record in found.items():
+        records |= dict(zip(missing, self._whole(missing), strict=True))
+        for shard, record in records.items():
             if record is None:
-                raise TaskError(f"{self.folder} does not hold what was written to it (shard {shard}); look at the disk")
-        return {shard: record for shard, record in found.items() if record is not None}
+                raise TaskError(f"{self.folder} does not hold what was written to it (shard {shard}); check the disk")
+        return {shard: record for shard, record in records.items() if record is not None}
 
     def map(self) -> Tensor:
-        """Map all images into memory, to be read only ``(M, S, S, 3)``."""
+        """Map all images into memory, read-only, ``(M, S, S, 3)``."""
         with self._file.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         shape = (len(self.part.labels), self.size, self.size, 3)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of memory that is not to be written to
+            warnings.simplefilter("ignore")  # torch warns about read-only memory
             return torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8).reshape(shape))
 
     def make(self, shard: int) -> None:
-        """Decode a shard, unless another process has done so; if one is just doing it, wait for it."""
+        """Decode a shard, unless another process has done so. Wait for a process that is decoding it."""
         with self._alone(shard):
             if self._checked(shard) is None:
                 self._decode(shard)
@@ -277,15 +281,17 @@ class _Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab") as file:
-            os.truncate(file.fileno(), len(self.part.labels) * self._image_bytes)  # with holes for what is not made
+            os.truncate(
+                file.fileno(), len(self.part.labels) * self._image_bytes
+            )  # a sparse file: shards that are not decoded take no room
         workers = min(torch.get_num_threads(), len(shards))
         if workers > 1:
-            # Not forked: torch's threads do not survive a fork.
+            # Spawned: torch's threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
-            with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as pool:
-                list(pool.map(_make_shard, shards))
+            with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as executor:
+                list(executor.map(_make_shard, shards))
         for shard, record in zip(shards, self._whole(shards), strict=True):
-            if record is None:  # all of them, or what an ended worker has left undone
+            if record is None:  # with one worker: all; else the shards of a worker that was killed
                 self.make(shard)
 
     def _decode(self, shard: int) -> None:
@@ -296,7 +302,9 @@ class _Store:
         digests[readable] = pixel_digests(pixels)
         start, length = (count * self._image_bytes for count in (int(rows[0]), len(rows)))
         with self._file.open("r+b") as file:
-            if hasattr(os, "posix_fallocate"):  # claim the room now: a disk full later would kill the process
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # reserve the room: a write to a mapped file on a full disk would kill the process
                 os.posix_fallocate(file.fileno(), start, length)
             target = np.memmap(file, np.uint8, "r+", start, (len(rows), self.size, self.size, 3))
             target[readable] = pixels.permute(0, 2, 3, 1).numpy()
@@ -306,9 +314,9 @@ class _Store:
         write_atomic(self._record(shard), record.to_bytes())
 
     def _whole(self, shards: Sequence[int]) -> list[_Record | None]:
-        """Look up the records of those shards that are there and hold what they should."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(self._checked, shards))
+        """Return the record of each shard that is stored and matches its digests; None for the others."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as executor:
+            return list(executor.map(self._checked, shards))
 
     def _checked(self, shard: int) -> _Record | None:
         rows, step = self.rows_of(shard), max(1, _BLOCK_BYTES // self._image_bytes)
@@ -332,13 +340,13 @@ class _Store:
 
     @contextmanager
     def _alone(self, shard: int) -> Iterator[None]:
-        """Wait until no other process is at a shard; the system lets go when a process ends."""
+        """Hold the lock of a shard. The system releases it when the process ends."""
         with (self.folder / ".lock").open("a") as file:
-            lock(file, shard)
+            lock(file, shard)  # one byte of the file per shard
             yield
 
 
-_store: _Store  # of a worker process, which is given it once and not with every shard
+_store: _Store  # of a worker process, which receives it once, not with every shard
 
 
 def _begin_worker(store: _Store) -> None:
@@ -353,8 +361,8 @@ def _make_shard(shard: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when the parent is gone, which may have been killed: a worker would wait for it for ever."""
+    """End this worker when its parent ends. A worker would wait forever for a parent that was killed."""
     parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
+    assert parent is not None  # only workers call this
     parent.join()
     os._exit(1)

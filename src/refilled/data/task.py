@@ -1,4 +1,4 @@
-"""A task: the images of some classes of a data set, divided into train, val and test, decoded and ready."""
+"""A task: decoded images of some classes of a data set, divided into train, val and test."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from refilled.data.partition import DIGEST, Digests, pixel_digests
 from refilled.data.store import JoinedImages, Pixels, SeenPixels
 from refilled.data.transforms import Augmentation
 
-_BLOCK = 256  # images that are brought to memory at a time
+_BLOCK = 256  # images copied to memory at a time
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Split:
     """The images of one part of a task."""
 
     pixels: Pixels
-    """uint8 ``(N, 3, S, S)`` in channels-last memory, or on disk where that is too large."""
+    """uint8 ``(N, 3, S, S)`` in channels-last memory, or on disk if too large for memory."""
 
     labels: Tensor
     """int64 ``(N,)``, class ids 0 .. C-1; -1 for an image without a label."""
 
     sources: Sequence[str]
-    """Where each image came from: a path within the folder, or ``train.parquet#17``."""
+    """Name of each image: its path relative to the folder, or such as ``train.parquet#17``."""
 
     known_digests: Digests | None = None
-    """What :attr:`digests` gives, where it is known already."""
+    """The value of :attr:`digests`, if it is known."""
 
     @property
     def digests(self) -> Digests:
@@ -48,7 +48,7 @@ class Split:
 
 
 class Seen(NamedTuple):
-    """The N labelled images that training sees, and after them M without labels."""
+    """The images used in training: N labelled ones, followed by M without labels."""
 
     pixels: SeenPixels
     """uint8 ``(N + M, 3, S, S)``."""
@@ -62,7 +62,7 @@ class Task:
     """A classification task with its images."""
 
     name: str
-    """The text form that gives this very task again."""
+    """The text that loads the same task again."""
 
     classes: tuple[str, ...]
     """Names of the C classes."""
@@ -74,32 +74,32 @@ class Task:
     """Side length S in pixels."""
 
     augmentation: Augmentation
-    """What suits the source."""
+    """The augmentation that suits the source."""
 
     fingerprint: str
     """SHA-256 over class names, labels and pixels of every part."""
 
     skipped: tuple[tuple[str, str], ...] = ()
-    """(image, reason) of what could not be read and was left out."""
+    """(image, reason) of the images that could not be read and were left out."""
 
     notes: tuple[str, ...] = ()
-    """What a reader of results should know: parts that were cut, copies, classes without images."""
+    """Facts for the reader of results: parts that were cut, copies, classes without images."""
 
     grey_range: GreyRange | None = None
-    """The levels that became black and white in pictures with more than 8 bits a channel; None if there are none."""
+    """Black and white of pictures with more than 8 bits per channel; None if there are none."""
 
     licence: str | None = None
     citation: str | None = None
 
     unlabelled: Split | None = None
-    """Images to learn from without labels; the fingerprint is not about them."""
+    """Unlabelled training images. :attr:`fingerprint` does not cover them."""
 
     unlabelled_fingerprint: str | None = None
-    """SHA-256 over their pixels."""
+    """SHA-256 over the pixels of the unlabelled images."""
 
     @property
     def seen(self) -> Seen:
-        """The images that training sees: the labelled ones, and after them those without labels."""
+        """The images used in training: the labelled ones, followed by those without labels."""
         if self.unlabelled is None:
             return Seen(self.train.pixels, self.train.labels)
         pixels = JoinedImages(self.train.pixels, self.unlabelled.pixels)
@@ -107,25 +107,25 @@ class Task:
         return Seen(pixels, labels)
 
     def source_of(self, row: int) -> str:
-        """Return the origin of one of the images that training sees."""
+        """Return the name of an image at a row of :attr:`seen`."""
         if self.unlabelled is None or row < len(self.train):
             return self.train.sources[row]
         return self.unlabelled.sources[row - len(self.train)]
 
     @property
     def seen_fingerprint(self) -> str:
-        """The fingerprint of the labelled images and of those without labels together."""
+        """A fingerprint of the labelled and the unlabelled images together."""
         if self.unlabelled_fingerprint is None:
             return self.fingerprint
         return sha256(f"{self.fingerprint}/{self.unlabelled_fingerprint}".encode()).hexdigest()
 
     def near(self, device: torch.device) -> "Task":
-        """Hold the images on an NVIDIA GPU that has room for them, so that it draws their views itself."""
+        """Return the task with its images on an NVIDIA GPU, as far as they fit into a quarter of its free memory."""
         if device.type != "cuda":
             return self
         room = torch.cuda.mem_get_info(device)[0] // 4
 
-        def nearer(part: Split) -> Split:
+        def moved(part: Split) -> Split:
             nonlocal room
             size = math.prod(part.pixels.shape)
             if not isinstance(part.pixels, Tensor) or size > room:
@@ -133,13 +133,13 @@ class Task:
             room -= size
             return replace(part, pixels=part.pixels.to(device))
 
-        train, val, test = nearer(self.train), nearer(self.val), nearer(self.test)
-        unlabelled = None if self.unlabelled is None else nearer(self.unlabelled)
+        train, val, test = moved(self.train), moved(self.val), moved(self.test)
+        unlabelled = None if self.unlabelled is None else moved(self.unlabelled)
         return replace(self, train=train, val=val, test=test, unlabelled=unlabelled)
 
 
 def fingerprint(classes: tuple[str, ...], splits: tuple[Split, ...]) -> str:
-    """Digest class names, labels and pixels: two tasks are the same data if and only if these are equal."""
+    """Return the SHA-256 over class names, labels and pixels. Equal fingerprints mean equal data."""
     digest = sha256(json.dumps(classes).encode())
     for split in splits:
         digest.update(json.dumps(list(split.pixels.shape)).encode())

@@ -1,4 +1,4 @@
-"""Unlabelled images for training: where they come from, and which of them are left out."""
+"""Load unlabelled images for training, and leave out those that equal images of val or test."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from refilled.data.task_text import TaskOptions, parse_task_text
 from refilled.errors import TaskError
 
 REST = "rest"
-"""Stands for the training images that the shots left out."""
+"""The text for the training images that the shots left out."""
 
 
 def find_unlabelled(text: str, division: Division, train: Decoded, data_root: Path) -> tuple[Part, Rows]:
@@ -27,11 +27,11 @@ def find_unlabelled(text: str, division: Division, train: Decoded, data_root: Pa
     Args:
         text: ``"rest"``, a folder, or the text of a task.
         division: The division of the labelled task.
-        train: Its training images.
+        train: The training images of the labelled task.
         data_root: Folder of the data sets.
 
     Raises:
-        TaskError: There are no such images.
+        TaskError: The text is invalid, or there are no such images.
     """
     if text != REST:
         return open_unlabelled(text, data_root)
@@ -51,7 +51,7 @@ def open_unlabelled(text: str, data_root: Path) -> tuple[Part, Rows]:
     """Return the images of a folder at any depth, or the training images of a task, as a part and its rows.
 
     Raises:
-        TaskError: The text is not understood, or there are no images.
+        TaskError: The text is invalid, or there are no images.
     """
     parsed = parse_task_text(text, data_root, TaskOptions())
     folder = Path(parsed.source)
@@ -63,7 +63,7 @@ def open_unlabelled(text: str, data_root: Path) -> tuple[Part, Rows]:
         source, chosen = choose_classes(open_source(parsed, data_root, labelled=parsed.selection is not None), parsed)
         part, rows = source.train, rows_of_classes(source.train, chosen)
     if not len(rows):
-        raise TaskError(f"there are no images in '{text}' for --unlabelled")
+        raise TaskError(f"--unlabelled: there are no images in '{text}'")
     return part, rows
 
 

@@ -1,4 +1,4 @@
-"""What students and teachers see of the training images: random views, augmented and perhaps mixed in pairs."""
+"""Random views of the training images, for students and teachers: augmented, and optionally mixed in pairs."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ from refilled.errors import TaskError
 
 @dataclass(frozen=True)
 class Mixing:
-    """How the images of a view are mixed: each keeps ``share`` of its targets, and its partner's are the rest."""
+    """How the images of a view are mixed. Each keeps ``share`` of its targets and gets the rest from its partner."""
 
     share: float
     patch: tuple[slice, slice] | None = None
-    """Rows and columns that are the partner's (cutmix); None where all of the image is a blend (mixup)."""
+    """Rows and columns of the pixels that come from the partner (CutMix). None: the images are blended (mixup)."""
 
     def __call__(self, images: Tensor, partners: Tensor) -> Tensor:
-        """Mix images ``(N, 3, S, S)`` each with its partner; a blend of uint8 images is float on the scale [0, 1]."""
+        """Mix each of the images ``(N, 3, S, S)`` with its partner. Blended uint8 images become floats in [0, 1]."""
         if self.patch is None:
             scale = 255 if images.dtype == torch.uint8 else 1
             return torch.lerp(partners / scale, images / scale, self.share)
@@ -33,16 +33,16 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Views:
-    """Random views of images, augmented and perhaps mixed in pairs: a pure function of (seed, view, index).
+    """Random views of images, augmented and optionally mixed in pairs: a pure function of (seed, view, index).
 
-    All that see a view see the same pixels, in this run or another. So a teacher can say about a mixture what it sees
-    in it, which is not what it says about the two images (Beyer et al., CVPR 2022), and can do so once for all runs.
+    A view has the same pixels for teacher and student, and in every run. The teacher can therefore embed the mixed
+    images themselves (Beyer et al., CVPR 2022), once for all runs.
 
     Attributes:
         augmentation: See :func:`augment`.
-        mixup: If above 0, images are blended by a share drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018).
-        cutmix: If above 0, a square patch is replaced by the partner's. The share of the area outside it is drawn from
-            Beta(cutmix, cutmix) (Yun et al., ICCV 2019). With both kinds, each applies to half of the views.
+        mixup: If above 0, images are blended with a share drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018).
+        cutmix: If above 0, a square patch is replaced by that of the partner. The share of the area outside it is drawn
+            from Beta(cutmix, cutmix) (Yun et al., ICCV 2019). With both above 0, each applies to half of the views.
         auto_augment: With the two below, changes of each image before it is mixed: see :func:`alter`.
         color_jitter: Strength of changes in brightness, contrast and saturation.
         random_erasing: Probability that a rectangle is replaced by noise.
@@ -57,13 +57,13 @@ class Views:
 
     @property
     def mixed(self) -> bool:
-        """Whether images are mixed at all."""
+        """Whether images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
     def load(self, pixels: SeenPixels, indices: Tensor, *, seed: int, view: int) -> Tensor:
-        """Return a view of the images with these indices ``(N,)``: ``(N, 3, S, S)``, uint8, or float after a blend."""
+        """Return a view of the images at ``indices`` ``(N,)``: ``(N, 3, S, S)``, uint8, or float if blended."""
 
-        def one(chosen: Tensor) -> Tensor:
+        def augmented(chosen: Tensor) -> Tensor:
             images = pixels.index_select(0, chosen.to(pixels.device))
             images = augment(images, chosen, seed=seed, view=view, kind=self.augmentation)
             return alter(
@@ -77,14 +77,14 @@ class Views:
             )
 
         if not self.mixed:
-            return one(indices)
+            return augmented(indices)
         mixing = self.mixing(pixels.shape[-1], seed=seed, view=view)
-        return mixing(one(indices), one(self.partners_in(pixels, indices, seed=seed, view=view)))
+        return mixing(augmented(indices), augmented(self.partners_in(pixels, indices, seed=seed, view=view)))
 
     def partners_in(self, pixels: SeenPixels, indices: Tensor, *, seed: int, view: int) -> Tensor:
-        """Return the partner of each of these images ``(N,)`` by its index: one of the same part.
+        """Return the index of each image's partner ``(N,)``, drawn from the same part of joined images.
 
-        So the partner of an image with a label has a label too.
+        The partner of a labelled image therefore has a label too.
         """
         if not isinstance(pixels, JoinedImages):
             return self.partners(indices, len(pixels), seed=seed, view=view)
@@ -94,17 +94,17 @@ class Views:
         return torch.where(indices.cpu() < first, among_first, among_second)
 
     def partners(self, indices: Tensor, count: int, *, seed: int, view: int) -> Tensor:
-        """Return for each of these images ``(N,)`` the index, below ``count``, of its partner in a view."""
+        """Return the index of each image's partner in a view ``(N,)``, drawn from 0 .. ``count`` - 1."""
         return torch.from_numpy(keyed_integers(count, seed, "partner", view, indices.cpu().numpy()))
 
     def mixing(self, side: int, *, seed: int, view: int) -> Mixing:
-        """Draw how all images of a view, of ``side`` pixels, are mixed with their partners.
+        """Draw how the images of a view, of side length ``side``, are mixed with their partners.
 
         Raises:
-            TaskError: neither kind is above 0.
+            TaskError: Neither ``mixup`` nor ``cutmix`` is above 0.
         """
         if not self.mixed:
-            raise TaskError("nothing is to be mixed: give mixup or cutmix above 0")
+            raise TaskError("these views are not mixed; set mixup or cutmix above 0")
         generator = np.random.default_rng(int(keyed_bits(seed, "mixing", view)))
         if self.cutmix <= 0 or (self.mixup > 0 and generator.random() < 0.5):
             return Mixing(float(generator.beta(self.mixup, self.mixup)))

@@ -1,11 +1,12 @@
-"""The one walk over folders of images: which files are pictures, which are passed over, and what is said about them.
+"""Walk over folders of images: which files are pictures, which are ignored, and which are reported as unread.
 
-Hidden files, thumbnails that file servers and systems leave (``@eaDir``, ``.thumbnails``, ``Thumbs.db``) and waste bins
-are passed over without a word. A file without a suffix is a picture if it begins like one. Files that look like
-pictures by their suffix and cannot be read here are counted, so that none disappears unnoticed.
+Hidden files, thumbnails of file servers and systems (``@eaDir``, ``.thumbnails``, ``Thumbs.db``) and recycle bins are
+ignored. A file without a suffix is a picture if its first bytes are those of one. Files with the suffix of a picture
+format that cannot be read here are counted, so that none disappears unnoticed.
 """
 
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from refilled.data.decode import SUFFIXES, is_encoded_picture
 from refilled.errors import TaskError
 
-_PASSED_OVER = frozenset(
+_IGNORED = frozenset(
     {
         "__macosx",
         "@eadir",
@@ -29,27 +30,27 @@ _UNREAD_SUFFIXES = frozenset(
     {".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".svg", ".psd", ".tga", ".ico", ".exr"}
     | {".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".dcm", ".eps", ".pcx", ".sgi"}
 )
-"""Suffixes of pictures that are not read, unless the installed Pillow reads them."""
+"""Suffixes of pictures that are read only if the installed Pillow reads them."""
 
 _REMEDIES = {".heic": "refilled[heic]", ".heif": "refilled[heic]", ".hif": "refilled[heic]"}
 
 
 @dataclass
 class Listing:
-    """The pictures below a folder, and what was passed over."""
+    """The pictures below a folder, and the number of unread files."""
 
     images: list[Path] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
-    """How many files look like pictures and cannot be read, by suffix."""
+    """Number of files that look like pictures and cannot be read, by suffix."""
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is passed over without a word."""
-    return name.startswith(".") or name.casefold() in _PASSED_OVER
+    """Return whether a file or folder of this name is ignored."""
+    return name.startswith(".") or name.casefold() in _IGNORED
 
 
 def list_folders(root: Path) -> list[Path]:
-    """Return the folders directly below a folder, in the order of their names, without the hidden ones.
+    """Return the folders directly below a folder, sorted by name, without hidden ones.
 
     Raises:
         TaskError: The folder cannot be listed.
@@ -61,9 +62,10 @@ def list_folders(root: Path) -> list[Path]:
 
 
 def list_images(folder: Path) -> Listing:
-    """Walk down a folder in the order of names; links to folders are not followed, so there are no loops.
+    """Return the pictures below a folder at any depth, in the order of names.
 
-    A folder named like a picture counts as one, which will turn out unreadable.
+    Links to folders are not followed, which avoids loops. A folder with the suffix of a picture is listed as a picture
+    and reported as unreadable when it is decoded.
 
     Raises:
         TaskError: A folder cannot be listed.
@@ -92,12 +94,17 @@ def unread_notes(unread: Counter[str]) -> list[str]:
 
 
 def as_text(path: Path) -> str:
-    """Write a path as text that any file can hold, also one whose name is not valid UTF-8."""
+    """Return a path as text that can be encoded; bytes that are not valid UTF-8 become backslash escapes."""
     return str(path).encode(errors="backslashreplace").decode()
 
 
+def fold_name(name: str) -> str:
+    """Return a name in the form in which file systems compare it that ignore case and the encoding of accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def has_images(folder: Path) -> bool:
-    """Return whether pictures lie directly in a folder."""
+    """Return whether a folder directly contains pictures."""
     try:
         return any(path.suffix.lower() in SUFFIXES and not is_hidden(path.name) for path in folder.iterdir())
     except OSError as error:

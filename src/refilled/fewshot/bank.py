@@ -21,7 +21,7 @@ Known = dict[int | None, tuple[Tensor, Tensor]]
 
 
 class Bank:
-    """Images by row number, with their embeddings by a frozen model. An embedding is computed on first use.
+    """Images by row number, with their embeddings by a frozen model. Each embedding is computed on first use.
 
     Args:
         pixels: uint8 ``(M, 3, S, S)``.
@@ -87,9 +87,9 @@ class Bank:
         if not known[rows].all():
             wanted = rows.unique()
             for missing in wanted[~known[wanted]].split(256):
-                found = embed(self.model, self.images(missing, view), self.device)
-                refuse_non_finite(found, [self._name(row) for row in missing.tolist()])
-                embeddings[missing] = found
+                computed = embed(self.model, self.images(missing, view), self.device)
+                refuse_non_finite(computed, [self._name(row) for row in missing.tolist()])
+                embeddings[missing] = computed
                 known[missing] = True
         return embeddings[rows]
 

@@ -115,8 +115,8 @@ def evaluate_few_shot(
         batches = list(_batches(range(len(done), run.n_episodes), run.batch, jobs))
         here = (task_accuracies(learner, pool.train.labels, numbers, filled) for numbers in batches)
         start = time.perf_counter()
-        with closing(testing(filled, batches) if testing else here) as found:
-            for accuracies in found:
+        with closing(testing(filled, batches) if testing else here) as batches_done:
+            for accuracies in batches_done:
                 now = time.perf_counter()
                 done.add(accuracies, (now - start) / len(accuracies))
                 start = now
@@ -176,13 +176,13 @@ def make_bank(run: FewShotRun, pool: Task) -> Bank:
         pooling=run.teacher_embedding,
     )
     notes = examine(model, pool.train)
-    beside = Path(name) / HEAD
+    head_file = Path(name) / HEAD
     return Bank(
         pool.train.pixels,
         model,
         augmentation=pool.augmentation,
         device=run.device,
-        head=load_file(beside) if beside.is_file() else {},
+        head=load_file(head_file) if head_file.is_file() else {},
         known=_known(name, fingerprint(model), pool.fingerprint, pool.augmentation, run.device),
         sources=pool.train.sources,
         notes=notes,
@@ -217,7 +217,7 @@ def task_accuracies(learner: Learner, labels: Tensor, numbers: range, run: FewSh
 
 
 def mean_and_interval(accuracies: list[float]) -> tuple[float, float | None]:
-    """Return the mean and half the width of its 95 % interval, 1.96 standard errors as is usual in the field."""
+    """Return the mean and half the width of its 95 % interval: 1.96 standard errors, as is usual in the field."""
     if len(accuracies) < 2:
         return mean(accuracies), None
     return mean(accuracies), 1.96 * stdev(accuracies) / len(accuracies) ** 0.5

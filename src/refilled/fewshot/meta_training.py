@@ -111,10 +111,10 @@ class _MetaTraining:
         self.seen = load_pool(run.data, "seen", data_root=root, image_size=run.image_size, allow_bad=bad)
         self.val = load_pool(run.data, "val", data_root=root, image_size=self.seen.image_size, allow_bad=bad)
         torch.manual_seed(run.seed)
-        make = load_meta_learner(run.method).recipe
+        make = load_meta_learner(run.method).function
         learner = make(_backbone(run, self.seen), **run.settings)
         assert isinstance(learner, MetaLearner)
-        # In this layout convolutions take two thirds of the time.
+        # Convolutions take two thirds of the time in this layout.
         self.learner = learner.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(
             [
@@ -137,7 +137,7 @@ class _MetaTraining:
             self.learner.train()
             for step in range(self.position.step, self.steps):
                 self._step(epoch * self.steps + step, journal, Position(0, epoch, step + 1))
-            journal.epoch(self._look(epoch))
+            journal.epoch(self._validate(epoch))
             self.sums = dict.fromkeys(self.sums, 0.0)
             self.position = Position(0, epoch + 1)
 
@@ -184,7 +184,7 @@ class _MetaTraining:
         if journal.checkpoint_due():
             journal.save(self._state())
 
-    def _look(self, epoch: int) -> dict[str, Any]:
+    def _validate(self, epoch: int) -> dict[str, Any]:
         """Validate, keep the weights if they are the best so far, and summarise the epoch."""
         self.learner.eval()
         accuracies: list[float] = []
@@ -192,7 +192,7 @@ class _MetaTraining:
             for number in range(self.run.n_validation):
                 task = self._task(self.val, range(number, number + 1), seed=0, view=None)
                 accuracies += _accuracies(self.learner.scores(task), task).tolist()
-        accuracy, best = (mean_and_interval(found)[0] for found in (accuracies, self.best_accuracies))
+        accuracy, best = (mean_and_interval(values)[0] for values in (accuracies, self.best_accuracies))
         if accuracy > best:
             self.best = {name: value.clone() for name, value in self.learner.state_dict().items()}
             self.best_epoch, self.best_accuracies = epoch + 1, accuracies

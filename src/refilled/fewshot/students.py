@@ -2,6 +2,10 @@
 
 The losses are those of :mod:`refilled.methods`, unchanged, on the images of one task. Several ConvNet-4s can be trained
 as one network with grouped convolutions.
+
+The steps are not those of :mod:`refilled.training.loop`. That loop trains one network on one data set, and keeps a log
+and states to resume from. Here many networks take each step together, each with its own losses and support images, and
+a task is too short to be resumed. Optimiser, learning rate and division into stages are those of a run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +26,10 @@ from refilled.fewshot.methods.linear import logistic_weights
 from refilled.losses.distances import at_least_float32
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
-from refilled.outputs import ModelShape, Outputs
+from refilled.outputs import ModelShape, Outputs, not_computed
 from refilled.stages import Prepares, Stage
 from refilled.training.loop import learning_rate, share_epochs
+from refilled.training.optimizers import create_optimizer
 from refilled.training.precision import resolve_precision
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
@@ -41,7 +46,7 @@ class StudentRecipe:
         steps: Steps of all stages together. A step counts as an epoch in the schedules of loss weights.
         lr: Peak learning rate. It falls to 0 over each stage.
         momentum: Momentum of SGD.
-        weight_decay: Weight decay.
+        weight_decay: Factor of weight decay.
         copies: Views of each image per step. None: 1, or 2 for one-shot tasks, since a class with a single image has no
             positives.
         shots: Maximum number of support images per class in a step. The images take turns.
@@ -77,7 +82,12 @@ class StudentRecipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name} = {value} is out of range; give 1 or more")
-        Recipe(lr=self.lr, momentum=self.momentum, nesterov=False, weight_decay=self.weight_decay)  # checks them
+        _ = self.of_a_run  # checks the values
+
+    @property
+    def of_a_run(self) -> Recipe:
+        """The recipe of a run with the same optimiser and schedule."""
+        return Recipe(lr=self.lr, momentum=self.momentum, nesterov=False, weight_decay=self.weight_decay, warmup=0)
 
 
 class Students(nn.Module):
@@ -252,14 +262,9 @@ class _Group:
             self.students.reset_classifiers([torch.Generator().manual_seed(seed) for seed in seeds])
         losses = nn.ModuleList(term.loss for stage in stages for term in stage.terms.values()).to(device)
         self._prepare(stages)
-        optimizer = torch.optim.SGD(
-            [*self.students.parameters(), *losses.parameters()],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
-        schedule = Recipe(lr=recipe.lr, warmup=0)
+        parameters = [*self.students.parameters(), *losses.parameters()]
+        of_a_run = recipe.of_a_run
+        optimizer = create_optimizer(parameters, of_a_run, device)
         for step in range(steps):
             loss = self._loss(stages, step)
             optimizer.zero_grad()
@@ -270,7 +275,7 @@ class _Group:
                     "lr usually helps: --set lr=..."
                 )
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(schedule, steps, step)
+                group["lr"] = learning_rate(of_a_run, steps, step)
             optimizer.step()
 
     def _set_mode(self) -> None:
@@ -315,7 +320,7 @@ class _Group:
         return torch.autocast(self.bank.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
     def _turn(self, step: int) -> Tensor:
-        """Return the support images of a task that a step uses, equally many per class."""
+        """Return the indices of the support images that a step uses, the same number per class."""
         taken = min(self.shots, self.recipe.shots)
         of_a_class = (step * taken + torch.arange(taken)) % self.shots
         classes = len(self.episodes.labels) // self.shots
@@ -328,7 +333,7 @@ class _Group:
             with torch.no_grad():
                 return [self.bank.model(own, features=True) for own in images]
         embedding = torch.cat([self.bank.embedding(support, view) for view in views], 1)
-        return [Outputs(own.new_empty(len(own), 0), own) for own in embedding.to(self.bank.device)]
+        return [Outputs(not_computed(len(own), own), own) for own in embedding.to(self.bank.device)]
 
     def _take_statistics(self) -> None:
         """Recompute the statistics of batch norm over the views of the support images.

@@ -1,7 +1,7 @@
-"""The jobs behind the tables: trainings, meta-trainings and few-shot tests, each in its folder.
+"""The jobs of a grid: training runs, meta-training runs and few-shot tests, each with its own folder.
 
-The name of a folder contains a digest of the configuration, including the names of the folders that it reads.
-Therefore backbones are trained once, equal cells of several tables share a job, and a changed setting is a new job.
+The name of a folder contains a digest of the configuration, which includes the names of the folders that the job reads.
+A backbone is therefore trained once, equal cells of several tables share a job, and a changed setting is a new job.
 """
 
 import json
@@ -28,8 +28,8 @@ class FewShotTest:
 
     Attributes:
         run: The test without its models, which are given here.
-        search: Search space of the method's parameters, in the format of :func:`~refilled.tuning.few_shot.tune`; all
-            other settings are those of ``run``.
+        search: Values to try by parameter of the method; see :mod:`refilled.tuning.search_space`. All other settings
+            are those of ``run``.
         trials: Number of settings to try.
         tune_tasks: Number of tasks of the validation classes per setting.
         teacher: Folder of the frozen model.
@@ -51,10 +51,10 @@ class FewShotTest:
 
 
 Job = Run | MetaRun | FewShotTest
-Found = Result | MetaResult | FewShotResult
+JobResult = Result | MetaResult | FewShotResult
 
 
-def carry_out(job: Job, folder: Path) -> Found:
+def carry_out(job: Job, folder: Path) -> JobResult:
     """Start or resume a job and return its result; a finished job is not repeated.
 
     Raises:
@@ -70,7 +70,7 @@ def carry_out(job: Job, folder: Path) -> Found:
             return _test(job, folder)
 
 
-def load(job: Job, folder: Path) -> Found:
+def load(job: Job, folder: Path) -> JobResult:
     """Return the result of a finished job."""
     match job:
         case Run():
@@ -81,9 +81,9 @@ def load(job: Job, folder: Path) -> Found:
             return FewShotResult.load(folder)
 
 
-def accuracy(found: Found) -> float:
-    """Return the accuracy of a job in percent; for meta-training, that on the validation classes."""
-    return found.val_accuracy if isinstance(found, MetaResult) else found.accuracy
+def accuracy(result: JobResult) -> float:
+    """Return the accuracy of a job in percent. For meta-training, it is that on the validation classes."""
+    return result.val_accuracy if isinstance(result, MetaResult) else result.accuracy
 
 
 def name_of(job: Job) -> str:
@@ -106,7 +106,7 @@ def name_of(job: Job) -> str:
 
 
 def _decisive(run: Run) -> dict[str, Any]:
-    """Return the settings without defaults, so that parameters added later do not rename earlier runs."""
+    """Return the settings that are not defaults, so that parameters added later do not rename earlier runs."""
     method = load_method(run.method)
     settings = method.settle(run.settings)
     unusual = {key: value for key, value in settings.items() if value != method.parameters[key]}
@@ -127,7 +127,7 @@ def _test(job: FewShotTest, folder: Path) -> FewShotResult:
         return evaluate_few_shot(job.filled, folder)
     search = folder.with_name(f"{folder.name}.tuning")
     search.mkdir(parents=True, exist_ok=True)
-    with hold(search):  # one process chooses; two would test different choices
+    with hold(search):  # only one process searches; two could test different choices
         settings = tune(
             job.filled,
             job.search,

@@ -1,4 +1,4 @@
-"""Execution of many runs, several at a time; a second start executes only the missing ones."""
+"""Execution of many jobs, several at a time. A second start executes only the missing ones."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,25 +8,25 @@ from pathlib import Path
 
 from refilled.errors import InUseError, RunError
 from refilled.grid.executors import Executor, Pool, processes
-from refilled.grid.jobs import Found, Job, carry_out
+from refilled.grid.jobs import Job, JobResult, carry_out
 
-_SECONDS_BETWEEN_TRIES = 2.0  # to start a run that another process holds
+_SECONDS_BETWEEN_TRIES = 2.0  # to start a run whose lock another process holds
 
 
 def run_grid(
     runs: Mapping[str, Job],
     folder: Path,
     jobs: int = 1,
-    on_result: Callable[[str, Found], None] | None = None,
+    on_result: Callable[[str, JobResult], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
     needs: Mapping[str, Sequence[str]] | None = None,
     executor: Executor = processes,
-) -> dict[str, Found]:
+) -> dict[str, JobResult]:
     """Execute the runs, each in ``folder/<its name>``, ``jobs`` at a time.
 
-    Finished runs are not repeated; interrupted ones resume. Runs that another process holds are left to it: free runs
-    are executed first, then the results of the others are awaited. Small models train fastest in processes of one
-    thread each; set ``threads=1`` in the runs.
+    Finished runs are not repeated; interrupted ones resume. A run whose lock another process holds is left to that
+    process. Free runs are executed first, then the results of the others are awaited. Small models train fastest in
+    processes of one thread each; set ``threads=1`` in the runs.
 
     Args:
         runs: The runs by name.
@@ -59,15 +59,15 @@ class _Grid:
         runs: Mapping[str, Job],
         folder: Path,
         needs: Mapping[str, Sequence[str]],
-        on_result: Callable[[str, Found], None] | None,
+        on_result: Callable[[str, JobResult], None] | None,
         on_failure: Callable[[str, Exception], None] | None,
     ) -> None:
         self.runs, self.folder, self.needs = runs, folder, needs
         self.on_result, self.on_failure = on_result, on_failure
-        self.results: dict[str, Found] = {}
+        self.results: dict[str, JobResult] = {}
         self.failed: set[str] = set()
         self._waiting = dict.fromkeys(runs, 0.0)  # earliest time to start
-        self._under_way: dict[Future[Found], str] = {}
+        self._under_way: dict[Future[JobResult], str] = {}
 
     def carry_out(self, pool: Pool) -> None:
         while self._waiting or self._under_way:
@@ -89,7 +89,7 @@ class _Grid:
                 del self._waiting[name]
                 self._under_way[pool.submit(carry_out, self.runs[name], self.folder / name)] = name
 
-    def _take(self, name: str, future: Future[Found]) -> None:
+    def _take(self, name: str, future: Future[JobResult]) -> None:
         try:
             result = future.result()
         except InUseError:

@@ -15,7 +15,7 @@ def shared_testing(jobs: int, executor: Executor) -> Testing:
 
     def testing(run: FewShotRun, batches: Sequence[range]) -> Generator[list[float], None, None]:
         with executor(jobs) as pool:
-            for found in [pool.submit(batch_accuracies, run, numbers) for numbers in batches]:
-                yield found.result()
+            for future in [pool.submit(batch_accuracies, run, numbers) for numbers in batches]:
+                yield future.result()
 
     return testing

@@ -1,7 +1,7 @@
 """All losses of all methods, by name. They need only torch, and each is imported when it is first accessed.
 
 A loss is a :class:`torch.nn.Module` that is called as ``loss(student_tensor, teacher_tensor, labels)`` and returns a
-scalar. The formula is a function in the same file.
+scalar. Its formula is a function in the same file.
 
 >>> import torch
 >>> from refilled.losses import RKDDistanceLoss
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from refilled.methods.sp import SimilarityPreservingLoss
     from refilled.methods.vid import VariationalLoss
 
-# The module of each loss. The losses of a baseline are in the file of its method, next to the recipe.
+# The module of each loss. The loss of a baseline is in the file of its method.
 _HOMES = {
     "AttentionLoss": "refilled.methods.at",
     "BalancedCrossEntropyLoss": "refilled.losses.imbalance",

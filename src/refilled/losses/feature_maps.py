@@ -56,9 +56,6 @@ def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[-2:] == (
-        height,
-        width,
-    ):  # pooling would copy them, and its backward pass is slow
-        return maps
+    if maps.shape[-2:] == (height, width):
+        return maps  # pooling would copy them, and its backward pass is slow
     return F.adaptive_avg_pool2d(maps, (height, width))

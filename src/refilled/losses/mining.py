@@ -52,7 +52,7 @@ def semi_hard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
     gives no triplet, so there are at most as many triplets as ordered same-class pairs.
 
     Args:
-        embeddings: ``(N, d)``; brought to length 1 before distances are taken.
+        embeddings: ``(N, d)``; scaled to length 1 before distances are computed.
         labels: Class ids ``(N,)``, any integers.
 
     Raises:
@@ -73,7 +73,7 @@ def all_semi_hard_triplets(embeddings: Tensor, labels: Tensor, *, margin: float 
     There may be of the order of N³/C triplets. The tuple loss uses the same set without listing it.
 
     Args:
-        embeddings: ``(N, d)``; brought to length 1 before distances are taken.
+        embeddings: ``(N, d)``; scaled to length 1 before distances are computed.
         labels: Class ids ``(N,)``, any integers.
         margin: Keep impostors with ``0 < d(anchor, impostor) - d(anchor, positive) <= margin``.
 
@@ -129,8 +129,8 @@ def nearest_impostors(squared: Tensor, pairs: Pairs) -> Triplets:
         ranked = bits.index_select(0, anchor).add_(part).view(len(anchor), STRIPES, width)
         out.copy_(ranked.amin(1).min(1).indices)
     least, stripe = (bits.view(-1, STRIPES, width)[pairs.anchor, :, column] + shift).min(1)
-    found = (least < 0).nonzero()[:, 0]
-    return Triplets(pairs.anchor[found], pairs.positive[found], (stripe * width + column)[found])
+    kept = (least < 0).nonzero()[:, 0]
+    return Triplets(pairs.anchor[kept], pairs.positive[kept], (stripe * width + column)[kept])
 
 
 def impostors_within(distances: Tensor, pairs: Pairs, margin: float) -> Iterator[tuple[Pairs, Tensor]]:

@@ -1,8 +1,8 @@
-r"""How far to trust a teacher: by what its embedding says about the labels at hand, measured before training.
+r"""Label information: how much a teacher's embedding says about the student's labels, measured before training.
 
-A teacher of other classes may know much about the student's, or next to nothing. The training labels tell: they are
-guessed from the teacher's embedding of the *other* training images, and the better the guess, the more weight what the
-teacher says should have. No held-out images are needed, and no student.
+A teacher of other classes may separate the student's classes well or not at all. Here each training label is predicted
+from the teacher's embedding of the *other* training images. The better the prediction, the more weight the teacher
+should have. No held-out images and no student are needed.
 """
 
 import math
@@ -17,30 +17,38 @@ from refilled.losses.distances import at_least_float32, class_centers, squared_d
 from refilled.losses.mining import check_batch
 from refilled.stages import Prepares
 
-_SHUFFLES = 19  # of which none is better, at chance, once in 20 times
+_SHUFFLES = 19  # the labels beat all of them by chance once in 20 times, so the level is 5 %
 
 _Z = 1.645  # one-sided test at the level of 5 %
 
-_TEMPERATURES = tuple(0.02 * 2 ** (step / 2) for step in range(14))  # 0.02 to 1.8, of squared distances up to 4
+_TEMPERATURES = tuple(0.02 * 2 ** (step / 2) for step in range(14))  # 0.02 to 1.8; squared distances are at most 4
 
 
 def label_information(embedding: Tensor, labels: Tensor) -> float:
-    r"""Share of the labels' entropy that the nearest-class-mean posterior of an embedding takes away.
+    r"""Return the share of the labels' entropy that the nearest-class-mean posterior of an embedding removes.
 
-    The embedding is centred and brought to length 1; each image is compared with the class means of all other images,
-    :math:`q(c|x) = \mathrm{softmax}_c(-\|\phi(x) - p_c\|^2 / \tau)`, at the temperature that suits it best:
+    An image that is the only one of its class is left out first, and that class is not counted. The mean of the other
+    N images is subtracted from the embedding, and each row is scaled to length 1, which gives :math:`\phi(x)`. Let
+    :math:`p_c^x` be the mean of :math:`\phi` over the images of class c except x. The posterior
+    :math:`q_\tau(c|x) = \mathrm{softmax}_c(-\|\phi(x) - p_c^x\|^2 / \tau)` predicts the label of x from the other
+    images. With C classes, the result is
 
-    .. math:: \max_\tau \; 1 - \frac{\frac{1}{N} \sum_x -\ln q(y_x | x)}{\ln C}
+    .. math:: \max\Big(0,\; \max_\tau \; 1 - \frac{-\frac{1}{N} \sum_x \ln q_\tau(y_x | x)}{\ln C}\Big)
 
-    This is McFadden's pseudo-:math:`R^2` with leave-one-out predictions: 1 for an embedding that separates the
-    classes, 0 for one that knows nothing of them.
+    over 14 temperatures from 0.02 to 1.8, where one :math:`\tau` holds for all images. It is McFadden's
+    pseudo-:math:`R^2` of leave-one-out predictions: 1 if every label is predicted with certainty, and 0 if the
+    predictions are no better than the uniform distribution. The denominator is the entropy :math:`\ln C` of the uniform
+    distribution, even if the classes have unequal sizes.
 
     Args:
-        embedding: ``(N, d)``.
-        labels: Class ids ``(N,)``. Images that are the only ones of their class are left out.
+        embedding: ``(N, d)``; half precision is converted to float32.
+        labels: Class ids ``(N,)``, any integers.
 
     Returns:
-        In [0, 1]; 0 where there are fewer than two classes with two images each.
+        A number in [0, 1] without a unit; 0 if fewer than two classes have two or more images.
+
+    Raises:
+        MethodError: The shapes do not fit, or there are no images.
     """
     losses = _leave_one_out_losses(embedding, labels)
     if len(losses) == 0:
@@ -50,9 +58,9 @@ def label_information(embedding: Tensor, labels: Tensor) -> float:
 
 
 def held_out_information(embedding: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor) -> float:
-    """Share of the entropy of held-out images' labels that the class means of the training images take away.
+    """Return the share of the entropy of held-out labels that the class means of the training images remove.
 
-    As :func:`label_information`, but of images whose labels were not looked at.
+    The same as :func:`label_information`, but the predicted images are not in any class mean.
 
     Args:
         embedding: Of the training images, ``(N, d)``.
@@ -73,9 +81,9 @@ def held_out_information(embedding: Tensor, labels: Tensor, held_out: Tensor, he
 
 
 def knows_less(embedding: Tensor, other: Tensor, labels: Tensor) -> bool:
-    """Whether an embedding ``(N, d)`` says less about the labels ``(N,)`` than another embedding ``(N, e)`` does.
+    """Return whether an embedding ``(N, d)`` says less about the labels ``(N,)`` than another embedding ``(N, e)``.
 
-    It is a one-sided z test at the level of 5 % of the difference, image by image, of the leave-one-out losses that
+    This is a one-sided z test at the level of 5 %. It compares, image by image, the leave-one-out losses that
     :func:`label_information` averages.
     """
     excess = _leave_one_out_losses(embedding, labels) - _leave_one_out_losses(other, labels)
@@ -85,7 +93,7 @@ def knows_less(embedding: Tensor, other: Tensor, labels: Tensor) -> bool:
 
 
 def _leave_one_out_losses(embedding: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each image that is not the only one of its class; none if there is one class."""
+    """Return the cross-entropy of each image that is not the only one of its class; empty if there is one class."""
     check_batch(labels, embedding)
     _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     paired = counts[labels] > 1
@@ -96,13 +104,13 @@ def _leave_one_out_losses(embedding: Tensor, labels: Tensor) -> Tensor:
     means, classes = class_centers(rows, labels)
     own = labels[:, None] == classes
     n = own.sum(0, dtype=rows.dtype)
-    # The mean without x lies n / (n - 1) times as far from x as the mean with it.
+    # The distance from x to the mean without x is n / (n - 1) times that to the mean with x.
     squared = squared_distances(rows, means) * torch.where(own, (n / (n - 1)).square(), 1)
     return _best_losses(squared, own.int().argmax(1))
 
 
 def _best_losses(squared: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of each image at the temperature that suits all of them best."""
+    """Return the cross-entropy of each image, at the temperature with the lowest mean."""
     losses = [F.cross_entropy(-squared / temperature, targets, reduction="none") for temperature in _TEMPERATURES]
     return min(losses, key=lambda loss: loss.mean().item())
 
@@ -112,13 +120,13 @@ def _share(losses: Tensor, classes: int) -> float:
 
 
 def is_at_chance(information: Callable[[Tensor], float], labels: Tensor) -> bool:
-    """Whether what is known of the labels ``(N,)`` is no more than what is known of shuffled ones.
+    """Return whether an embedding says no more about the labels than about shuffled labels.
 
-    It is a permutation test at the level of 5 %, always with the same 19 shuffles.
+    This is a permutation test at the level of 5 %. The 19 shuffles are always the same.
 
     Args:
-        information: Returns how much is known of labels ``(N,)``, as :func:`label_information` of an embedding does.
-        labels: The labels.
+        information: Maps labels ``(N,)`` to a number, as :func:`label_information` with a given embedding does.
+        labels: The labels ``(N,)``.
     """
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(_SHUFFLES))
@@ -128,9 +136,9 @@ def is_at_chance(information: Callable[[Tensor], float], labels: Tensor) -> bool
 class Trusted(nn.Module):
     r"""A loss weighted by how much the teacher's embedding says about the labels.
 
-    It is the given loss times :math:`s^{power}`, where s is :func:`label_information` of the training set. With
-    ``worth``, the teacher also acts as a prior worth :math:`worth \cdot s / (1 - s)` labelled images per class: with
-    n images per class, if n is larger, its weight falls as :math:`1 / n`.
+    The value is that of the given loss times :math:`s^{power}`, where s is :func:`label_information` of the training
+    set. With ``worth``, the teacher is a prior that is worth :math:`m = worth \cdot s / (1 - s)` labelled images per
+    class, and the value is also multiplied by :math:`\min(1, m / n)` for n training images per class.
 
     Args:
         loss: A loss that is called with ``(student_tensor, teacher_tensor, labels)``.
@@ -139,7 +147,7 @@ class Trusted(nn.Module):
             entropy. None: no limit.
 
     Raises:
-        MethodError: the power is negative, ``worth`` is not above 0, or (on a call) :meth:`prepare` was not called.
+        MethodError: The power is negative, ``worth`` is not above 0, or (on a call) :meth:`prepare` was not called.
     """
 
     share: Tensor
@@ -160,12 +168,12 @@ class Trusted(nn.Module):
         self.register_buffer("share", torch.tensor(math.nan))
         if worth is not None:
             self.register_buffer("prior", torch.tensor(math.nan))
-        self._share_is_known = False  # asked once: a GPU would be waited for
+        self._share_is_known = False  # checked once, because the check waits for a GPU
 
     def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Measure the teacher by the training set ``(N, d)`` with class ids ``(N,)``; the loss may look at it too.
+        """Compute the label information of the training set ``(N, d)`` with class ids ``(N,)``, and prepare the loss.
 
-        Images without labels, of class id -1, are for the loss alone.
+        Only the loss uses unlabelled images, whose class id is -1.
         """
         known = labels >= 0
         share = label_information(teacher_embedding[known], labels[known])
@@ -179,12 +187,14 @@ class Trusted(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss."""
         if not self._share_is_known and self.share.isnan():
-            raise MethodError("how far to trust the teacher is not known yet; call prepare(teacher_embedding, labels)")
+            raise MethodError(
+                "the teacher's label information is missing; call prepare(teacher_embedding, labels) first"
+            )
         self._share_is_known = True
         loss: Tensor = self.loss(student, teacher, labels)
         weight = self.share**self.power
         return (weight if self.worth is None else weight * self.prior) * loss
 
     def statistics(self) -> Mapping[str, Tensor]:
-        """Return the share, and what the number of images leaves of it, for the log."""
+        """Return the label information, and the factor from ``worth`` if it is set, for the log."""
         return {"label_information": self.share} | ({} if self.worth is None else {"prior": self.prior})

@@ -1,7 +1,7 @@
-"""The methods, one file each, with formula, loss and the recipe that defines the stages.
+"""The methods, one file each: the formula, the loss, and the function that defines the stages.
 
-A method is a function from the student, the teacher and keyword-only parameters to a list of stages, or to another
-:data:`~refilled.stages.Plan`. The file name is the method's name, the signature its configuration, and the
+The function maps the student, the teacher and keyword-only parameters to a list of stages, or to another
+:data:`~refilled.stages.Plan`. The file name is the name of the method, the signature its configuration, and the
 docstring its citation. To add a method, add a file.
 """
 
@@ -20,31 +20,32 @@ from refilled.losses.feature_maps import check_feature_maps
 from refilled.outputs import ModelShape
 from refilled.stages import FineTuning, Plan, Readout
 
-Recipe = Callable[..., Plan]
+MethodFunction = Callable[..., Plan]
+"""``function(student, teacher, *, ...)``, as a method's file defines it."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method and its name."""
+    """A method: its name and its function."""
 
     name: str
-    recipe: Recipe
+    function: MethodFunction
 
     @property
     def summary(self) -> str:
-        """The first line of the recipe's docstring."""
-        return (inspect.getdoc(self.recipe) or "").partition("\n")[0]
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The method's own parameters and their defaults."""
-        parameters = inspect.signature(self.recipe).parameters.values()
+        parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     @property
     def types(self) -> dict[str, Any]:
         """The annotations of the method's own parameters."""
-        hints = get_type_hints(self.recipe)
+        hints = get_type_hints(self.function)
         return {name: hints[name] for name in self.parameters}
 
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,18 +64,18 @@ class Method:
     @property
     def takes_student(self) -> bool:
         """Whether the method trains a student. A method that does not annotates ``student`` as None."""
-        return get_type_hints(self.recipe).get("student") is not NoneType
+        return get_type_hints(self.function).get("student") is not NoneType
 
     @property
     def takes_teacher(self) -> bool:
         """Whether the annotation of ``teacher`` requires a teacher."""
-        hint = get_type_hints(self.recipe).get("teacher")
+        hint = get_type_hints(self.function).get("teacher")
         return hint not in (None, NoneType) and NoneType not in get_args(hint)
 
     @property
     def ignores_teacher(self) -> bool:
         """Whether the method never uses a teacher. Such a method annotates ``teacher`` as None."""
-        return get_type_hints(self.recipe).get("teacher") is NoneType
+        return get_type_hints(self.function).get("teacher") is NoneType
 
     def build(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
         """Build the stages or another plan, after all checks that are possible before training.
@@ -89,7 +90,7 @@ class Method:
             raise self._no_student()
         if teacher is None and self.takes_teacher:
             raise self._no_teacher()
-        plan = self.recipe(student, teacher, **settings)
+        plan = self.function(student, teacher, **settings)
         if isinstance(plan, Readout | FineTuning):
             if teacher is None:
                 raise self._no_teacher()
@@ -145,10 +146,10 @@ def load_method(name: str) -> Method:
         module = importlib.import_module(f"{__name__}.{name}")
     else:
         raise MethodError(unknown("method", name, list_methods()))
-    recipe = getattr(module, name, None)
-    if not callable(recipe):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise MethodError(f"{module.__file__} must define the function {name}(student, teacher, *, ...)")
-    return Method(name, recipe)
+    return Method(name, function)
 
 
 def _import_file(path: Path) -> ModuleType:

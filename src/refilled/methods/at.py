@@ -42,7 +42,13 @@ class AttentionLoss(nn.Module):
 
 
 def at(student: ModelShape, teacher: ModelShape, *, weight: float = 1000.0) -> list[Stage]:
-    """Match the spatial attention of feature maps, added to cross-entropy (Zagoruyko and Komodakis, ICLR 2017)."""
+    """Match the spatial attention of feature maps, added to cross-entropy (Zagoruyko and Komodakis, ICLR 2017).
+
+    Args:
+        student: The student, with feature maps.
+        teacher: The teacher, with feature maps; its classes may be any.
+        weight: Factor of the attention loss; 1000 in the authors' code.
+    """
     check_feature_maps(student, teacher)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -22,6 +22,14 @@ def kd_vid(
     """Match softened logits and predict feature maps; needs a teacher of the same classes (Ahn et al., CVPR 2019).
 
     The paper does not publish its weights. The defaults are those of the code commonly used for comparisons.
+
+    Args:
+        student: The student, with feature maps.
+        teacher: The teacher, of the same classes and with feature maps.
+        temperature: T of distillation.
+        ce_weight: Weight of cross-entropy.
+        kd_weight: Weight of distillation.
+        vid_weight: Factor of the VID loss.
     """
     (distillation,) = kd(student, teacher, temperature=temperature, ce_weight=ce_weight, kd_weight=kd_weight)
     (prediction,) = vid(student, teacher, weight=vid_weight)

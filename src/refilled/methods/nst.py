@@ -55,7 +55,13 @@ class NeuronSelectivityLoss(nn.Module):
 
 
 def nst(student: ModelShape, teacher: ModelShape, *, weight: float = 50.0) -> list[Stage]:
-    """Match the distribution of channels' activation patterns, added to cross-entropy (Huang and Wang, 2017)."""
+    """Match the distribution of channels' activation patterns, added to cross-entropy (Huang and Wang, 2017).
+
+    Args:
+        student: The student, with feature maps.
+        teacher: The teacher, with feature maps; its classes may be any.
+        weight: Factor of the selectivity loss.
+    """
     check_feature_maps(student, teacher)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,9 +1,9 @@
-r"""ReFilled: distil how a teacher compares images, whatever classes it was trained on.
+r"""ReFilled: the student learns how a teacher compares images, whatever classes the teacher was trained on.
 
-Two losses, which read no more of the teacher than its embedding of the student's images:
+Both losses read only the teacher's embedding of the student's images:
 
-* triplet alignment (stage 1) matches, triplet by triplet, how much more similar an image is to one of its class than
-  to one of another class;
+* triplet alignment (stage 1) matches, for each triplet, the probability that an image is more similar to one of its
+  class than to one of another class;
 * local knowledge distillation (stage 2) matches the student's class probabilities with those of the teacher's
   nearest-class-mean classifier, over the classes in the batch.
 
@@ -57,43 +57,53 @@ def refilled(
 ) -> list[Stage]:
     """Match triplets in the embedding, then distil a local classifier (Ye, Lu and Zhan, CVPR 2020).
 
+    The defaults are those of the paper for a teacher of other classes, unless a parameter says otherwise. Weights,
+    factors, powers and temperatures have no unit.
+
     Args:
         student: The student.
         teacher: The teacher; its classes may be any, since only its embedding is read.
-        temperature: tau of the teacher's triplet probabilities (2; the paper takes 4 for a same-task teacher).
-        negatives: ``nearest``: one impostor for each pair (paper); ``semihard``: all within ``margin`` (tuples).
-        margin: How much farther than the positive an impostor may be, for ``semihard``.
-        reduction: Whether stage 1 sums over triplets (Eq. 5) or averages.
-        triplet_weight: Factor of the triplet alignment in stage 1.
-        embedding_share: Part of the epochs that goes to stage 1; the paper gives each stage 200.
-        centers: Where the class centres of the teacher's local classifier come from (``batch``: Eq. 7).
-        kd_classes: Which classes that classifier chooses from: those in the ``batch`` (Eq. 7), or ``all``, for which
-            the centres must be ``global``.
-        normalize: Whether that classifier L2-normalises the teacher's embedding.
-        centered: Whether it takes the training set's mean away first.
-        kd_temperature: tau of the local classifier (Eq. 8).
-        kd_weight: Weight of local distillation in the first epoch of its stage: ``1000 * lambda`` with lambda = 0.01
-            (supplement 2.1; 0.02 for CIFAR-100). With 0, stage 2 is cross-entropy alone.
-        kd_decay: The weight falls by ``exp(-kd_decay)`` each epoch; with 0 it stays.
-        kd_average: Over what distillation is a mean. ``elements``: images times the classes compared, which the paper's
-            factor of 1000 goes with (as in the authors' first code): of 10, some 0.14 for each image of a batch of 128.
-            ``images``: the divergence of an image, as Eq. 9 has it.
-        kd_targets: ``embedding``: local distillation; ``logits``: of the teacher's own classifier (Table 5), for a
-            teacher of the same classes.
-        right_only: Whether local distillation leaves out the images that the teacher's local classifier gets wrong.
-        kd_doubt: Power of the weight by which an unlabelled image counts less in local distillation where the
-            teacher is unsure; for unlabelled images among which there are other classes. With ``global`` centres.
-        kd_refine: Number of times that ``global`` centres are taken anew over unlabelled images too.
-        similarity_weight: Weight, beside the classifier, of matching which images of a batch the teacher finds similar
-            (see :mod:`refilled.methods.sp`), labelled or not; not in the paper.
-        regression_weight: Weight, beside the classifier, of pointing where the teacher's centred embedding points,
-            through a learned projector (see :mod:`refilled.methods.regression`); not in the paper.
-        trust: Weigh stage 2's terms of the teacher by what its embedding says about the training labels, to this
-            power (see :mod:`refilled.losses.trust`); 0 trusts every teacher alike, as the paper does.
-        worth: If given, those terms act as a prior worth this number of labelled images per class, for a teacher whose
-            embedding removes half of the labels' entropy; a better teacher is worth more. With more images than that,
-            the weights fall.
-        gamma: If given, train in one stage, with the triplet alignment at this weight (supplement 3.4).
+        temperature: tau of the teacher's triplet probabilities (Eq. 4). The paper has 2, and 4 for a teacher of the
+            same classes (supplement 2.1).
+        negatives: Impostors per same-class pair. ``nearest``: the nearest one that is farther than the positive (the
+            paper, section 4.1). ``semihard``: all of them up to ``margin`` (the authors' later code).
+        margin: For ``semihard``, the largest difference between the distances to impostor and positive, in embeddings
+            of length 1; 0.2 in the authors' later code.
+        reduction: Stage 1 sums over triplets (``sum``, Eq. 5) or averages (``mean``).
+        triplet_weight: Factor of triplet alignment in stage 1; not in the paper, which has no other loss there.
+        embedding_share: Share of the epochs for stage 1, in [0, 1]; in the paper both stages have 200 epochs.
+        centers: Class centres of the teacher's local classifier. ``batch``: means over the batch (Eq. 7).
+            ``leave-one-out``: the same without the image itself. ``global``: means over the training set.
+        kd_classes: Classes of that classifier. ``batch``: those in the batch (Eq. 7). ``all``: all classes, which needs
+            ``global`` centres.
+        normalize: Scale the teacher's embedding to length 1 first; not in the paper.
+        centered: Subtract the mean over the training set from the teacher's embedding first; not in the paper.
+        kd_temperature: tau of the local classifier (Eq. 8); 2 and 4 as for ``temperature``.
+        kd_weight: Weight of local distillation in the first epoch of its stage, ``1000 * lambda`` with lambda = 0.01
+            (supplement 2.1), or 0.02 for CIFAR-100. 0: stage 2 has cross-entropy alone.
+        kd_decay: Rate per epoch: the weight is multiplied by ``exp(-kd_decay)`` after each epoch; 0.05 in the paper. 0:
+            the weight is constant.
+        kd_average: Denominator of the mean in local distillation. ``images``: the number of images (Eq. 9).
+            ``elements``: images times compared classes, as in the authors' first code, to which the factor of 1000
+            belongs. A weight of 10 is then about 0.14 per image in a batch of 128.
+        kd_targets: ``embedding``: local distillation. ``logits``: distillation of the teacher's own classifier, which
+            needs a teacher of the same classes (Table 5).
+        right_only: Leave out of local distillation the images that the teacher's local classifier gets wrong; not in
+            the paper.
+        kd_doubt: Power of the weight that reduces local distillation on unlabelled images where the teacher is unsure,
+            for unlabelled images of other classes also. Needs ``global`` centres. 0: all weights are 1.
+        kd_refine: Number of times that ``global`` centres are recomputed with the unlabelled images; 0 in the paper.
+        similarity_weight: Weight in stage 2 of matching the teacher's similarities between the images of a batch
+            (:mod:`refilled.methods.sp`), labelled or not; 0 in the paper.
+        regression_weight: Weight in stage 2 of matching the direction of the teacher's centred embedding through a
+            learned projector (:mod:`refilled.methods.regression`); 0 in the paper.
+        trust: Power of the teacher's label information (:mod:`refilled.losses.trust`) by which the teacher's losses in
+            stage 2 are multiplied. 0: all teachers have the same weight, as in the paper.
+        worth: Number of labelled images per class that a teacher is worth whose embedding removes half of the labels'
+            entropy. With more images per class, the weights of the teacher's losses in stage 2 fall. None: they do not,
+            as in the paper.
+        gamma: Train in one stage, with this weight of triplet alignment; 0.1 and 0.2 in supplement 3.4. None: train in
+            two stages.
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
     check_choice("kd_targets", kd_targets, get_args(Targets))

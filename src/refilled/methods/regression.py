@@ -56,7 +56,13 @@ class EmbeddingRegressionLoss(nn.Module):
 
 
 def regression(student: ModelShape, teacher: ModelShape, *, weight: float = 10.0) -> list[Stage]:
-    """Match the direction of the teacher's embedding through a learned projector, added to cross-entropy."""
+    """Match the direction of the teacher's embedding through a learned projector, added to cross-entropy.
+
+    Args:
+        student: The student.
+        teacher: The teacher; its classes may be any.
+        weight: Factor of the regression.
+    """
     loss = EmbeddingRegressionLoss(student.embedding_dim, teacher.embedding_dim)
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -79,7 +79,13 @@ def _mean(student_channels: int, teacher_channels: int) -> nn.Sequential:
 
 
 def vid(student: ModelShape, teacher: ModelShape, *, weight: float = 1.0) -> list[Stage]:
-    """Predict the teacher's feature maps, with learned variances, added to cross-entropy (Ahn et al., CVPR 2019)."""
+    """Predict the teacher's feature maps, with learned variances, added to cross-entropy (Ahn et al., CVPR 2019).
+
+    Args:
+        student: The student, with feature maps.
+        teacher: The teacher, with feature maps; its classes may be any.
+        weight: Factor of the VID loss.
+    """
     loss = VariationalLoss(paired_channels(student, teacher))
     terms = {
         "ce": Term(nn.CrossEntropyLoss()),

@@ -1,4 +1,4 @@
-"""From a table to the jobs that fill it: what each cell runs, and where finished results lie."""
+"""The jobs that fill a table: what each cell runs, and where finished results are."""
 
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -9,27 +9,26 @@ from typing import Any
 from refilled.config import YOUNGER, FewShotRun, MetaRun, Recipe, Run
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.methods import list_meta_learners
-from refilled.grid.jobs import FewShotTest, Found, Job, load, name_of
+from refilled.grid.jobs import FewShotTest, Job, JobResult, load, name_of
 from refilled.methods import load_method
-from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, Optimisation, Protocol
-from refilled.paper.tables import Column, FewShotRow, Row, Table
+from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, PaperRecipe, Protocol
+from refilled.paper.schema import Column, FewShotRow, Row, Table
 from refilled.runs.experiment import refuse_other_images
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import with_absolute_paths
 
 _EPOCHS_OF_THE_PAPER = 400  # two stages of 200
 _DECAY_OF_THE_PAPER = 0.05  # of the weight of local distillation, each epoch
-_WARM_UP = 20 / 240  # of the epochs, in which the weight of decoupled distillation rises (Zhao et al., CVPR 2022)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which part of a table to reproduce, and how: the options of ``refilled reproduce``.
+    """The part of a table to reproduce, and how: the options of ``refilled reproduce``.
 
     Attributes:
         scale: One of :data:`~refilled.paper.protocols.SCALES`.
         recipe: One of :data:`~refilled.paper.protocols.RECIPES`.
-        seeds: One run of every cell per seed. Tables that average over tasks use the first seed alone.
+        seeds: Every cell is run once per seed. Tables that average over tasks use only the first seed.
         only: Rows, columns and cells to run, as ``ROW``, ``/COLUMN`` or ``ROW/COLUMN``; empty: all.
         data_root: As in a run.
         device: As in a run.
@@ -62,16 +61,16 @@ class Cell:
     student: str
     """Architecture at this scale."""
     run: Run | FewShotTest | None
-    """None where the cell is about the teacher alone. Paths of the models that it reads are not filled in."""
+    """The job of the cell, without the paths of the models that it reads. None: the cell only evaluates the teacher."""
     teacher: Run | None
     meta: MetaRun | None = None
-    """Meta-training of the teacher before a few-shot test."""
+    """Meta-training of the teacher before a few-shot test; None if there is none."""
     start: Run | None = None
-    """The model from which the students of few-shot tasks start."""
+    """The training of the model from which the students of few-shot tasks start; None if there is none."""
 
     @property
     def name(self) -> str:
-        """Name of the cell, as in ``--only``, with its seed."""
+        """The name of the cell, as in ``--only``, with its seed."""
         return f"{self.row.name}/{self.column.name} seed {self.seed}"
 
 
@@ -88,8 +87,13 @@ def cells(table: Table, choice: Choice) -> list[Cell]:
     ]
 
 
-def chosen(table: Table, found: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+def chosen(table: Table, every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     """Return the cells that ``only`` names.
+
+    Args:
+        table: The table.
+        every: All of its cells.
+        only: As in :class:`Choice`.
 
     Raises:
         RunError: It names a row, a column or a cell that the table does not have.
@@ -105,13 +109,13 @@ def chosen(table: Table, found: Sequence[Cell], only: Sequence[str]) -> list[Cel
             raise RunError(unknown("column", column, columns))
         matching = {
             (cell.row.name, cell.column.name)
-            for cell in found
+            for cell in every
             if row in ("", cell.row.name) and column in ("", cell.column.name)
         }
         if not matching:
             raise RunError(f"'{row}' has no cell in column '{column}'; it has: {', '.join(rows[row].columns or ())}")
         wanted |= matching
-    return [cell for cell in found if not only or (cell.row.name, cell.column.name) in wanted]
+    return [cell for cell in every if not only or (cell.row.name, cell.column.name) in wanted]
 
 
 def _cell(table: Table, row: Row, column: Column, seed: int, choice: Choice) -> Cell:
@@ -197,40 +201,40 @@ def _where(choice: Choice) -> dict[str, Any]:
     return {"threads": 1, "data_root": choice.data_root, "device": choice.device}
 
 
-def _epochs(row: Row, data: Data, recipe: Optimisation) -> int:
+def _epochs(row: Row, data: Data, recipe: PaperRecipe) -> int:
     return max(1, round(row.epochs * (data.epochs or recipe.fields["epochs"])))
 
 
-def _settings(row: Row, protocol: Protocol, data: Data, recipe: Optimisation) -> dict[str, Any]:
-    if row.method == "dkd":
-        return {"warmup_epochs": round(_WARM_UP * _epochs(row, data, recipe)), **row.settings}
+def _settings(row: Row, protocol: Protocol, data: Data, recipe: PaperRecipe) -> dict[str, Any]:
+    epochs = _epochs(row, data, recipe)
+    own = {**{name: round(share * epochs) for name, share in row.shares.items()}, **row.settings}
     if row.method != "refilled":
-        return dict(row.settings)
+        return own
     of_the_protocol = {
         "temperature": protocol.temperature,
         "kd_temperature": protocol.temperature,
         "kd_weight": protocol.kd_weight,
         # With fewer epochs the weight decays as far over a stage as in the paper.
-        "kd_decay": _DECAY_OF_THE_PAPER * _EPOCHS_OF_THE_PAPER / _epochs(row, data, recipe),
+        "kd_decay": _DECAY_OF_THE_PAPER * _EPOCHS_OF_THE_PAPER / epochs,
     }
-    return {**of_the_protocol, **row.settings}
+    return {**of_the_protocol, **own}
 
 
-class Plan:
-    """The jobs behind some cells, and their folders.
+class JobGraph:
+    """The jobs that some cells need, and which jobs must finish before a job can start.
 
     Args:
         cells: Cells of one table or of several.
-        folder: Each job has its own folder below ``folder``.
+        folder: The parent of the jobs' folders. The name of a job is the name of its folder.
     """
 
     def __init__(self, cells: Sequence[Cell], folder: Path) -> None:
         self.folder = folder
         self.runs: dict[str, Job] = {}
         self.needs: dict[str, tuple[str, ...]] = {}
-        """The jobs whose models a job reads, by its name."""
+        """By name of a job, the names of the jobs whose models it reads."""
         self.problems: dict[Cell, RefilledError] = {}
-        """Cells whose jobs cannot be described, with the reason."""
+        """Cells whose jobs are invalid, with the reason."""
         self._names: dict[Cell, tuple[str, str | None]] = {}  # names of a cell's job and of its teacher's
         for cell in cells:
             try:
@@ -246,16 +250,16 @@ class Plan:
         """Return the name of the run of a cell's teacher."""
         return None if cell in self.problems else self._names[cell][1]
 
-    def result(self, name: str | None) -> Found | None:
+    def result(self, name: str | None) -> JobResult | None:
         """Return the result of a job, or None if it is not finished."""
         if name is None or not (self.folder / name / "DONE").exists():
             return None
         return load(self.runs[name], self.folder / name)
 
     def missing(self, cells: Iterable[Cell]) -> dict[str, Job]:
-        """Return the unfinished jobs behind some cells, each after the jobs that it needs."""
-        about = [name for cell in cells if (name := self.run_of(cell))]
-        names = dict.fromkeys(needed for name in about for needed in self._with_needs(name))
+        """Return the unfinished jobs of some cells, each after the jobs that it needs."""
+        final = [name for cell in cells if (name := self.run_of(cell))]
+        names = dict.fromkeys(needed for name in final for needed in self._with_needs(name))
         return {name: self.runs[name] for name in names if self.result(name) is None}
 
     def _with_needs(self, name: str) -> list[str]:
@@ -284,8 +288,8 @@ class Plan:
                 self._refuse_outdated(name, job)
                 if (self.folder / name / "DONE").exists():
                     refuse_other_images(RunFolder(self.folder / name), with_absolute_paths(job))
-            found: dict[str, Any] = {at: str(self.folder / other) for at, other in needed.items()}
-            self.runs[name] = replace(job, **found)
+            paths: dict[str, Any] = {at: str(self.folder / other) for at, other in needed.items()}
+            self.runs[name] = replace(job, **paths)
             if needed:
                 self.needs[name] = tuple(dict.fromkeys(needed.values()))
         return name
@@ -297,11 +301,11 @@ class Plan:
             return
         settled = replace(run, settings=load_method(run.method).settle(run.settings))
         if _in_full(path.read_text(encoding="utf-8")) != _in_full(settled.to_toml()):
-            raise RunError(f"{path.parent} was run when other defaults held; remove it, or choose another --out")
+            raise RunError(f"{path.parent} was run with other default settings; remove it, or choose another --out")
 
 
 def _in_full(record: str) -> dict[str, Any]:
-    """Return a recorded run's optimisation and method settings, without what depends on the machine."""
+    """Return the recipe and the method's settings from a recorded run, without what depends on the machine."""
     recorded = {**YOUNGER, **tomllib.loads(record)}
     recipe = [field.name for field in fields(Recipe) if field.name != "precision"]
     return {name: recorded.get(name) for name in ("settings", *recipe)}

@@ -1,4 +1,4 @@
-"""The values of cells: the accuracy of a finished run, or another measure of it, computed once and kept."""
+"""The values of cells: the accuracy of a finished run, or another measure, which is computed once and kept."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from refilled.methods.kd import softened_kl
 from refilled.models import Backbone, create_model
 from refilled.paper.cells import Cell
 from refilled.paper.protocols import PROTOCOLS
-from refilled.paper.tables import Measure
+from refilled.paper.schema import Measure
 from refilled.runs.inference import network_of, task_of
 from refilled.training.evaluation import embed, nmi
 
@@ -41,8 +41,8 @@ def measure(cell: Cell, run: Path, kept: Path) -> float | None:
         value = _gradient(cell, run) if cell.column.classes else _nmi(cell, run)
         kept.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(value).encode())
-    found: float | None = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    recorded: float | None = json.loads(path.read_text(encoding="utf-8"))
+    return recorded
 
 
 def embed_test_images(cell: Cell, run: Path) -> tuple[Tensor, Tensor]:
@@ -57,8 +57,8 @@ def _nmi(cell: Cell, run: Path) -> float:
 
 
 def _gradient(cell: Cell, run: Path) -> float | None:
-    """Measure what a distillation term adds to the head's gradient, with the run's student as the teacher."""
-    assert cell.column.classes is not None  # such columns always set it
+    """Measure what a distillation term adds to the classifier's gradient. The run's student is the teacher."""
+    assert cell.column.classes is not None  # every column with this measure sets it
     task = task_of(run)
     if cell.column.classes > len(task.classes):
         return None

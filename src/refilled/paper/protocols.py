@@ -1,8 +1,8 @@
 """The setup of the paper's experiments, and reduced versions of it: protocols, scales, recipes.
 
 A protocol defines the images and the teacher of an experiment (supplement 2). A scale defines its size: ``paper`` is
-the paper's; ``mini`` is the same protocol with fewer classes, images and epochs and smaller networks; ``smoke`` only
-shows that everything runs. A recipe defines how all networks are optimised. Two recipes never share a table.
+the paper's; ``mini`` is the same protocol with fewer classes, images and epochs and with smaller networks; ``smoke``
+only shows that everything runs. A recipe defines how all networks are optimised. A table has a single recipe.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from refilled.presets import PRESETS
 
 @dataclass(frozen=True)
 class Data:
-    """What teacher and student learn at one scale."""
+    """The tasks of teacher and student at one scale."""
 
     teacher_task: str
     task: str
@@ -23,7 +23,7 @@ class Data:
     image_size: int | None = None
     """Side length in pixels. None: that of the data."""
     views: int | None = None
-    """Views per training image, embedded by the teacher once for all runs. None: new views in every run. With as many
+    """Views per training image. The teacher embeds them once for all runs. None: new views in every run. With as many
     views as epochs, no student sees a view twice."""
 
 
@@ -36,14 +36,14 @@ class Protocol:
     """Architecture, as in the paper."""
     data: Mapping[str, Data]
     temperature: float
-    """tau of the teacher, in both stages."""
+    """Temperature tau of the teacher, in both stages of ReFilled."""
     kd_weight: float
-    """``1000 * lambda``, of local distillation in its first epoch."""
+    """``1000 * lambda``, the weight of local distillation in its first epoch."""
 
 
 @dataclass(frozen=True)
 class FewShotData:
-    """Images and tasks of a few-shot experiment at one scale. The defaults are the paper's, where it says."""
+    """Images and tasks of a few-shot experiment at one scale. The defaults are the paper's where it gives them."""
 
     pool: str
     """Images with a class split."""
@@ -54,13 +54,13 @@ class FewShotData:
     costly_tasks: int = 600
     """Number of tasks for methods that are slow per task."""
     steps: int = 100
-    """Steps of a network that is trained for a task."""
+    """Training steps of a network per task."""
     tune_tasks: int = 100
     """Number of tasks of the validation classes on which settings and meta-trained models are evaluated."""
     trials: int = 30
-    """Number of settings to try."""
+    """Number of settings that a search tries."""
     costly_trials: int = 30
-    """Number of settings to try for methods that are slow per task. 0: keep those of the row."""
+    """The same for methods that are slow per task. 0: no search; the row's settings are used."""
     meta_tasks: int = 20000
     meta_shots: int = 30
     """Maximum number of shots in meta-training. Tests may have more."""
@@ -95,12 +95,14 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Optimisation:
-    """A recipe: the fields of a run that say how networks are optimised, and the epochs of a teacher."""
+class PaperRecipe:
+    """How all networks of a table are optimised."""
 
     summary: str
     fields: Mapping[str, Any]
+    """Fields of :class:`~refilled.config.Recipe`, for students and teachers."""
     teacher_epochs: int
+    """Epochs of a teacher, instead of those in ``fields``."""
 
 
 SCALES: Mapping[str, Scale] = {
@@ -133,13 +135,13 @@ SCALES: Mapping[str, Scale] = {
     "paper": Scale("the paper: all classes, images and epochs, its own networks", {}),
 }
 
-RECIPES: Mapping[str, Optimisation] = {
-    "paper2020": Optimisation(
+RECIPES: Mapping[str, PaperRecipe] = {
+    "paper2020": PaperRecipe(
         "SGD 0.1, batches of 128, times 0.2 after each quarter of a stage, 200 epochs per stage (supplement 2.1)",
         PRESETS["paper"],
         teacher_epochs=200,
     ),
-    "crd240": Optimisation(
+    "crd240": PaperRecipe(
         "SGD 0.05, batches of 64, times 0.1 at 62.5, 75 and 87.5 % of a stage, 240 epochs (Tian et al., ICLR 2020)",
         {
             "epochs": 240,

@@ -1,7 +1,8 @@
-"""A table of the paper with our numbers next to the printed ones: on the terminal, as CSV, Markdown and HTML."""
+"""The content of a table's report: our numbers next to the paper's, orders, gains, and provenance.
 
-import csv
-import io
+:mod:`refilled.paper.rendering` writes it as text, CSV, Markdown, HTML and pictures.
+"""
+
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,23 +10,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader
-from matplotlib.figure import Figure
-from rich.table import Table as TerminalTable
-from rich.text import Text
 from scipy.stats import spearmanr
 
-from refilled.compare.summary import count_of, mean_and_spread, paired_gain, spread
+from refilled.compare.summary import count_of, mean_and_spread, paired_gain
 from refilled.config import Run
 from refilled.fewshot.evaluation import FewShotResult, recorded_accuracies
-from refilled.files import write_atomic
 from refilled.grid.jobs import load
 from refilled.paper.cells import Cell, Choice
-from refilled.paper.measures import embed_test_images
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
-from refilled.paper.tables import Column, Row, Table
-from refilled.report.pictures import Line, address, draw_lines, draw_scatter, svg, tsne
-from refilled.runs.inference import task_of
+from refilled.paper.schema import Column, Row, Table
 from refilled.runs.result import Result
 
 _FEWEST_ROWS = 3  # for an order to be meaningful
@@ -34,9 +27,6 @@ _FIGURE = {
     "tasks": "the last epoch, or the best on validation tasks in meta-training; the unseen classes are used once",
 }
 _TRAINED = {"teacher": "teacher", "student, all stages together": "run"}
-_IN_ORDER = "rows, best first"
-_GAINS = "gain over the student alone, paired by seed, with its 95 % interval"
-_RANKS = "order of the rows against the paper's (Spearman)"
 
 
 @dataclass(frozen=True)
@@ -45,9 +35,9 @@ class Entry:
 
     Attributes:
         cell: The cell.
-        run: Folder of the run that it is about, where there is one.
-        value: The value of the cell. None: it was not run.
-        interval: Half the width of its 95 % interval over tasks; None where it is about one task.
+        run: Folder of the run that the value comes from. None: the cell was not run.
+        value: The value of the cell. None: it has none.
+        interval: Half the width of the 95 % interval over tasks. None: the value is not a mean over several tasks.
     """
 
     cell: Cell
@@ -57,18 +47,18 @@ class Entry:
 
     @property
     def result(self) -> Result | FewShotResult | None:
-        """What the run found."""
+        """The result of the run; None if the cell was not run."""
         job = self.cell.run or self.cell.teacher
         if self.run is None or job is None:
             return None
-        found = load(job, self.run)
-        assert isinstance(found, Result | FewShotResult)  # no cell is about meta-training alone
-        return found
+        result = load(job, self.run)
+        assert isinstance(result, Result | FewShotResult)  # no cell is about meta-training alone
+        return result
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell as text: ours over its seeds, the paper's number, and the difference."""
+    """A cell as text: our number over its seeds, the paper's number, and the difference."""
 
     ours: str
     paper: str = ""
@@ -91,8 +81,8 @@ class Order:
     Attributes:
         column: The column.
         ours: The rows in our order.
-        papers: The same rows in the paper's.
-        correlation: Spearman's, of the two orders.
+        papers: The same rows in the paper's order.
+        correlation: Spearman's rank correlation of the two orders, -1 to 1.
     """
 
     column: str
@@ -103,15 +93,15 @@ class Order:
 
 @dataclass(frozen=True)
 class TableReport:
-    """The report of a table.
+    """The content of a table's report.
 
     Attributes:
         table: The table.
-        choice: How it was reproduced.
-        entries: One for each cell.
-        teachers: The folder of each teacher's run, by its name.
-        failures: The reason of each failure, by the cell's name.
-        command: The command that resumes or repeats it.
+        choice: The scale, recipe and seeds of the reproduction.
+        entries: One per cell.
+        teachers: The folder of each teacher's run, by the name of the run.
+        failures: The reason of each failure, by the name of the cell.
+        command: The command that resumes or repeats the reproduction.
     """
 
     table: Table
@@ -123,39 +113,13 @@ class TableReport:
 
     @property
     def title(self) -> str:
-        """Title of the table, with scale and recipe."""
+        """The title of the table, with scale and recipe."""
         return f"{self.table.title} ({self.choice.scale}, {self.choice.recipe})"
-
-    def write(self, folder: Path) -> Path:
-        """Write ``results.csv``, ``results.md``, a picture where the table has one, and the page; returns the page."""
-        folder.mkdir(parents=True, exist_ok=True)
-        pictures = {}
-        found = self._picture()
-        if found is not None:
-            caption, figure, numbers = found
-            pictures[caption] = svg(figure)
-            write_atomic(folder / "picture.svg", pictures[caption])
-            write_atomic(folder / "picture.csv", _csv(numbers))
-        write_atomic(folder / "results.csv", _csv(self._long()))
-        write_atomic(folder / "results.md", self._markdown().encode())
-        write_atomic(folder / "report.html", self._page(pictures).encode())
-        return folder / "report.html"
-
-    def terminal(self) -> TerminalTable:
-        """Lay the table out for a terminal."""
-        shown = TerminalTable("", *self._column_names(), title=Text(self.title), show_lines=True)
-        for row in self.table.rows:
-            cells = [self.shown(row, column) for column in self.table.columns]
-            lines = [Text(f"{c.ours}\n{c.beside}" if c.beside else c.ours) if c else Text("") for c in cells]
-            shown.add_row(Text(row.name), *lines)
-        if any(self.ranks()):
-            shown.add_row(Text(_RANKS), *self.ranks())
-        return shown
 
     def sentences(self) -> list[str]:
         """Return the sentences that a reader needs in order to read the table."""
         scale, recipe = SCALES[self.choice.scale], RECIPES[self.choice.recipe]
-        said = [
+        sentences = [
             f"Each cell: ours, {self._mean()}; then the paper's number and the difference. "
             f"{self.table.unit[0].upper()}{self.table.unit[1:]}.",
             f"Scale {self.choice.scale}: {scale.summary}. Recipe {self.choice.recipe}: {recipe.summary}.",
@@ -165,18 +129,18 @@ class TableReport:
         stand_ins = {column.student: scale.network(column.student) for column in self.table.columns}
         changed = ", ".join(f"{ours} for {papers}" for papers, ours in stand_ins.items() if ours != papers)
         if changed:
-            said.append(f"Students instead of the paper's: {changed}.")
-        return [*said, self.table.note] if self.table.note else said
+            sentences.append(f"Students instead of the paper's: {changed}.")
+        return [*sentences, self.table.note] if self.table.note else sentences
 
     def failed(self) -> list[tuple[str, str]]:
-        """Return each reason of failures, with the cells that it concerns."""
+        """Return each reason of failures, with the names of the failed cells."""
         reasons = dict.fromkeys(self.failures.values())
         cells = {reason: [name for name, why in self.failures.items() if why == reason] for reason in reasons}
         return [(r, f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]) for r, names in cells.items()]
 
     def shown(self, row: Row, column: Column) -> Shown | None:
         """Return a cell as text, or None if the row has no cell in the column."""
-        entries = self._at(row, column)
+        entries = self.at(row, column)
         if not entries:
             return None
         values = [entry.value for entry in entries if entry.value is not None]
@@ -193,8 +157,8 @@ class TableReport:
 
     def ranks(self) -> list[str]:
         """Return the rank correlation with the paper for each column; empty where too few rows have both numbers."""
-        found = {order.column: f"{order.correlation:+.2f}" for order in self.orders()}
-        return [found.get(column.name, "") for column in self.table.columns]
+        correlations = {order.column: f"{order.correlation:+.2f}" for order in self.orders()}
+        return [correlations.get(column.name, "") for column in self.table.columns]
 
     def orders(self) -> list[Order]:
         """Sort the rows of each column by our numbers and by the paper's, where enough rows have both."""
@@ -209,19 +173,19 @@ class TableReport:
         if alone is None or self.table.mean_over != "seeds":
             return []
         rows = [row for row in self.table.rows if row is not alone and row.measure == "accuracy"]
-        found = {(row.name, c.name): self._gain(row, alone, c) for row in rows for c in self.table.columns}
-        columns = [c.name for c in self.table.columns if any(found[row.name, c.name] for row in rows)]
-        lines = [[row.name, *(found[row.name, column] for column in columns)] for row in rows]
+        gains = {(row.name, c.name): self._gain(row, alone, c) for row in rows for c in self.table.columns}
+        columns = [c.name for c in self.table.columns if any(gains[row.name, c.name] for row in rows)]
+        lines = [[row.name, *(gains[row.name, column] for column in columns)] for row in rows]
         filled = [line for line in lines if any(line[1:])]
         return [["", *columns], *filled] if filled else []
 
     def _gain(self, row: Row, alone: Row, column: Column) -> str:
-        ours, theirs = ({e.cell.seed: e.value for e in self._at(r, column)} for r in (row, alone))
+        ours, theirs = ({e.cell.seed: e.value for e in self.at(r, column)} for r in (row, alone))
         pairs = [(a, b) for seed, a in ours.items() if a is not None and (b := theirs.get(seed)) is not None]
         return str(paired_gain(*zip(*pairs, strict=True))) if pairs else ""
 
     def _order(self, column: Column) -> Order | None:
-        known = [[entry for entry in self._at(row, column) if entry.value is not None] for row in self.table.rows]
+        known = [[entry for entry in self.at(row, column) if entry.value is not None] for row in self.table.rows]
         both = [entries for entries in known if entries and entries[0].cell.paper is not None]
         papers = [number for entries in both if (number := entries[0].cell.paper) is not None]
         ours = _on_common_tasks(both) if self.table.mean_over == "tasks" else [_mean_value(e) for e in both]
@@ -232,10 +196,12 @@ class TableReport:
             column.name, _sorted(names, ours), _sorted(names, papers), float(spearmanr(ours, papers).statistic)
         )
 
-    def _at(self, row: Row, column: Column) -> list[Entry]:
+    def at(self, row: Row, column: Column) -> list[Entry]:
+        """Return the entries of a row and a column, one per seed."""
         return [entry for entry in self.entries if entry.cell.row is row and entry.cell.column is column]
 
-    def _column_names(self) -> list[str]:
+    def column_names(self) -> list[str]:
+        """Return the names of the columns."""
         return [column.name for column in self.table.columns]
 
     def _on_teachers(self) -> list[str]:
@@ -252,12 +218,14 @@ class TableReport:
             return "one seed"
         if self.table.mean_over == "seeds":
             return f"mean ± standard deviation over {count_of(len(self.choice.seeds), 'seed')}"
-        numbers = {found.n_episodes for entry in self.entries if isinstance(found := entry.result, FewShotResult)}
+        results = [entry.result for entry in self.entries]
+        numbers = {result.n_episodes for result in results if isinstance(result, FewShotResult)}
         tasks = " or ".join(map(str, sorted(numbers, reverse=True)))
         return f"mean over {tasks or 'no'} tasks ± its 95 % interval"
 
-    def _provenance(self) -> dict[str, str]:
-        results = [found for entry in self.entries if (found := entry.result)]
+    def provenance(self) -> dict[str, str]:
+        """Return what the numbers depend on, as text by heading: command, protocol, data, hardware, versions, ..."""
+        results = [result for entry in self.entries if (result := entry.result)]
         summaries = {name: protocol.summary for kind in (PROTOCOLS, FEW_SHOT) for name, protocol in kind.items()}
         protocols = dict.fromkeys(summaries[column.protocol] for column in self.table.columns)
         return {
@@ -274,105 +242,20 @@ class TableReport:
         }
 
     def _epochs(self) -> dict[str, str]:
-        """Return the epochs of networks in this reproduction. A recipe's summary has those of the paper."""
+        """Return the epochs in this reproduction. The summary of a recipe gives those of the paper."""
         taken = {name: [vars(e.cell)[part] for e in self.entries] for name, part in _TRAINED.items()}
         epochs = {name: sorted({job.epochs for job in jobs if isinstance(job, Run)}) for name, jobs in taken.items()}
-        said = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
-        return {"epochs here": "; ".join(said)} if said else {}
+        parts = [f"{name} {_words(numbers)}" for name, numbers in epochs.items() if numbers]
+        return {"epochs here": "; ".join(parts)} if parts else {}
 
     def _views(self) -> dict[str, str]:
         runs = [e.cell.run for e in self.entries if isinstance(e.cell.run, Run) and e.cell.run.views is not None]
         views = _words(sorted({run.views for run in runs if run.views is not None}))
         return {"views": f"{views} of each training image, the same in all runs"} if views else {}
 
-    def _long(self) -> list[list[Any]]:
-        lines: list[list[Any]] = [
-            ["table", "row", "column", "seed", "measure", "value", "paper", "run", "data", "scale", "recipe"]
-        ]
-        if self.table.mean_over == "tasks":
-            lines[0] += ["interval", "tasks", "tasks per second"]
-        for entry in self.entries:
-            cell = entry.cell
-            result = entry.result
-            data = "" if result is None else result.data["fingerprint"][:16]
-            value = "" if entry.value is None else f"{entry.value:.2f}"
-            paper = "" if cell.paper is None else f"{cell.paper:.2f}"
-            found = [value, paper, entry.run.name if entry.run else "", data, self.choice.scale, self.choice.recipe]
-            lines.append([self.table.name, cell.row.name, cell.column.name, cell.seed, cell.row.measure, *found])
-            if isinstance(result, FewShotResult):
-                lines[-1] += [f"{entry.interval:.2f}", result.n_episodes, f"{result.tasks_per_second:.3g}"]
-        return lines
-
-    def _markdown(self) -> str:
-        lines = [["", *self._column_names()], ["---"] * (1 + len(self.table.columns))]
-        for row in self.table.rows:
-            cells = [self.shown(row, column) for column in self.table.columns]
-            lines.append([row.name, *("" if cell is None else str(cell) for cell in cells)])
-        failed = "".join(f"* {names}: {reason}\n" for reason, names in self.failed())
-        sources = "".join(f"* {name}: {value}\n" for name, value in self._provenance().items())
-        parts = [f"# {self.title}\n", "\n\n".join(self.sentences()) + "\n", _markdown_table(lines)]
-        if self.orders():
-            heads = [_IN_ORDER, "ours", "the paper's", "Spearman"]
-            orders = [
-                [o.column, "; ".join(o.ours), "; ".join(o.papers), f"{o.correlation:+.2f}"] for o in self.orders()
-            ]
-            parts.append(_markdown_table([heads, ["---"] * len(heads), *orders]))
-        if self.gains():
-            heads, *gains = self.gains()
-            parts.append(_markdown_table([[_GAINS, *heads[1:]], ["---"] * len(heads), *gains]))
-        parts += [f"Failed:\n\n{failed}"] if failed else []
-        return "\n".join([*parts, sources])
-
-    def _page(self, pictures: Mapping[str, bytes]) -> str:
-        templates = ChoiceLoader(
-            [PackageLoader("refilled.paper"), PackageLoader("refilled.report")]
-        )  # page.html is there
-        page = Environment(loader=templates, autoescape=True).get_template("table.html")
-        return page.render(
-            title=self.title,
-            sentences=self.sentences(),
-            columns=self._column_names(),
-            lines=[(row.name, [self.shown(row, column) for column in self.table.columns]) for row in self.table.rows],
-            in_order=_IN_ORDER,
-            orders=self.orders(),
-            gained=_GAINS,
-            gains=self.gains(),
-            failed=self.failed(),
-            pictures={caption: address(picture) for caption, picture in pictures.items()},
-            provenance=self._provenance(),
-        )
-
-    def _picture(self) -> tuple[str, Figure, list[list[Any]]] | None:
-        """Draw the table's picture; return its caption, the figure, and the numbers in it."""
-        if self.table.picture == "lines" and self._lines():
-            lines = self._lines()
-            numbers = [[line.name, *point] for line in lines for point in line.points]
-            return (
-                f"{self.table.unit}, mean and standard deviation over seeds",
-                draw_lines(lines, self._column_names(), self.table.columns_are, self.table.unit),
-                [["row", self.table.columns_are, "mean", "standard deviation"], *numbers],
-            )
-        if self.table.picture == "t-SNE":
-            embedded = [e for e in self.entries if e.cell.seed == self.choice.seeds[0] and e.value is not None]
-            if len(embedded) == len(self.table.rows):
-                return _scatter(embedded)
-        return None
-
-    def _lines(self) -> list[Line]:
-        lines = []
-        for row in self.table.rows:
-            points = []
-            for column in self.table.columns:
-                values = [entry.value for entry in self._at(row, column) if entry.value is not None]
-                if values:
-                    points.append((column.name, mean(values), spread(values)))
-            if points:
-                lines.append(Line(row.name, points))
-        return lines
-
 
 def _sorted(names: Sequence[str], values: Sequence[float]) -> list[str]:
-    """Sort names by their values, the highest first."""
+    """Return the names in the order of their values, highest first."""
     return [name for _, name in sorted(zip(values, names, strict=True), reverse=True)]
 
 
@@ -384,40 +267,14 @@ def _on_common_tasks(rows: Sequence[Sequence[Entry]]) -> list[float]:
     """Return means over the first tasks, which all rows share, so that no row benefits from easier tasks."""
     accuracies = [recorded_accuracies(entry.run) for (entry,) in rows if entry.run is not None]
     common = min(map(len, accuracies), default=0)
-    return [mean(found[:common]) for found in accuracies]
-
-
-def _scatter(entries: Sequence[Entry]) -> tuple[str, Figure, list[list[Any]]]:
-    embeddings = {}
-    for entry in entries:
-        assert entry.run is not None  # it has a value
-        embeddings[entry.cell.row.name], labels = embed_test_images(entry.cell, entry.run)
-        classes = task_of(entry.run).classes
-    scatter = tsne(embeddings, labels)
-    numbers = [
-        [name, *point, classes[label]]
-        for name, points in scatter.points.items()
-        for point, label in zip(points.tolist(), scatter.labels, strict=True)
-    ]
-    caption = "Test images of ten classes, coloured by class (t-SNE, first seed)"
-    return caption, draw_scatter(scatter, classes), [["embedding", "x", "y", "class"], *numbers]
-
-
-def _markdown_table(lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def _csv(lines: Iterable[Sequence[Any]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text).writerows(lines)
-    return text.getvalue().encode()
+    return [mean(own[:common]) for own in accuracies]
 
 
 def _data(result: Result | FewShotResult) -> str:
-    found, print_ = result.data, result.data["fingerprint"][:16]
+    data, fingerprint = result.data, result.data["fingerprint"][:16]
     if isinstance(result, FewShotResult):
-        return f"{found['pool']}, {found['images']} images of {found['classes']} classes, {print_}"
-    return f"{found['task']}, {_listed(found['images'])} images, {print_}"
+        return f"{data['pool']}, {data['images']} images of {data['classes']} classes, {fingerprint}"
+    return f"{data['task']}, {_listed(data['images'])} images, {fingerprint}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

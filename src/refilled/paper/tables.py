@@ -5,81 +5,11 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+from refilled.paper.schema import Column, FewShotRow, Row, Table
 from refilled.presets import PRESETS
-
-Numbers = tuple[float | None, ...]
-
-Measure = Literal["accuracy", "nmi", "nmi after stage 1", "gradient of kd", "gradient of local kd"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """The protocol and student of a column's cells."""
-
-    name: str
-    protocol: str
-    student: str
-    """Architecture, as in the paper."""
-    shots: int | None = None
-    """Training images of each class; None for all."""
-    classes: int | None = None
-    """How many classes are drawn; only for gradients."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """The method of a row's cells, and the paper's numbers for them."""
-
-    name: str
-    method: str | None
-    """None for a row that only evaluates the teacher."""
-    paper: Numbers
-    """One number per column. None: the paper prints none."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    columns: tuple[str, ...] | None = None
-    """The columns in which the row has cells. None: all."""
-    epochs: float = 1.0
-    """Epochs relative to those of the other rows."""
-    lr: float | None = None
-    """None for the recipe's."""
-    measure: Measure = "accuracy"
-
-
-@dataclass(frozen=True)
-class FewShotRow(Row):
-    """A row of a table about tasks of few images."""
-
-    backbone: str = "convnet4"
-    """Architecture of the frozen model, as in the paper."""
-    search: Mapping[str, str] = field(default_factory=dict)
-    """Values to try on the validation classes, by parameter of the method."""
-    trains: Literal["student", "backbone"] | None = None
-    """Which network is trained for each task: a student, which starts from one of the seen classes, or the backbone."""
-    costly: bool = False
-    """Whether tasks are so slow that small scales have fewer of them."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table or figure of the paper."""
-
-    name: str
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    unit: str = "test accuracy in percent, after the last epoch"
-    teacher: float | None = None
-    """Accuracy of the teacher on its own classes, where the paper prints it."""
-    mean_over: Literal["seeds", "tasks"] = "seeds"
-    """What a cell's number is averaged over."""
-    picture: Literal["lines", "t-SNE"] | None = None
-    columns_are: str = ""
-    """Label of the columns on the axis of a picture."""
-    note: str = ""
-
 
 _WRNS = {"(40, 2)": "wrn_40_2", "(16, 2)": "wrn_16_2", "(40, 1)": "wrn_40_1", "(16, 1)": "wrn_16_1"}
 _WIDTHS = {"1": "mobilenet_1", "0.75": "mobilenet_0.75", "0.5": "mobilenet_0.5", "0.25": "mobilenet_0.25"}
@@ -143,7 +73,8 @@ _TABLE_2 = _rows(
 _NO_NUMBERS = (None,) * 4  # of the columns
 _RKD_ELSEWHERE = Row("RKD, one stage", "rkd", _NO_NUMBERS, {"joint": True})
 _BARS = (
-    Row("DKD", "dkd", _NO_NUMBERS),
+    # The authors raise the weight over the first 20 of 240 epochs (Zhao et al., CVPR 2022).
+    Row("DKD", "dkd", _NO_NUMBERS, shares={"warmup_epochs": 20 / 240}),
     Row("KD, standardised", "kd", _NO_NUMBERS, {"standardize": True, "temperature": 2.0, "kd_weight": 9.0}),
 )
 _OURS = Row("ReFilled, good", "refilled", _NO_NUMBERS, PRESETS["good"]["settings"])

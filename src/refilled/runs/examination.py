@@ -1,4 +1,4 @@
-"""What a teacher knows of the classes at hand, found from a sample before training, and whether it is ignored."""
+"""Examination of a teacher before training: whether its embedding separates the classes, from a sample of images."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,22 +18,22 @@ from refilled.models import Backbone
 from refilled.runs.prepared import Prepared
 from refilled.runs.scoring import finite_embedding
 
-_CLASSES, _PER_CLASS = 20, 25  # of the sample
-_ENOUGH = 5  # images per class, if some classes have this many
-_FEWEST = 12  # images; of two classes of 5, a shuffle is as good as the labels in every 126th case
-_FEWEST_HELD_OUT = 40
+_CLASSES, _PER_CLASS = 20, 25  # size of the sample
+_ENOUGH = 5  # minimum number of images per class, if any class has this many
+_FEWEST = 12  # images; with two classes of 5, one shuffle in 126 is equivalent to the labels
+_FEWEST_HELD_OUT = 40  # images
 _NEXT_TO_NOTHING = 0.02  # untrained networks reach 0.009 to 0.022 on photographs (CUB, CIFAR-100, Tiny-ImageNet)
-_WELL_KNOWN = 0.2  # a teacher that knows so much is found to be better than chance on 40 held-out images
-_SIDE = 32  # pixels to which larger images are averaged down
+_WELL_KNOWN = 0.2  # from this label information on, 40 held-out images suffice to show that it is above chance
+_SIDE = 32  # pixels; larger images are averaged down to this side length
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is thought of a teacher before training; a resumed run keeps it.
+    """The result of the examination of a teacher. A resumed run keeps it.
 
     Attributes:
         ignored: Whether the student is trained without the teacher.
-        notes: What a user should know.
+        notes: Messages for the user.
     """
 
     ignored: bool
@@ -41,7 +41,7 @@ class Verdict:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """Read the verdict in a run's folder; None where the run has none yet."""
+        """Read the verdict from a run's folder; None if there is none yet."""
         path = folder / "teacher.json"
         if not path.exists():
             return None
@@ -49,7 +49,7 @@ class Verdict:
             read = json.loads(path.read_text(encoding="utf-8"))
             return cls(bool(read["ignored"]), tuple(read["notes"]))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{path} is damaged ({error}); train anew with --overwrite") from error
+            raise RunError(f"{path} is damaged ({error}); train again with --overwrite") from error
 
     def save(self, folder: Path) -> None:
         """Write the verdict to a run's folder."""
@@ -58,19 +58,23 @@ class Verdict:
 
 def verdict_on(prepared: Prepared, folder: Path, device: torch.device) -> Verdict:
     """Return the verdict in the run's folder, or judge the teacher and write it there."""
-    found = Verdict.load(folder)
-    if found is None:
-        found = judge(prepared, device)
-        found.save(folder)
-    return found
+    verdict = Verdict.load(folder)
+    if verdict is None:
+        verdict = judge(prepared, device)
+        verdict.save(folder)
+    return verdict
 
 
 def judge(prepared: Prepared, device: torch.device) -> Verdict:
-    """Warn of a teacher that has nothing to teach, by a sample of the training images and of the held-out ones.
+    """Examine a teacher on a sample of the training images and of the held-out images.
 
-    It has nothing to teach if its embedding tells the classes apart no better than chance, or less well than the
-    pixels themselves, or only in the images that are trained on. A run with ``guard`` then ignores it. The test images
-    are not looked at.
+    The verdict is negative if the teacher's embedding separates the classes no better than chance, less well than the
+    pixels, or only on training images. A run with ``guard`` then ignores the teacher; otherwise there is a warning. The
+    test images are not used.
+
+    Args:
+        prepared: The run.
+        device: The device that the teacher runs on.
     """
     fault = None if prepared.teacher is None else _fault(prepared.teacher, prepared, device)
     if fault is None:
@@ -103,12 +107,15 @@ def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> str |
 
 
 def fault_in(embedding: Tensor, pixels: Tensor, labels: Tensor) -> str | None:
-    """Return how badly an embedding tells the classes apart, if that is no better than chance or than the pixels.
+    """Return a phrase if an embedding separates the classes no better than chance, or less well than the pixels.
 
     Args:
         embedding: The teacher's embedding ``(N, d)`` of training images.
-        pixels: The images themselves ``(N, e)``; see :func:`pixels_of`.
+        pixels: The pixels of the images as an embedding ``(N, e)``; see :func:`pixels_of`.
         labels: Class ids ``(N,)``.
+
+    Returns:
+        How well it separates them, as the end of a sentence; None if there is no fault.
     """
     known = label_information(embedding, labels)
     if is_at_chance(partial(label_information, embedding), labels):
@@ -122,7 +129,7 @@ def fault_in(embedding: Tensor, pixels: Tensor, labels: Tensor) -> str | None:
 
 
 def _sample(images: Split, classes: Tensor | None = None) -> Split:
-    """Choose a few images of each of some classes: of those given, or of some that are spread evenly over all."""
+    """Return at most 25 images per class, of the given classes or of 20 classes spread evenly over all."""
     labels = images.labels
     if classes is None:
         classes, counts = labels.unique(return_counts=True)
@@ -135,7 +142,7 @@ def _sample(images: Split, classes: Tensor | None = None) -> Split:
 
 
 def pixels_of(images: Split) -> Tensor:
-    """Return the images themselves as an embedding ``(N, d)``; large ones are averaged down."""
+    """Return the pixels as an embedding ``(N, d)``; large images are averaged down."""
     pixels = images.pixels[torch.arange(len(images))].float()
     if max(pixels.shape[-2:]) > _SIDE:
         pixels = F.adaptive_avg_pool2d(pixels, _SIDE)

@@ -1,7 +1,7 @@
-"""The record of a run's images in its folder, by which images that were trained on are recognised when scored.
+"""The record of a run's images in its folder, to recognise training images when a student is scored later.
 
-``data.json`` says what the task was: its text, its fingerprint, the state of its files. ``images.safetensors`` holds 8
-bytes per image, a digest of its pixels as the student sees them, so that single images are recognised later.
+``data.json`` describes the task: its text, its fingerprint and the state of its files. ``images.safetensors`` holds a
+digest of 8 bytes per image, computed from the pixels as the student sees them.
 """
 
 import json
@@ -29,10 +29,10 @@ class ImageRecord:
 
     Attributes:
         task: The text of the task, with absolute paths.
-        fingerprint: That of the task.
-        stamp: What the files of the task were when they were last seen; see :func:`~refilled.data.task_stamp`.
-        image_size: Side length in pixels that was settled.
-        digests: For each part, a digest of each image ``(N,)``, int64.
+        fingerprint: Fingerprint of the task.
+        stamp: State of the task's files when they were last read; see :func:`~refilled.data.task_stamp`.
+        image_size: Side length of the images in pixels.
+        digests: By split, the digest of each image, int64 ``(N,)``.
     """
 
     task: str
@@ -49,7 +49,11 @@ class ImageRecord:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """Read the record in a run's folder; None where the run has none yet."""
+        """Read the record from a run's folder; None if there is none yet.
+
+        Raises:
+            RunError: It is damaged.
+        """
         if not (folder / "data.json").exists():
             return None
         try:
@@ -57,17 +61,17 @@ class ImageRecord:
             return cls(**about, digests=load_file(folder / "images.safetensors"))
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise RunError(
-                f"the record of images in {folder} is damaged ({error}); train anew with --overwrite"
+                f"the record of images in {folder} is damaged ({error}); train again with --overwrite"
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write the record to a run's folder; ``data.json`` last, so that it is whole where it exists."""
+        """Write the record to a run's folder. ``data.json`` is last, so the record is complete if it exists."""
         about = {name: value for name, value in vars(self).items() if name != "digests"}
         write_atomic(folder / "images.safetensors", save(dict(self.digests)))
         write_atomic(folder / "data.json", (json.dumps(about, indent=2) + "\n").encode())
 
     def changes(self, task: Task) -> str | None:
-        """Return what has changed since, as a phrase; None if the images are the same."""
+        """Return a phrase that describes how the task's images differ from the record; None if they do not."""
         if task.seen_fingerprint == self.fingerprint:
             return None
         changed = [
@@ -79,7 +83,7 @@ class ImageRecord:
         return ", ".join(changed) or "their order or the names of the classes changed"
 
     def trained_on(self, images: Split) -> int:
-        """Return how many of some images the student was trained on, whatever they are called now."""
+        """Return how many of the images the student was trained on. Their names do not matter."""
         return int(torch.isin(image_digests(images), self.digests["train"]).sum())
 
 
@@ -89,7 +93,7 @@ def _parts_of(task: Task) -> dict[str, Split]:
 
 
 def image_digests(images: Split) -> Tensor:
-    """Return a digest of each image ``(N,)``, int64: equal pixels have equal digests."""
+    """Return the digest of each image, int64 ``(N,)``. Equal pixels have equal digests."""
     digests = np.ascontiguousarray(images.digests).view(np.int64).reshape(-1, 2)
     return torch.from_numpy(digests[:, 0].copy())
 

@@ -237,7 +237,7 @@ def _load_student(folder: Path) -> Backbone:
 
 
 def _grey_range_of(model: Backbone) -> GreyRange | None:
-    """Return the black and white of a student's training images with more than 8 bits a channel, if they had any."""
+    """Return the black and white of a student's training images with more than 8 bits per channel, if they had any."""
     return None if model.grey_range is None else GreyRange(*model.grey_range)
 
 

@@ -1,4 +1,4 @@
-"""Scoring what a run has trained, once, when everything is decided."""
+"""Scoring of a trained student, once, at the end of a run."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,32 +26,32 @@ from refilled.training.evaluation import (
 )
 from refilled.training.teacher_cache import fingerprint
 
-_FEW_STEPS = 300
-_IMBALANCED = 5  # times as many images
+_FEW_STEPS = 300  # of optimisation; fewer are noted
+_IMBALANCED = 5  # times as many images in the largest class as in the smallest
 
 
 def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World, notes: Sequence[str] = ()) -> Result:
-    """Score the images that the result is about; nothing else reads them.
+    """Score the student on the images that the result is about; nothing else reads them.
 
     Args:
         prepared: The run.
-        folder: Its folder, with the student as earlier stages left it.
-        seconds: How long training took.
+        folder: The run's folder, with the student at the end of each stage.
+        seconds: Duration of training.
         world: The processes of the run.
-        notes: What happened in training that a reader of the result should know.
+        notes: Messages about training for a reader of the result.
     """
     run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
     device, labels = torch.device(run.device), prepared.scored.labels
     if prepared.readout is None:
-        found, nearest = predict_classes_twice(student, task.train, prepared.scored.pixels, device, world)
+        predicted, nearest = predict_classes_twice(student, task.train, prepared.scored.pixels, device, world)
         ncm_accuracy = accuracy(nearest, labels)
     else:
         train, scored = (finite_embedding(student, split, device, world) for split in (task.train, prepared.scored))
-        found = prepared.readout.classify(train, task.train.labels, scored)
+        predicted = prepared.readout.classify(train, task.train.labels, scored)
         ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
-    by_class = accuracy_by_class(task.classes, found, labels)
+    by_class = accuracy_by_class(task.classes, predicted, labels)
     return Result(
-        accuracy=accuracy(found, labels),
+        accuracy=accuracy(predicted, labels),
         balanced_accuracy=balanced_accuracy(by_class),
         ncm_accuracy=ncm_accuracy,
         class_accuracies=by_class,
@@ -99,17 +99,18 @@ def _about_teacher(prepared: Prepared, teacher: Backbone) -> dict[str, Any]:
 
 
 def _measure_stages(prepared: Prepared, folder: RunFolder, world: World) -> dict[str, dict[str, float]]:
-    """Score the student as each stage but the last left it."""
-    student, task, scored, found = prepared.student, prepared.task, prepared.scored, {}
+    """Score the student at the end of each stage except the last."""
+    student, task, scored = prepared.student, prepared.task, prepared.scored
+    measures = {}
     final = {name: value.clone() for name, value in student.state_dict().items()}
     for stage in prepared.stages[:-1]:
         weights = world.lead(partial(_weights_in, folder.stage(stage.name)))
         if weights is not None:
             student.load_state_dict(weights)
             _, nearest = predict_classes_twice(student, task.train, scored.pixels, prepared.run.device, world)
-            found[stage.name] = {"ncm_accuracy": accuracy(nearest, scored.labels)}
+            measures[stage.name] = {"ncm_accuracy": accuracy(nearest, scored.labels)}
     student.load_state_dict(final)
-    return found
+    return measures
 
 
 def _weights_in(path: Path) -> dict[str, Tensor] | None:
@@ -117,7 +118,7 @@ def _weights_in(path: Path) -> dict[str, Tensor] | None:
 
 
 def _unlabelled(run: Run, task: Task) -> dict[str, Any]:
-    """Return what the record says of unlabelled images: where they are from, how many, and their fingerprint."""
+    """Return the source, the number and the fingerprint of the unlabelled images; empty if there are none."""
     if task.unlabelled is None:
         return {}
     digest = task.unlabelled_fingerprint
@@ -125,7 +126,7 @@ def _unlabelled(run: Run, task: Task) -> dict[str, Any]:
 
 
 def _unseen(prepared: Prepared) -> list[str]:
-    """Return a note where there are unlabelled images that no loss has a use for."""
+    """Return a note if there are unlabelled images but no loss uses them."""
     if prepared.task.unlabelled is None or any(stage.sees_unlabelled for stage in prepared.stages):
         return []
     method = "vanilla" if prepared.ignores_teacher else prepared.run.method
@@ -140,9 +141,9 @@ def _few_steps(run: Run, task: Task) -> list[str]:
     return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
 
 
-def accuracy_by_class(names: Sequence[str], found: Tensor, labels: Tensor) -> dict[str, float | None]:
+def accuracy_by_class(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float | None]:
     """Return the accuracy in percent within each class, by name; None for a class without images."""
-    accuracies = class_accuracies(found, labels, len(names))
+    accuracies = class_accuracies(predicted, labels, len(names))
     return {name: None if a != a else a for name, a in zip(names, accuracies, strict=True)}  # JSON has no NaN
 
 
@@ -168,7 +169,11 @@ def imbalance(task: Task) -> list[str]:
 def finite_embedding(
     teacher: Backbone, images: Split, device: torch.device | str | None = None, world: World = ALONE
 ) -> Tensor:
-    """Embed images by a teacher ``(N, d)``, and refuse numbers that are not finite, naming the image."""
+    """Return a teacher's embeddings ``(N, d)`` of images.
+
+    Raises:
+        ModelError: An embedding is not finite. The message names the image.
+    """
     embedding = embed(teacher, images.pixels, device, world)
     refuse_non_finite(embedding, images.sources)
     return embedding

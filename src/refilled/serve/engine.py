@@ -171,7 +171,7 @@ class Engine:
             return Refusal(400, "empty")
         try:
             width, height = header_size(picture)
-        except Exception as error:  # of any kind, as decoders raise on what is no picture
+        except Exception as error:  # decoders raise errors of any type for damaged pictures
             return Refusal(415, describe(error))
         if width * height > self.max_pixels:
             return Refusal(413, f"too large: {width}x{height}, over {self.max_pixels:,} pixels")

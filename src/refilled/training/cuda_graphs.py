@@ -1,7 +1,7 @@
 """Networks as CUDA graphs: recorded once for each shape of batch, then replayed.
 
-A small network leaves a GPU idle: the processor takes longer to start its hundreds of kernels than the GPU to run them.
-A graph starts all of them at once. It runs the same kernels on the same numbers.
+With a small network, the processor takes longer to launch its hundreds of kernels than the GPU to run them, so the GPU
+is idle. A graph launches all kernels at once. They are the same kernels on the same numbers.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 from refilled.config import Precision
 from refilled.models import Backbone
-from refilled.outputs import Outputs
+from refilled.outputs import Outputs, not_computed
 from refilled.stages import Part
 
-_MOST = 4  # recordings, each of which holds the memory of a pass; an epoch has batches of one or two sizes
+_MOST = 4  # recordings; each keeps the memory of a pass, and an epoch has batches of one or two sizes
 _SINGLE = ("logits", "embedding")
 
 Pass = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def can_be_graphed(network: Backbone, device: torch.device, precision: Precision) -> bool:
-    """Whether the passes of a network may be recorded; a user's own code is trusted with a teacher's only.
+    """Return whether the passes of a network may be recorded.
 
-    What code does beside its kernels, a graph leaves out. A teacher's is checked when it has been recorded
-    (:class:`GraphedNetwork`); a student changes with every pass, so that there is nothing to compare with.
+    A graph contains only the kernels of a pass, not what the Python code does in addition. A network from a user's file
+    is therefore recorded only as a frozen teacher, whose recording can be compared with an ordinary pass. A student
+    changes with every pass, so there is nothing to compare with.
     """
     known = network.architecture is not None or not _is_trained(network)
     return known and device.type == "cuda" and precision in ("bf16-mixed", "32-true")
@@ -36,16 +37,16 @@ def _is_trained(network: nn.Module) -> bool:
 
 
 class GraphedNetwork:
-    """A network on a GPU whose passes are recorded when a shape of batch is first seen; it shares all its tensors.
+    """A network on a GPU whose passes are recorded, once for each shape of batch.
 
-    The outputs of a pass are overwritten by the next one. Shapes beyond the first few, and networks that do what no
-    graph can hold, are run as usual.
+    It shares all tensors with the network. The next pass overwrites the outputs of a pass. Shapes beyond the first 4,
+    and networks that cannot be recorded, run without a graph.
 
     Args:
-        network: The network, in channels-last memory, in the mode that it is to run in. Where it has parameters with
-            gradients, so have its passes.
-        precision: What it computes in. A student's outputs come in float32, as Fabric would give them; a teacher's as
-            they are.
+        network: The network, in channels-last memory, in training or evaluation mode as needed. Passes have gradients
+            if one of its parameters requires them.
+        precision: The precision of the pass. The outputs of a student are converted to float32, as Fabric does; those
+            of a teacher are not.
     """
 
     def __init__(self, network: Backbone, precision: Precision) -> None:
@@ -53,7 +54,7 @@ class GraphedNetwork:
         self._recorded: dict[tuple[object, ...], Pass] = {}
 
     def __call__(self, images: Tensor, parts: frozenset[Part]) -> Outputs:
-        """Return those parts of the outputs of images ``(N, 3, H, W)``; the other tensors are ``(N, 0)``."""
+        """Return the outputs for images ``(N, 3, H, W)``; those not in ``parts`` are not computed, ``(N, 0)``."""
         key = (images.shape, images.dtype, parts)
         if key not in self._recorded:
             chosen = _ChosenParts(self.network, parts, self.mixed)
@@ -63,7 +64,7 @@ class GraphedNetwork:
         return self._outputs(self._recorded[key](images), parts)
 
     def _record(self, chosen: "_ChosenParts", images: Tensor) -> Pass:
-        """Record a pass. Warming up leaves traces, in batch norm's statistics and the random numbers; they go again."""
+        """Record a pass. The warm-up changes batch norm's statistics and the random state, which are restored."""
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         random = torch.cuda.get_rng_state(images.device)
         generator = torch.cuda.default_generators[images.device.index]
@@ -78,9 +79,9 @@ class GraphedNetwork:
                 if self.network.architecture is None:
                     _check_replay(recorded, chosen, images.flip(0))
         except RuntimeError as error:
-            generator.graphsafe_set_state(spare)  # the other one takes itself to be recorded for ever
+            generator.graphsafe_set_state(spare)  # the original one still counts as being recorded
             name = self.network.architecture or "a network from a Python file"
-            warn(f"{name} cannot be recorded as a CUDA graph and is run as usual: {error}", stacklevel=2)
+            warn(f"{name} cannot be recorded as a CUDA graph and runs without one: {error}", stacklevel=2)
             recorded = _ChosenParts(self.network, chosen.parts, self.mixed)
         for name, buffer in self.network.named_buffers():
             buffer.copy_(buffers[name])
@@ -89,13 +90,13 @@ class GraphedNetwork:
 
     def _outputs(self, tensors: tuple[Tensor, ...], parts: frozenset[Part]) -> Outputs:
         single = [name for name in _SINGLE if name in parts]
-        nothing = tensors[0].new_empty(len(tensors[0]), 0)
+        nothing = not_computed(len(tensors[0]), tensors[0])
         named = dict(zip(single, tensors, strict=False))
         return Outputs(named.get("logits", nothing), named.get("embedding", nothing), tensors[len(single) :])
 
 
 class _ChosenParts(nn.Module):
-    """A network whose outputs are only those that are read: of others the gradient is nothing and not zero."""
+    """A network that returns only the outputs that are read. The others then have no gradient instead of zeros."""
 
     def __init__(self, network: Backbone, parts: frozenset[Part], mixed: bool) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class _ChosenParts(nn.Module):
         self.training = network.training
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        # Graphs hold no cached casts of weights: they would be those of the moment when they were recorded.
+        # No cached casts of weights: the graph would keep those of the moment of recording.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.mixed, cache_enabled=False):
             outputs: Outputs = self.network(images, features="features" in self.parts)
         tensors = (*(getattr(outputs, name) for name in _SINGLE if name in self.parts), *outputs.features)
@@ -111,7 +112,7 @@ class _ChosenParts(nn.Module):
 
 
 def _accept_streams() -> None:
-    """Let PyTorch not warn that gradients of a recording come from another stream: that is what recordings do."""
+    """Disable PyTorch's warning that gradients come from another stream, which is normal for a recording."""
     warn_of_it = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if warn_of_it is not None:  # it is not in every PyTorch
         warn_of_it(False)
@@ -121,7 +122,7 @@ def _record_frozen(network: nn.Module, images: Tensor) -> Pass:
     stream = torch.cuda.Stream(images.device)
     stream.wait_stream(torch.cuda.current_stream(images.device))
     with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):  # or a graph would hold what is done on a first call only
+        for _ in range(3):  # so that the graph does not contain work that is done only on the first call
             network(images)
     torch.cuda.current_stream(images.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -137,12 +138,14 @@ def _record_frozen(network: nn.Module, images: Tensor) -> Pass:
 
 
 def _check_replay(recorded: Pass, network: nn.Module, images: Tensor) -> None:
-    """Compare a replay with a pass; code that chooses by what it sees, or by how often it ran, would differ.
+    """Compare a replay with a pass on other images.
+
+    They differ if the code branches on values or counts its calls.
 
     Raises:
-        RuntimeError: they are not the same.
+        RuntimeError: They differ.
     """
     with torch.no_grad():
         wanted: tuple[Tensor, ...] = network(images)
     if not all(map(torch.equal, recorded(images), wanted)):
-        raise RuntimeError("on other images it does not give what it gives when it is run")
+        raise RuntimeError("a replay on other images differs from an ordinary pass")

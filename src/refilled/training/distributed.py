@@ -1,16 +1,17 @@
-"""Several processes that train one student as if they were one.
+"""Distributed training: several processes train one student, with the result of a single process.
 
 ``torchrun`` starts the same command several times. Each process, a *rank*, runs teacher and student on its part of
-every batch; the outputs of all ranks are gathered, so that every rank computes the loss of the whole batch: triplets,
-class centres and softmaxes see all of it. Backwards, a rank follows its own rows of the gathered outputs only. So each
-holds a part of the gradient of the one loss, and the sum of the parts is what a single process would compute.
+every batch. The outputs of all ranks are gathered, and every rank computes the loss of the whole batch, because
+triplets, class centres and softmaxes depend on all of its images. In the backward pass, a rank follows only its own
+rows of the gathered outputs. Each rank thus holds a part of the gradient. The sum of the parts is the gradient of a
+single process.
 
-That is why the student is not wrapped in DistributedDataParallel: it takes means where sums are due, and wants every
-parameter to have a gradient, while a stage that trains an embedding leaves the classifier without one.
+For this reason the student is not wrapped in DistributedDataParallel, which averages gradients where a sum is needed.
+It also expects a gradient for every parameter, but a stage that trains the embedding gives the classifier none.
 
-Batch norm takes its mean and variance over all ranks' images too, or the student would depend on their number. torch's
-own SyncBatchNorm does so on GPUs alone, and takes the place of a module, which may do more than it, as timm's do. Here
-the call is intercepted instead, whichever module makes it.
+Batch norm takes its mean and variance over the images of all ranks. Otherwise the result would depend on the number of
+ranks. torch's SyncBatchNorm works only on GPUs, and it replaces modules, although a module such as timm's may do more
+than batch norm. Here the call of the batch-norm function is intercepted instead.
 """
 
 import os
@@ -29,25 +30,25 @@ from torch.overrides import TorchFunctionMode
 
 from refilled.errors import RankError, RefilledError, RunError
 from refilled.losses.distances import at_least_float32
-from refilled.outputs import Outputs
+from refilled.outputs import Outputs, not_computed
 
 T = TypeVar("T")
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TO_MEET = timedelta(minutes=2)
-# Ranks may wait long, as for the teacher's embeddings of a million images. One that is gone is noticed all the same:
-# its connections close, and torchrun watches it.
+# Ranks may wait long, for example until rank 0 has embedded a million images. A rank that ended is noticed regardless:
+# its connections close, and torchrun monitors it.
 _TO_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together; this one is ``rank`` of ``size``, and rank 0 alone writes and speaks."""
+    """The processes that train together. This one is ``rank`` of ``size``. Only rank 0 writes files and messages."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number on this machine, which is that of its GPU."""
+    """The number of this process on its machine, and of its GPU."""
 
     @property
     def leads(self) -> bool:
@@ -55,20 +56,30 @@ class World:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of ``count`` rows are this rank's; the ranks' parts follow each other and differ by one row at most."""
+        """Return which of ``count`` rows belong to this rank.
+
+        The parts are consecutive in the order of the ranks. Their lengths differ by at most one row.
+        """
         return slice(*(count * rank // self.size for rank in (self.rank, self.rank + 1)))
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """Put all ranks' parts ``(n, ...)`` together to ``(count, ...)``; the gradient comes back to the own part."""
+        """Concatenate the parts ``(n, ...)`` of all ranks to ``(count, ...)``.
+
+        The gradient flows only to this rank's part.
+        """
         return rows if self.size == 1 or count == 0 else cast(Tensor, _Gather.apply(rows, count, self))
 
     def gather_outputs(self, outputs: Outputs, count: int, parts: Container[object] = Outputs._fields) -> Outputs:
-        """Gather those parts of the outputs; the others, which nobody reads, become ``(count, 0)``, or no maps."""
+        """Gather the outputs named in ``parts``.
+
+        No one reads the others: :func:`~refilled.outputs.not_computed` replaces logits and embedding, and feature maps
+        are left out.
+        """
         if self.size == 1:
             return outputs
 
         def whole(name: str, rows: Tensor) -> Tensor:
-            return self.gather(rows, count) if name in parts else rows.new_empty(count, 0)
+            return self.gather(rows, count) if name in parts else not_computed(count, rows)
 
         maps = outputs.features if "features" in parts else ()
         return Outputs(
@@ -81,9 +92,10 @@ class World:
         """Complete the gradients of a loss that every rank computed from the gathered outputs.
 
         Args:
-            divided: Parameters before the gathering, the student's: each rank holds a part of their gradient.
-            repeated: Parameters after it, the losses' own: each rank holds all of it. The mean is taken, or rounding
-                would drive the ranks apart.
+            divided: Parameters of the student, which come before the gathering. Each rank holds a part of their
+                gradient; the parts are summed.
+            repeated: Parameters of the losses, which come after the gathering. Each rank holds the whole gradient. The
+                ranks take the mean, because different rounding would let their parameters diverge.
         """
         if self.size == 1:
             return
@@ -99,15 +111,15 @@ class World:
                 gradient.copy_(total.view_as(gradient))
 
     def global_batch_norm(self) -> AbstractContextManager[object]:
-        """A context in which batch norm, in training, takes its mean and variance over the images of all ranks."""
+        """Return a context in which training batch norm takes its mean and variance over the images of all ranks."""
         return nullcontext() if self.size == 1 else _GlobalBatchNorm(self)
 
     def largest(self, *numbers: int) -> list[int]:
-        """Of each number, the largest that any rank has."""
+        """Return the maximum of each number over the ranks."""
         return list(numbers) if self.size == 1 else _all_reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
 
     def lead(self, action: Callable[[], T]) -> T:
-        """Let rank 0 alone act; all ranks return what it returns, or raise the :class:`RefilledError` it raises."""
+        """Call ``action`` on rank 0 only. All ranks return its result, or raise its :class:`RefilledError`."""
         if self.size == 1:
             return action()
         outcome: list[Any] = [None]
@@ -123,10 +135,13 @@ class World:
         return cast(T, outcome[0])
 
     def check_same(self, **things: object) -> None:
-        """Check that all ranks hold equal things.
+        """Check that all ranks have equal values.
+
+        Args:
+            things: Values by name.
 
         Raises:
-            RunError: they do; it names the first rank that differs from rank 0, and in what.
+            RunError: A rank has another value than rank 0. The message names the first such rank and the values.
         """
         held: list[dict[str, object]] = [{}] * self.size
         with _with_all_ranks():
@@ -140,16 +155,16 @@ class World:
 
 
 ALONE = World()
-"""A process on its own."""
+"""The world of a single process."""
 
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """Join the processes that torchrun started beside this one; without torchrun, a world of one.
+    """Connect to the other processes that torchrun started. Without torchrun, the world is this process.
 
     Raises:
-        RunError: the environment tells of other processes, but not how to meet them; they do not come; or a machine
-            has fewer GPUs than processes.
+        RunError: The environment announces other processes, but not their address; they do not connect; or a machine
+            has GPUs, but fewer than processes.
     """
     size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1:
@@ -157,7 +172,7 @@ def joined() -> Iterator[World]:
         return
     if missing := [name for name in _RENDEZVOUS if name not in os.environ]:
         raise RunError(
-            f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set, so that the processes cannot meet; start "
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set, so the processes cannot connect; start "
             f"them with 'torchrun --nproc-per-node {size} -m refilled ...', or unset WORLD_SIZE"
         )
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -184,16 +199,16 @@ def joined() -> Iterator[World]:
 
 
 def first_to_tell(message: str) -> bool:
-    """Whether no other rank under torchrun has told this message; so an error that all of them meet is told once."""
+    """Return whether this rank is the first to print a message, so that an error of all ranks is printed once."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=5)))
         return int(store.add(f"refilled/{message}", 1)) == 1
     except (RuntimeError, ValueError):
-        return True  # nobody to ask any more
+        return True  # no other rank can be reached
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows. Every rank computes the same loss of them, so its own rows' gradient needs no other's help."""
+    """The rows of all ranks. All ranks compute the same loss, so the gradient of a rank's rows is complete locally."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, count: int, world: World) -> Tensor:
@@ -214,7 +229,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _GlobalBatchNorm(TorchFunctionMode):
-    """Within it, a call of batch norm in training is one over all ranks, whichever module makes it."""
+    """A context in which every training call of batch norm is computed over all ranks, whichever module calls it."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -249,7 +264,7 @@ class _GlobalBatchNorm(TorchFunctionMode):
 
 
 def _moments(x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean ``(C,)``, variance ``(C,)`` and number of each channel's values ``(n, C, ...)`` on all ranks."""
+    """Return mean ``(C,)``, variance ``(C,)`` and count of each channel of ``(n, C, ...)`` over all ranks."""
     x = at_least_float32(x.detach())
     mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     own = torch.cat([mean, variance, mean.new_tensor([x.numel() / len(mean)])])
@@ -261,14 +276,14 @@ def _moments(x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    r"""Batch norm by a mean and a variance over all ranks, with the gradient that goes through both.
+    r"""Batch norm with the mean and variance over all ranks, and with the gradient through both.
 
     With :math:`\hat x = (x - \mu) / \sigma` and :math:`g` the gradient of the output,
 
     .. math:: \frac{\partial}{\partial x} = \frac{w}{\sigma} \Big(g - \frac{1}{M} \sum g
               - \hat x \frac{1}{M} \sum g \hat x\Big),
 
-    the sums being over the M values of a channel on all ranks (Ioffe and Szegedy, ICML 2015).
+    where the sums are over the M values of a channel on all ranks (Ioffe and Szegedy, ICML 2015).
     """
 
     @staticmethod
@@ -295,7 +310,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _all_reduce(numbers: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Sum the numbers over all ranks, in place."""
+    """Reduce the numbers over all ranks in place; the default operation is the sum."""
     with _with_all_ranks():
         dist.all_reduce(numbers, operation)
     return numbers
@@ -306,7 +321,7 @@ def _with_all_ranks() -> Iterator[None]:
     """Turn a failed exchange with the other ranks into a :class:`RankError`."""
     try:
         yield
-    except RuntimeError as error:  # gloo has no kind of its own
+    except RuntimeError as error:  # gloo has no more specific type
         raise RankError(
             "another process of this run has ended, so this one cannot continue; the cause is printed above, or in the "
             "summary of torchrun. Resume the run from its last saved state with --resume"

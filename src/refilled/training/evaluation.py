@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from refilled.data import Pixels, Split
 from refilled.losses.distances import class_centers, pairwise_distances
 from refilled.models import Backbone
-from refilled.outputs import Outputs
+from refilled.outputs import Outputs, not_computed
 from refilled.training.distributed import ALONE, World
 
 SCORING_BATCH = 256  # images at a time
@@ -24,11 +24,18 @@ def outputs_by_batch(
     world: World = ALONE,
     parts: Container[str] = ("logits", "embedding"),
 ) -> Iterator[Outputs]:
-    """Run a model in evaluation mode over images ``(N, 3, H, W)``, not augmented, and give its outputs batch by batch.
+    """Yield the outputs of a model in evaluation mode for images ``(N, 3, H, W)``, not augmented, batch by batch.
 
-    It computes on ``device``, or where the model is. They come on the CPU, in float32; what is not among the ``parts``
-    is ``(B, 0)``. Of no images there is one batch. Several processes run it on ``batch_size`` images each, and all get
-    the outputs of all. The model's mode is put back afterwards.
+    The model's mode is restored afterwards.
+
+    Args:
+        model: The model.
+        pixels: The images. Without images there is one empty batch.
+        device: The device to compute on. None: the model's.
+        batch_size: Images per batch and process.
+        world: The processes that share each batch. Each of them gets the outputs for the whole batch.
+        parts: The outputs to return, in float32 on the CPU. The others are
+            :func:`~refilled.outputs.not_computed`.
     """
     training = model.training
     device = model.mean.device if device is None else device
@@ -39,7 +46,7 @@ def outputs_by_batch(
             (images,) = block[world.part(len(block))].split(batch_size)
             outputs = model(images.to(device)) if len(images) else _of_nothing(model)
             logits, embedding = (
-                rows.float().cpu() if part in parts else torch.empty(len(rows), 0)
+                rows.float().cpu() if part in parts else not_computed(len(rows))
                 for part, rows in (("logits", outputs.logits), ("embedding", outputs.embedding))
             )
             yield world.gather_outputs(Outputs(logits, embedding), len(block), parts)
@@ -58,23 +65,23 @@ def predict(
     world: World = ALONE,
     parts: Container[str] = ("logits", "embedding"),
 ) -> Outputs:
-    """Run a model in evaluation mode over all images ``(N, 3, H, W)``, not augmented; the outputs come on the CPU.
-
-    What is not among the ``parts`` is ``(N, 0)``. Of several processes each runs it on a part, and gets all outputs.
-    """
+    """Return the outputs of a model for all images ``(N, 3, H, W)``; see :func:`outputs_by_batch`."""
     logits, embedding, _ = zip(*outputs_by_batch(model, pixels, device, world=world, parts=parts), strict=True)
     return Outputs(torch.cat(logits), torch.cat(embedding))
 
 
 def embed(model: Backbone, pixels: Pixels, device: torch.device | str | None = None, world: World = ALONE) -> Tensor:
-    """Embed all images ``(N, 3, H, W)`` as :func:`predict` does, to ``(N, d)``."""
+    """Return the embeddings ``(N, d)`` of images ``(N, 3, H, W)``; see :func:`outputs_by_batch`."""
     return predict(model, pixels, device, world, parts=("embedding",)).embedding
 
 
 def predict_classes(
     model: Backbone, pixels: Pixels, device: torch.device | str | None = None, world: World = ALONE
 ) -> Tensor:
-    """Classify all images ``(N, 3, H, W)`` by their highest logit, to ``(N,)``; never are all logits held."""
+    """Return the class ids ``(N,)`` of the highest logits of images ``(N, 3, H, W)``.
+
+    Only the logits of one batch are in memory at a time.
+    """
     batches = outputs_by_batch(model, pixels, device, world=world, parts=("logits",))
     return torch.cat([outputs.logits.argmax(1) for outputs in batches])
 
@@ -82,12 +89,12 @@ def predict_classes(
 def predict_classes_twice(
     model: Backbone, train: Split, pixels: Pixels, device: torch.device | str | None = None, world: World = ALONE
 ) -> tuple[Tensor, Tensor]:
-    """Classify all images by their highest logit, and by the nearest class mean of the training images.
+    """Classify images by their highest logit, and by the nearest class mean of the training images.
 
-    The embeddings are L2-normalised. Neither they nor the logits are held for more than a batch.
+    The embeddings are L2-normalised. Only the outputs of one batch are in memory at a time.
 
     Returns:
-        Class ids ``(N,)``, twice.
+        Class ids ``(N,)`` of the highest logits, and class ids ``(N,)`` of the nearest class means.
     """
     classes, places, counts = train.labels.unique(return_inverse=True, return_counts=True)
     centers = torch.zeros(len(classes), model.embedding_dim)
@@ -102,14 +109,14 @@ def predict_classes_twice(
     return torch.cat(highest), torch.cat(nearest)
 
 
-def accuracy(found: Tensor, labels: Tensor) -> float:
-    """Share, in percent, of the images whose class was found: ids ``(N,)``, twice."""
-    return 100 * (found == labels).double().mean().item()
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Return the accuracy in percent of predicted class ids ``(N,)``, given the true ones ``(N,)``."""
+    return 100 * (predicted == labels).double().mean().item()
 
 
-def class_accuracies(found: Tensor, labels: Tensor, num_classes: int) -> list[float]:
-    """Accuracy in percent within each class; NaN for a class without images."""
-    right = (found == labels).double()
+def class_accuracies(predicted: Tensor, labels: Tensor, num_classes: int) -> list[float]:
+    """Return the accuracy in percent within each class; NaN for a class without images."""
+    right = (predicted == labels).double()
     sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, right)
     return (100 * sums / torch.bincount(labels, minlength=num_classes)).tolist()
 
@@ -117,9 +124,15 @@ def class_accuracies(found: Tensor, labels: Tensor, num_classes: int) -> list[fl
 def nearest_center_accuracy(
     train_embedding: Tensor, train_labels: Tensor, test_embedding: Tensor, test_labels: Tensor
 ) -> float:
-    """Accuracy in percent of the nearest-class-mean classifier on L2-normalised embeddings.
+    """Return the accuracy in percent of the nearest-class-mean classifier on L2-normalised embeddings.
 
-    The centres are the class means of the *training* images ``(N, d)``, never of the images that are scored.
+    The class means are those of the *training* images, never of the scored images.
+
+    Args:
+        train_embedding: ``(N, d)``.
+        train_labels: Class ids ``(N,)``.
+        test_embedding: ``(M, d)``.
+        test_labels: Class ids ``(M,)``.
     """
     centers, classes = class_centers(normalize(train_embedding), train_labels)
     nearest = pairwise_distances(normalize(test_embedding), centers).argmin(1)
@@ -127,11 +140,17 @@ def nearest_center_accuracy(
 
 
 def nmi(embedding: Tensor, labels: Tensor, seed: int = 0) -> float:
-    """Normalised mutual information, in percent, of classes and k-means clusters, as many as there are classes.
+    """Return the normalised mutual information, in percent, of classes and k-means clusters.
 
-    The embedding ``(N, d)`` is L2-normalised first. The information is normalised by the mean of the two entropies.
+    There is one cluster per class. The mutual information is divided by the mean of the two entropies.
 
-    References: Strehl and Ghosh, Cluster Ensembles, JMLR 2002.
+    Args:
+        embedding: ``(N, d)``; L2-normalised first.
+        labels: Class ids ``(N,)``.
+        seed: Seed of k-means.
+
+    References:
+        Strehl and Ghosh, Cluster Ensembles, JMLR 2002.
     """
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score

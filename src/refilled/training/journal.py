@@ -23,28 +23,28 @@ from refilled.training.progress import Display
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end, and its state has been saved."""
+    """A signal requested the end of the run. Its state has been saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
     def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:
-        """Let it travel between processes, which remake an exception from its text otherwise."""
+        """Rebuild the exception from its number in another process; the default would pass the text."""
         return Interrupted, (self.number,)
 
 
 class RunJournal:
-    """A :class:`~refilled.training.loop.Journal` kept in a run's folder.
+    """A :class:`~refilled.training.loop.Journal` in the folder of a run.
 
-    The log holds only what a repeated run would give again. How far it had come is part of every saved state, so
-    that a run which resumes from there continues the log exactly.
+    The log contains only what a repetition of the run would reproduce, so no times. A saved state includes the length
+    of the log, so a resumed run continues the log exactly.
 
     Args:
-        folder: The run's folder.
-        display: Where progress is shown.
-        seconds_between_saves: A state is saved when this time has passed since the last one.
-        world: The processes that train together. Each has a journal; that of rank 0 alone touches the folder.
+        folder: The folder of the run.
+        display: Shows the progress.
+        seconds_between_saves: Minimum time between two saved states.
+        world: The processes that train together. Each has a journal; only that of rank 0 writes to the folder.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class RunJournal:
         self.folder, self.display, self.interval, self.world = folder, display, seconds_between_saves, world
         self.warnings: list[str] = []
         self._log_path = folder / "log.jsonl"
-        self._seconds_before = 0.0  # of training, in earlier processes
+        self._seconds_before = 0.0  # of training in earlier processes
         self._started = self._saved = time.monotonic()
-        self._signal = 0  # that came to this process
-        self._ending = 0  # that came to some process, and all have agreed to end by
+        self._signal = 0  # number of the signal that this process received
+        self._ending = 0  # number of a signal that any process received, after which all end
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before an interruption included."""
+        """Seconds of training so far, including those before an interruption."""
         return self._seconds_before + time.monotonic() - self._started
 
     def restore(self) -> State | None:
-        """Load the newest whole state and cut the log back to where it stood then."""
+        """Load the newest valid state and truncate the log to its length at that time."""
         state = self.world.lead(self._load)
         if state:
             self._seconds_before = float(state.data.get("seconds", 0.0))
@@ -81,13 +81,13 @@ class RunJournal:
         return state
 
     def checkpoint_due(self) -> bool:
-        """Whether a signal came or enough time has passed, here or in another process."""
+        """Whether this process or another one received a signal, or enough time has passed."""
         late = time.monotonic() - self._saved >= self.interval
         self._ending, due = self.world.largest(self._signal, self._signal > 0 or late)
         return bool(due)
 
     def save(self, state: State) -> None:
-        """Write the state; after a signal, end the run."""
+        """Write the state. After a signal, raise :class:`Interrupted`."""
         self.world.lead(lambda: self._write(state))
         self._saved = time.monotonic()
         if self._ending:
@@ -98,15 +98,15 @@ class RunJournal:
         save_state(self.folder, state.tensors, {**state.data, **data})
 
     def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None:
-        """Show it."""
+        """Show the stage."""
         self.display.begin_stage(stage.name, epochs, steps, done)
 
     def step(self, position: Position, images: int, values: Mapping[str, Tensor]) -> None:
-        """Show it."""
+        """Show the step."""
         self.display.step(position.epoch, images, values)
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to the log."""
+        """Add a line to the log, and show the epoch."""
         if not self.world.leads:
             return
         with self._log_path.open("a", encoding="utf-8") as log:
@@ -114,7 +114,7 @@ class RunJournal:
         self.display.epoch(entry)
 
     def end_stage(self, stage: Stage, student: Backbone) -> None:
-        """Keep the student as this stage leaves it, for measures and pictures of what the stage did."""
+        """Save the student at the end of the stage, to measure and picture the effect of the stage."""
         if not self.world.leads:
             return
         stages = self.folder / "stages"
@@ -124,7 +124,7 @@ class RunJournal:
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into a saved state and :class:`Interrupted`; a second SIGINT ends at once."""
+        """Turn SIGTERM and SIGINT into a saved state and :class:`Interrupted`. A second SIGINT ends immediately."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self._signal and number == signal.SIGINT:

@@ -1,4 +1,4 @@
-"""What a person sees while a student trains: bars on a terminal, plain lines elsewhere, or nothing."""
+"""Display of training progress: bars on a terminal, plain lines elsewhere, or nothing."""
 
 import time
 from collections.abc import Mapping
@@ -8,30 +8,30 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-_REDRAW = 0.2  # seconds; reading a loss value waits for the device, so it is not done at every step
+_REDRAW = 0.2  # seconds; reading a loss value waits for the device, so not every step is shown
 
 
 class Display:
-    """Where progress is shown; this one shows nothing."""
+    """A display of progress. The base class shows nothing."""
 
     def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
         """A stage of ``epochs`` times ``steps`` begins, or resumes after ``done`` steps."""
 
     def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
-        """A step on this many images gave these values."""
+        """A step on ``images`` images is finished, with these loss values and statistics."""
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         """An epoch ended."""
 
     def message(self, text: str) -> None:
-        """Something else worth saying happens."""
+        """A message for the user."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """The end of the display."""
 
 
 class _Rate:
-    """Images a second since the last look."""
+    """Images per second since the last call."""
 
     def __init__(self) -> None:
         self.images, self.since = 0, time.monotonic()
@@ -43,7 +43,7 @@ class _Rate:
 
 
 class Bars(Display):
-    """A bar for each stage, with the time left, images per second and the values of the last step."""
+    """One bar per stage, with the remaining time, images per second and the values of the last step."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -66,7 +66,7 @@ class Bars(Display):
         self._rate, self._val = _Rate(), ""
 
     def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
-        """Advance the bar; redraw the values now and then."""
+        """Advance the bar; update the values at most five times per second."""
         self._rate.images += images
         self._progress.advance(self._bar)
         now = time.monotonic()
@@ -75,22 +75,22 @@ class Bars(Display):
             self._progress.update(self._bar, epoch=epoch + 1, values="  ".join(shown))
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
-        """Take note of the validation accuracy, and of the epoch, should it have been too short to be drawn."""
+        """Show the validation accuracy and the epoch, which may have been too short for an update in :meth:`step`."""
         if "val_accuracy" in entry:
             self._val = f"val {entry['val_accuracy']:.1f} %"
         self._progress.update(self._bar, epoch=entry["epoch"])
 
     def message(self, text: str) -> None:
-        """Print it above the bars."""
+        """Print the message above the bars."""
         self._progress.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Leave the bars as they stand."""
+        """Stop updating; the bars stay on the terminal."""
         self._progress.stop()
 
 
 class Lines(Display):
-    """One plain line per epoch, at most one in five seconds, for logs and pipes."""
+    """One plain line per epoch, at most one every five seconds, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -98,7 +98,7 @@ class Lines(Display):
         self._epochs = 0
 
     def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
-        """Print what begins."""
+        """Print the stage."""
         self._epochs, self._rate = epochs, _Rate()
         self._print(f"stage {name}: {epochs} epochs of {steps} steps")
 
@@ -107,7 +107,7 @@ class Lines(Display):
         self._rate.images += images
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
-        """Print the epoch's means, unless a line was printed just now."""
+        """Print the means of the epoch, unless the last line is less than five seconds old."""
         now = time.monotonic()
         if now - self._rate.since < 5 and entry["epoch"] < self._epochs:
             return
@@ -115,7 +115,7 @@ class Lines(Display):
         self._print(f"  epoch {entry['epoch']}/{self._epochs}  {'  '.join(values)}  {self._rate(now):.0f} images/s")
 
     def message(self, text: str) -> None:
-        """Print it."""
+        """Print the message."""
         self._print(text)
 
     def _print(self, line: str) -> None:

@@ -122,7 +122,7 @@ class TeacherCache:
     Args:
         folder: Where the shards lie.
         contents: What they hold.
-        of: The names of teacher and task, for people; they are no part of what identifies a cache.
+        of: The names of teacher and task, for people; they do not identify a cache.
     """
 
     def __init__(self, folder: Path, contents: Contents, of: tuple[str, str] = ("", "")) -> None:

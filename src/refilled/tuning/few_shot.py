@@ -1,11 +1,10 @@
 """Choose hyper-parameters of a few-shot method on tasks of the validation classes, never on the unseen classes."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from refilled.config import FewShotRun
 from refilled.data import queries_left
@@ -13,6 +12,7 @@ from refilled.errors import RunError, unknown
 from refilled.fewshot.evaluation import load_side, make_bank, resolve, task_accuracies
 from refilled.fewshot.methods import FewShotMethod, load_few_shot_method
 from refilled.runs.determinism import use_machine
+from refilled.tuning.search_space import import_optuna, parse_values
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -34,7 +34,7 @@ def tune(
 
     Args:
         run: The test to tune for. Its tasks are drawn from the validation classes instead.
-        search: By parameter of the method, a range ``"0.1..10"`` or ``"0.1..10:log"``, or choices ``"a,b"``.
+        search: By parameter of the method, the values to try; see :mod:`refilled.tuning.search_space`.
         trials: Number of settings to try, including those of earlier starts.
         n_episodes: Number of tasks per trial.
         storage: The file that keeps the search.
@@ -46,7 +46,7 @@ def tune(
     Raises:
         RunError: Optuna is not installed, or the search is invalid.
     """
-    optuna = _optuna()
+    optuna = import_optuna()
     method = load_few_shot_method(run.method)
     distributions = {name: _distribution(method, name, text) for name, text in search.items()}
     run = resolve(replace(run, side="val", n_episodes=n_episodes))
@@ -57,12 +57,12 @@ def tune(
 
     def accuracy(trial: "Trial") -> float:
         learner = method.learner(bank, {**run.settings, **trial.params})
-        found: list[float] = []
+        accuracies: list[float] = []
         for first in range(0, n_episodes, run.batch):
             numbers = range(first, min(first + run.batch, n_episodes))
-            found += task_accuracies(learner, pool.train.labels, numbers, run)
-        progress(f"trial {trial.number + 1}: {mean(found):.2f} %  {trial.params}")
-        return mean(found)
+            accuracies += task_accuracies(learner, pool.train.labels, numbers, run)
+        progress(f"trial {trial.number + 1}: {mean(accuracies):.2f} %  {trial.params}")
+        return mean(accuracies)
 
     storage.parent.mkdir(parents=True, exist_ok=True)
     journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
@@ -82,32 +82,6 @@ def tune(
 
 
 def _distribution(method: FewShotMethod, name: str, text: str) -> "BaseDistribution":
-    """Parse the values to try for a parameter."""
-    distributions = _optuna().distributions
     if name not in method.parameters:
         raise RunError(f"--tune {name}: {unknown('parameter', name, method.parameters)}")
-    bounds = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
-    if bounds is None:
-        listed: BaseDistribution = distributions.CategoricalDistribution(text.split(","))
-        return listed
-    types = (method.types[name], *get_args(method.types[name]))
-    kind = int if int in types else float
-    if kind not in types:
-        raise RunError(f"{name} is not a number and has no range; list the values to try, as in {name}=this,that")
-    make = distributions.IntDistribution if kind is int else distributions.FloatDistribution
-    try:
-        found: BaseDistribution = make(kind(bounds[1]), kind(bounds[2]), log=bounds[3] is not None)
-    except ValueError as error:
-        raise RunError(
-            f"{name}={text} is not a range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log"
-        ) from None
-    return found
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise RunError("tuning needs Optuna: pip install 'refilled[tune]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+    return parse_values(name, method.types[name], text)[0]

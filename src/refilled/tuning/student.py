@@ -8,13 +8,12 @@ A tuning folder holds ``tuning.toml`` (the run and the search), ``journal.log`` 
 and ``best/<number>``, the final run with the values of that trial.
 """
 
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +26,7 @@ from refilled.runs.experiment import check, complete
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
+from refilled.tuning.search_space import import_optuna, parse_values
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -64,8 +64,8 @@ def tune(
 
     Args:
         run: The run that all trials share. Its ``val`` is the fraction of the training images that is held out.
-        search: By name of a parameter of the method or a field of :class:`~refilled.config.Recipe`, a range
-            ``"1..100"`` or ``"1..100:log"``, or choices ``"1,2,4"``.
+        search: By name of a parameter of the method or a field of :class:`~refilled.config.Recipe`, the values to try;
+            see :mod:`refilled.tuning.search_space`.
         trials: Number of trials, including those of earlier calls and of other processes.
         folder: Folder of the tuning.
         on_trial: Called after each trial with its number, values and accuracy in percent. The accuracy is None if the
@@ -98,34 +98,13 @@ def tune(
 
 
 def _distribution(run: Run, name: str, text: str) -> "BaseDistribution":
-    """Parse the values to try for a parameter."""
-    distributions = _optuna().distributions
     searchable = {**_recipe_types(), **load_method(run.method).types}
     if name not in searchable:
         raise RunError(unknown("parameter to search", name, searchable))
-    bounds = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
-    if bounds is None:
-        choices = [choice.strip() for choice in text.split(",")]
-        for choice in choices:
-            resolve(_with(run, {name: choice}))
-        listed: BaseDistribution = distributions.CategoricalDistribution(choices)
-        return listed
-    types = (searchable[name], *get_args(searchable[name]))
-    if int not in types and float not in types:
-        raise RunError(f"{name} is not a number and has no range; list the values to try, as in {name}=this,that")
-    found: BaseDistribution
-    try:
-        if int in types:
-            found = distributions.IntDistribution(int(bounds[1]), int(bounds[2]), log=bounds[3] is not None)
-        else:
-            found = distributions.FloatDistribution(float(bounds[1]), float(bounds[2]), log=bounds[3] is not None)
-    except ValueError as error:
-        raise RunError(
-            f"{name}={text} is not a range: {error}; write {name}=LOW..HIGH or {name}=LOW..HIGH:log"
-        ) from None
-    for end in (bounds[1], bounds[2]):
-        resolve(_with(run, {name: end}))
-    return found
+    distribution, texts = parse_values(name, searchable[name], text)
+    for value in texts:
+        resolve(_with(run, {name: value}))
+    return distribution
 
 
 def _recipe_types() -> dict[str, Any]:
@@ -166,7 +145,7 @@ def _begin(run: Run, search: Mapping[str, str], folder: Path) -> None:
 
 
 def _open(folder: Path) -> "Study":
-    optuna = _optuna()
+    optuna = import_optuna()
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
     study: Study = optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
@@ -186,7 +165,7 @@ def _next(
     claims: ExitStack,
 ) -> "FrozenTrial | None":
     """Resume an abandoned trial, or start a new one. The trial is locked until ``claims`` is closed."""
-    optuna = _optuna()
+    optuna = import_optuna()
     with alone(folder):  # one process at a time, so that each sees which trials are taken
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             if _claim(folder, str(trial.number), claims):
@@ -225,13 +204,13 @@ def _try(study: "Study", trial: "FrozenTrial", run: Run, folder: Path) -> float 
 
 def _tell(study: "Study", trial: "FrozenTrial", accuracy: float | None) -> None:
     if accuracy is None:
-        study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
+        study.tell(trial.number, state=import_optuna().trial.TrialState.FAIL)
     else:
         study.tell(trial.number, accuracy)
 
 
 def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
-    states = _optuna().trial.TrialState
+    states = import_optuna().trial.TrialState
     with ExitStack() as claims:
         if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
             return None
@@ -242,12 +221,3 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         assert best.value is not None  # it is complete
         final_folder = folder / "best" / str(best.number)
         return Tuned(best.params, best.value, complete(final, final_folder), final_folder)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise RunError("tuning needs Optuna, which is not installed: pip install 'refilled[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

@@ -1,4 +1,4 @@
-"""CIFAR-100: 100 classes, 500 training and 100 test images of 32x32 each."""
+"""CIFAR-100: 100 classes with 500 training and 100 test images each, 32x32."""
 
 import logging
 import os
@@ -22,9 +22,9 @@ from refilled.errors import TaskError
 SUMMARY = "60,000 photographs, 100 classes, 32x32; Parquet or the authors' files, else downloaded (161 MB)"
 CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # of the archive, published beside it
+MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # of the archive, as published
 _FOLDER = "cifar-100-python"
-_FILES = ("meta", "test", "train")  # the one that is looked for comes last
+_FILES = ("meta", "test", "train")  # train is written last: its presence shows that the download is complete
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): ("numpy._core.multiarray", "_reconstruct"),
@@ -36,23 +36,23 @@ _ALLOWED = {
 
 
 def open_cifar100(data_root: Path, image: str | None = None, label: str | None = None) -> Source:
-    """Open CIFAR-100 below ``data_root``; where it is missing, download it.
+    """Open CIFAR-100 below ``data_root``. If it is missing, download it.
 
-    It is found as Parquet (``cifar100/train.parquet``, ``cifar100/test.parquet``) and as the authors' Python files
-    (``cifar100/cifar-100-python/{train,test,meta}``, or ``cifar-100-python/`` itself). Both have the same classes in
-    the same order.
+    Two formats are read: Parquet (``cifar100/train.parquet``, ``cifar100/test.parquet``), and the authors' Python files
+    (``cifar100/cifar-100-python/{train,test,meta}`` or ``cifar-100-python/{train,test,meta}``). Both give the same
+    classes in the same order.
 
     References: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 
     Raises:
-        TaskError: It is neither there nor can it be downloaded, or a file is damaged.
+        TaskError: It is missing and cannot be downloaded, or a file is damaged.
     """
     home = data_root / "cifar100"
     if is_parquet(home):
-        found = open_parquet(home, image, label)
-        return Source(found.classes, found.train, found.val, found.test, image_size=32, fixed=True, citation=CITATION)
+        table = open_parquet(home, image, label)
+        return Source(table.classes, table.train, table.val, table.test, image_size=32, fixed=True, citation=CITATION)
     if image or label:
-        raise TaskError("only CIFAR-100 in Parquet files has columns to choose from; leave out @image= and @label=")
+        raise TaskError("CIFAR-100 has columns to choose from only in Parquet files; leave out @image= and @label=")
     for folder in (home / _FOLDER, data_root / _FOLDER):
         if (folder / "train").is_file():
             return _open_pickles(folder)
@@ -70,41 +70,42 @@ def _open_pickles(folder: Path) -> Source:
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or not isinstance(labels, list):
             raise TaskError(f"{folder / part} does not hold CIFAR-100's images; download it again from {URL}")
         if pixels.shape != (len(labels), 3072) or not all(label in range(len(classes)) for label in labels):
-            raise TaskError(f"{folder / part} has labels that fit neither images nor names; download it from {URL}")
+            raise TaskError(
+                f"{folder / part} has labels that do not match its images or class names; download it again from {URL}"
+            )
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts[part] = ArrayPart(np.array(labels, dtype=np.int64), images, part)
     return Source(classes, parts["train"], None, parts["test"], image_size=32, fixed=True, citation=CITATION)
 
 
 class _AllowList(pickle.Unpickler):
-    """Builds arrays and plain containers, and refuses to name anything else."""
+    """Unpickler for arrays and plain containers. It refuses every other global name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(*_ALLOWED[module, name])
 
 
 def load_pickle(file: Path) -> dict[str, Any]:
-    """Load one of the authors' pickles: a dictionary of arrays and lists, with keys as text.
+    """Load one of the authors' pickles: a dictionary of arrays and lists, with text keys.
 
     Raises:
-        TaskError: The file is damaged, or it asks for anything but NumPy arrays; nothing of it is run then.
+        TaskError: The file is damaged, or refers to anything but NumPy arrays. No code of the file is run.
     """
     try:
         content = _AllowList(BytesIO(file.read_bytes()), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise TaskError(
-            f"{file} is refused: not a file of CIFAR-100 ({error}); download it again from {URL}"
-        ) from error
+    except Exception as error:  # a damaged pickle raises errors of nearly any kind
+        raise TaskError(f"{file} is not a file of CIFAR-100 ({error}); download it again from {URL}") from error
     if not isinstance(content, dict):
-        raise TaskError(f"{file} is refused: it holds no dictionary; download it again from {URL}")
+        raise TaskError(f"{file} is not a file of CIFAR-100 (it holds no dictionary); download it again from {URL}")
     return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in content.items()}
 
 
 def _download(home: Path) -> None:
     advice = (
-        f"get {URL}, unpack it to {home / _FOLDER}, or point --data-root or REFILLED_DATA at the folder that holds it"
+        f"download {URL} and unpack it to {home / _FOLDER}, or point --data-root or REFILLED_DATA at the folder that "
+        "holds it"
     )
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise TaskError(f"CIFAR-100 is not below {home}, and downloads are off (HF_HUB_OFFLINE); {advice}")
@@ -115,7 +116,7 @@ def _download(home: Path) -> None:
                 shutil.copyfileobj(response, archive)
             archive.seek(0)
             if file_digest(archive, "md5").hexdigest() != MD5:
-                raise OSError("what came is not what the authors published")
+                raise OSError("the MD5 checksum does not match")
             archive.seek(0)
             _unpack(archive, home / _FOLDER)
     except (OSError, HTTPException, tarfile.TarError, KeyError) as error:
@@ -123,13 +124,13 @@ def _download(home: Path) -> None:
 
 
 def _unpack(archive: IO[bytes], folder: Path) -> None:
-    """Copy the three files out by name: nothing in the archive can choose where it is written."""
+    """Extract the three files by name, so that the archive cannot choose where files are written."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=archive) as opened:
         for name in _FILES:
             member = opened.extractfile(f"{_FOLDER}/{name}")
             if member is None:
-                raise KeyError(f"{name} is no file in the archive")
+                raise KeyError(f"{name} is not a file in the archive")
             unfinished = folder / f"{name}.part"
             unfinished.write_bytes(member.read())
             unfinished.replace(folder / name)

@@ -1,7 +1,7 @@
-"""Which column of a table holds the images and which the labels, and what the cells of a label column mean.
+"""Find the columns of images and labels in a table, and convert the cells of a label column.
 
-A label column is known by its name or by its type ``ClassLabel``, never because no other column is left. A column with
-another value in each row is no label, whatever its name.
+A label column is recognised by its name or by its type ``ClassLabel``, never because no other column is left. A column
+with a different value in each row is not a label column, whatever its name.
 """
 
 import math
@@ -35,12 +35,12 @@ LABEL_NAMES = (
     "targets",
     "categories",
 )
-"""What label columns are called; of several, the one that stands first here is taken."""
+"""Usual names of label columns, in order of preference."""
 
 PART_COLUMNS = ("split", "part", "set", "fold", "subset", "partition", "usage", "phase")
-"""What a column is called that says which part a row belongs to."""
+"""Usual names of a column that gives the part of each row, in order of preference."""
 
-_WRITABLE = re.compile("[^,=@:/]+")  # what the text of a task can hold after @label=
+_WRITABLE = re.compile("[^,=@:/]+")  # names that can follow @label= in the text of a task
 _SHOWN = 8  # columns, values or classes that an error lists
 
 
@@ -50,9 +50,9 @@ class Column:
 
     name: str
     type: str
-    """As the table calls it."""
+    """The type's name in the table's format."""
     names: tuple[str, ...] | None = None
-    """The names of the classes 0, 1, ..., where the table says them."""
+    """Names of the classes 0, 1, ..., if the table gives them."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,28 @@ class Cells:
     """The file, for errors."""
     values: Sequence[Any]
     names: Mapping[int, str] | None = None
-    """The name of each integer label, where the file says it."""
+    """The name of each integer label, if the file gives it."""
 
 
 def choose_image(candidates: Sequence[str], columns: Sequence[str], where: str) -> str:
-    """Choose the image column among those of a fitting type: the only one, or one with a usual name.
+    """Return the image column: the only candidate, or one with a usual name.
+
+    Args:
+        candidates: The columns whose type can hold images.
+        columns: The names of all columns, for the error.
+        where: The name of the table, for the error.
 
     Raises:
-        TaskError: None can be told from the others.
+        TaskError: There are several candidates or none, and no usual name among them.
     """
     if len(candidates) == 1:
         return candidates[0]
-    by_name = [column for name in IMAGE_NAMES for column in candidates if _plain(column) == name]
+    by_name = [column for name in IMAGE_NAMES for column in candidates if plain_name(column) == name]
     if by_name:
         return by_name[0]
     raise TaskError(
-        f"cannot tell which column of {where} is the image: it has {', '.join(columns)}; add @image=COLUMN to the task"
+        f"cannot tell which column of {where} holds the images: it has {', '.join(columns)}; add @image=COLUMN to the "
+        "task"
     )
 
 
@@ -88,29 +94,29 @@ def choose_label(
     where: str,
     read: Callable[[str], Mapping[str, Sequence[Cells]]],
 ) -> str:
-    """Choose the label column among those of a fitting type, by its name, or as the only ``ClassLabel``.
+    """Return the label column: one with a usual name, or the only ``ClassLabel``.
 
     Args:
-        candidates: The columns whose values can be classes.
+        candidates: The columns whose type can hold labels.
         columns: The names of all columns, for the error.
-        where: What to call the table in errors.
-        read: Reads a column of every file of every part, to tell which columns the error can recommend.
+        where: The name of the table, for the error.
+        read: Returns the cells of a column, by part and file; decides which columns the error recommends.
 
     Raises:
-        TaskError: There is none; the error names the columns that can be chosen and the words that choose them.
+        TaskError: There is none. The message lists the usable columns and the option that selects each.
     """
-    by_name = [column.name for name in LABEL_NAMES for column in candidates if _plain(column.name) == name]
+    by_name = [column.name for name in LABEL_NAMES for column in candidates if plain_name(column.name) == name]
     if by_name:
         return by_name[0]
     by_type = [column.name for column in candidates if column.names is not None]
     if len(by_type) == 1:
         return by_type[0]
-    question = f"cannot tell which column of {where} is the label: it has {', '.join(columns)}"
+    question = f"cannot tell which column of {where} holds the labels: it has {', '.join(columns)}"
     usable = [column for column in candidates if _is_usable(column.name, read)]
     if not usable:
         raise TaskError(
-            f"{question}. None of them can be: a label is text, true or false, or a whole number, is given for every "
-            "image, and is the same for several; add a column 'label'"
+            f"{question}. None of them qualifies: a label is text, true or false, or a whole number; every image has "
+            "one, and several images share it. Add a column 'label'"
         )
     shown = "; ".join(f"{advice(column.name)} ({column.type})" for column in usable[:_SHOWN])
     raise TaskError(f"{question}. Add one of these to the task: {shown}")
@@ -125,25 +131,28 @@ def _is_usable(column: str, read: Callable[[str], Mapping[str, Sequence[Cells]]]
 
 
 def advice(column: str) -> str:
-    """Return the words that choose a column as the label."""
+    """Return the option of a task's text that selects a column as the label."""
     if _WRITABLE.fullmatch(column):
         return f"@label={column}"
-    return f"@label=NEWNAME after renaming column {column!r}, whose name the text of a task cannot hold"
+    return f"@label=NEWNAME after renaming column {column!r}, whose name cannot be written in the text of a task"
 
 
 def read_labels(parts: Mapping[str, Sequence[Cells]], column: str) -> tuple[tuple[str, ...], dict[str, Rows]]:
-    """Turn the labels of all parts into positions in one tuple of class names.
+    """Convert the labels of all parts to positions in one tuple of class names.
 
-    Text is its own name and comes in alphabetical order; numbers come in their order. Booleans, and floats that are
-    whole, are read as they are meant: ``True``, ``1.0``. Every file is looked at: all must hold the same kind of label,
-    and give the same number the same name.
+    Classes are sorted: text alphabetically, numbers by value. Text labels are their own class names. Whole floats, such
+    as ``1.0``, are converted to integers. All files must hold the same kind of label, and must give the same number the
+    same name.
 
     Args:
         parts: The label column of every file of every part.
         column: Its name, for errors.
 
+    Returns:
+        The names of the C classes, and the positions ``(N,)`` of the labels of each part.
+
     Raises:
-        TaskError: Cells are empty, are no labels, contradict each other, lack a name, or all differ.
+        TaskError: Cells are empty, are not labels, contradict each other, lack a name, or all differ.
     """
     read = {part: [_read(cells, column) for cells in files] for part, files in parts.items()}
     files = [file for part in read.values() for file in part]
@@ -152,7 +161,7 @@ def read_labels(parts: Mapping[str, Sequence[Cells]], column: str) -> tuple[tupl
     values = {value for file in files for value in file.values}
     everywhere = " and ".join(dict.fromkeys(file.where for file in files[:2])) + (" and others" if files[2:] else "")
     if not values:
-        raise TaskError(f"column '{column}' of {everywhere} holds nothing: there are no rows")
+        raise TaskError(f"column '{column}' of {everywhere} is empty: there are no rows")
     refuse_all_different(sum(len(file.values) for file in files), len(values), column, everywhere)
     if names is None:
         names = {value: str(value) for value in values}
@@ -160,29 +169,29 @@ def read_labels(parts: Mapping[str, Sequence[Cells]], column: str) -> tuple[tupl
         for value in file.values:
             if value not in names:
                 raise TaskError(
-                    f"column '{column}' of {file.where} holds label {value!r}, but there are names for {min(names)} to "
-                    f"{max(names)} only"
+                    f"column '{column}' of {file.where} holds label {value!r}, but names exist only for "
+                    f"{min(names)} to {max(names)}"
                 )
     position = {value: place for place, value in enumerate(sorted(names))}
     labels = {
-        part: np.array([position[value] for file in found for value in file.values], dtype=np.int64)
-        for part, found in read.items()
+        part: np.array([position[value] for file in part_files for value in file.values], dtype=np.int64)
+        for part, part_files in read.items()
     }
     return tuple(names[value] for value in position), labels
 
 
 def refuse_all_different(rows: int, values: int, column: str, where: str) -> None:
-    """Raise a :class:`TaskError` if no two rows share a value: such a column numbers the images."""
+    """Raise a :class:`TaskError` if no two of more than two rows share a value; such a column numbers the images."""
     if rows > 2 and rows == values:
         raise TaskError(
-            f"column '{column}' of {where} is no label: it holds another value in each of its {rows} rows, so that no "
-            "two images share a class. Name the label with @label=COLUMN"
+            f"column '{column}' of {where} is not a label: its {rows} rows all hold different values, so that no two "
+            "images share a class. Name the label with @label=COLUMN"
         )
 
 
 @dataclass(frozen=True)
 class _File:
-    """The labels of one file: all of them int, all bool or all str."""
+    """The labels of one file: all int, all bool or all str."""
 
     where: str
     values: list[Any]
@@ -204,8 +213,8 @@ def _read(cells: Cells, column: str) -> _File:
     values = [_label(value, where) for value in cells.values]
     kinds = {type(value) for value in values}
     if len(kinds) > 1:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise TaskError(f"{where} must hold one kind of label, but holds {found}")
+        mixture = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TaskError(f"{where} must hold one kind of label, but holds {mixture}")
     return _File(cells.where, values, None if cells.names is None else dict(cells.names))
 
 
@@ -218,14 +227,14 @@ def _label(value: Any, where: str) -> bool | int | str:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise TaskError(f"{where} holds bytes that are no text; name the label with @label=COLUMN") from None
+            raise TaskError(f"{where} holds bytes that are not text; name the label with @label=COLUMN") from None
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == math.floor(value):
         return int(value)
     if isinstance(value, bool | int | str):
         return value
     kind = "fractions" if isinstance(value, float | Decimal) else type(value).__name__
     raise TaskError(
-        f"{where} holds {kind} such as {str(value)[:40]}, which are no classes: a label is text, true or false, or a "
+        f"{where} holds {kind} such as {str(value)[:40]}, which cannot be labels: a label is text, true or false, or a "
         "whole number. Name another column with @label=COLUMN"
     )
 
@@ -235,41 +244,41 @@ def _refuse_mixture(files: Sequence[_File], column: str) -> None:
         if file.kind != files[0].kind:
             raise TaskError(
                 f"column '{column}' holds {files[0].kind} in {files[0].where}, but {file.kind} in {file.where}; write "
-                "it alike in all files"
+                "labels of one kind in all files"
             )
 
 
 def _names(files: Sequence[_File], column: str) -> dict[Any, str] | None:
-    """Join the names that the files give their integer labels; None where none gives any."""
+    """Merge the names that the files give their integer labels. Return None if no file gives any."""
     if any(file.values and isinstance(file.values[0], str | bool) for file in files):
         return None
-    joined: dict[Any, str] = {}
-    said_in: dict[Any, str] = {}
+    merged: dict[Any, str] = {}
+    source: dict[Any, str] = {}
     for file in files:
         for value, name in (file.names or {}).items():
-            if joined.setdefault(value, name) != name:
+            if merged.setdefault(value, name) != name:
                 raise TaskError(
-                    f"{said_in[value]} and {file.where} contradict each other: in column '{column}', label {value} is "
-                    f"'{joined[value]}' in the one and '{name}' in the other; write both with the same names of classes"
+                    f"{source[value]} and {file.where} contradict each other: in column '{column}', label {value} is "
+                    f"'{merged[value]}' in the first and '{name}' in the second; use the same class names in both"
                 )
-            said_in.setdefault(value, file.where)
-    return joined or None
+            source.setdefault(value, file.where)
+    return merged or None
 
 
 def choose_part(columns: Sequence[str]) -> str | None:
-    """Return the column that may say the part of each row, or None."""
-    return next((column for name in PART_COLUMNS for column in columns if _plain(column) == name), None)
+    """Return the column that may give the part of each row, or None."""
+    return next((column for name in PART_COLUMNS for column in columns if plain_name(column) == name), None)
 
 
 def rows_of_parts(values: Sequence[Any], column: str, where: str) -> tuple[dict[str, Rows], tuple[str, ...]]:
-    """Divide rows by the name of a part that each holds, such as ``train`` or ``Validation``.
+    """Divide rows by the part that each one names, such as ``train`` or ``Validation``.
 
     Returns:
-        The rows of each part, all of them in ``train`` if the column names no parts; and notes for the reader of
-        results.
+        The rows of each part, and notes for the reader of results. If the column names no parts, all rows are in
+        ``train``.
 
     Raises:
-        TaskError: Only some of the values are names of parts, or none is that of the training part.
+        TaskError: Only some of the values name parts, or no row is in the training part.
     """
     parts = [part_called(str(value)) for value in values]
     others = sorted({str(value) for value, part in zip(values, parts, strict=True) if part is None})
@@ -292,12 +301,12 @@ def rows_of_parts(values: Sequence[Any], column: str, where: str) -> tuple[dict[
 
 
 def require(column: str, columns: Iterable[str], where: str) -> None:
-    """Raise a :class:`TaskError` if a file does not have a column."""
+    """Raise a :class:`TaskError` if a column is not among the columns of a file."""
     columns = list(columns)
     if column not in columns:
         raise TaskError(f"{where}: {unknown('column', column, columns)}")
 
 
-def _plain(name: str) -> str:
-    """Write a column's name as the usual names are written."""
+def plain_name(name: str) -> str:
+    """Return a column's name in the spelling of the usual names: lower case, words separated by underscores."""
     return re.sub(r"[\s_.-]+", "_", name.strip().casefold())

@@ -1,4 +1,4 @@
-"""CUB-200-2011: 200 bird species, 5,994 training and 5,794 test photographs with a box around each bird."""
+"""CUB-200-2011: 200 bird species, 5,994 training and 5,794 test photographs with a bounding box each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from refilled.data.source import Crop, Picture, Rows, Source, stamp_of
 from refilled.errors import TaskError
 
-SUMMARY = "11,788 photographs of 200 bird species, cut out by their bounding boxes; the authors' folder CUB_200_2011"
+SUMMARY = "11,788 photographs of 200 bird species, cropped to their bounding boxes; the authors' folder CUB_200_2011"
 CITATION = "Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011"
 URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 MD5 = "97eceeb196236b17998738112f37df78"  # of the archive
@@ -17,24 +17,24 @@ _FOLDER = "CUB_200_2011"
 
 
 def open_cub(data_root: Path) -> Source:
-    """Open CUB-200-2011 below ``data_root``, in ``cub/CUB_200_2011/`` or ``CUB_200_2011/``, as the archive unpacks.
+    """Open CUB-200-2011 below ``data_root``, in ``cub/CUB_200_2011/`` or ``CUB_200_2011/``.
 
-    The classes come in the authors' order, which is alphabetical; the test part is theirs. Each image is what its
-    bounding box holds, brought to a square (paper, supplement 2.1).
+    Classes are in the authors' order, which is alphabetical. The training and test parts are the authors'. Each image
+    is the content of its bounding box, resized to a square (paper, supplement 2.1).
 
     References: Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011.
 
     Raises:
-        TaskError: It is not there, or its tables are damaged or do not tell of the same images.
+        TaskError: The folder is missing, or its tables are damaged or list different images.
     """
     homes = (data_root / "cub" / _FOLDER, data_root / _FOLDER)
     for home in homes:
         if (home / "images.txt").is_file():
             return _open_folder(home)
     raise TaskError(
-        f"CUB-200-2011 is not in {homes[0]}; get {URL} (1.1 GB, MD5 {MD5}), unpack it there, or point --data-root or "
-        "REFILLED_DATA at the folder that holds it. Its tables are checked against each other and every image is read; "
-        "each result carries a fingerprint of the pixels"
+        f"CUB-200-2011 is not in {homes[0]}; download {URL} (1.1 GB, MD5 {MD5}) and unpack it there, or point "
+        "--data-root or REFILLED_DATA at the folder that holds it. The tables are checked against each other, every "
+        "image is read, and each result records a fingerprint of the pixels"
     )
 
 
@@ -46,7 +46,7 @@ def _open_folder(home: Path) -> Source:
     )
     for name, table in (("image_class_labels", labels), ("train_test_split", is_train), ("bounding_boxes", boxes)):
         if table.keys() != files.keys():
-            raise TaskError(f"{home / name}.txt and images.txt do not tell of the same images; unpack {URL} again")
+            raise TaskError(f"{home / name}.txt and images.txt list different images; unpack {URL} again")
     numbers = {number: position for position, number in enumerate(names)}
     crops: dict[str, list[Crop]] = {"0": [], "1": []}
     positions: dict[str, list[int]] = {"0": [], "1": []}
@@ -63,33 +63,33 @@ def _open_folder(home: Path) -> Source:
 
 @dataclass(frozen=True)
 class CropPart:
-    """A part whose images are boxes of pictures in files."""
+    """A part whose images are boxes in picture files."""
 
     labels: Rows
     crops: tuple[Crop, ...]
     root: Path
 
     def name(self, row: int) -> str:
-        """Return the origin of an image: its path within the folder of images."""
+        """Return the name of an image: its path relative to the folder of images."""
         return str(self.crops[row].path.relative_to(self.root))
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Give the crops of these rows."""
+        """Return the crops of these rows."""
         return (self.crops[row] for row in rows)
 
     def stamp(self) -> str:
-        """Digest the states of the files, and the boxes."""
+        """Return a digest of the states of the files and of the boxes."""
         return stamp_of((crop.path for crop in self.crops), *(str(crop.box) for crop in self.crops))
 
 
 def _read_table(path: Path, fields: int) -> dict[str, list[str]]:
-    """Read lines of an identity and some fields, separated by spaces."""
+    """Return the fields of each line by its first field, the identity. Fields are separated by spaces."""
     try:
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read ({error}); unpack {URL} again") from error
     if not all(len(line) == 1 + fields for line in lines):
-        raise TaskError(f"{path} has a line that is not a number and {fields} more; unpack {URL} again")
+        raise TaskError(f"{path} has a line without exactly {1 + fields} fields; unpack {URL} again")
     return {identity: values for identity, *values in lines}
 
 
@@ -97,5 +97,7 @@ def _corners(box: list[str], home: Path) -> tuple[float, float, float, float]:
     try:
         left, top, width, height = map(float, box)
     except ValueError:
-        raise TaskError(f"{home / 'bounding_boxes.txt'} has a box that is no numbers; unpack {URL} again") from None
+        raise TaskError(
+            f"{home / 'bounding_boxes.txt'} has a box that is not four numbers; unpack {URL} again"
+        ) from None
     return left, top, left + width, top + height

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: small, embedded, and there without a network."""
+"""scikit-learn's handwritten digits: a small data set that needs no download."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ CITATION = "Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 
 
 
 def open_digits() -> Source:
-    """Open the digits; a fifth of each class, always the same, is the test part.
+    """Open the digits. The test part is a fixed fifth of each class.
 
     References: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
@@ -25,8 +25,8 @@ def open_digits() -> Source:
         train=ArrayPart(labels[train], pixels[train], "digits-train"),
         test=ArrayPart(labels[test], pixels[test], "digits-test"),
         fixed=True,
-        augmentation="crop",  # a mirrored digit is no digit
-        image_size=16,  # a model that halves the size three times still has 2x2 left
+        augmentation="crop",  # a mirrored digit is not a digit
+        image_size=16,  # a model that halves the resolution three times still has 2x2 positions left
         licence="CC BY 4.0",
         citation=CITATION,
     )

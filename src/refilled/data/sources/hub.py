@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through its library `datasets`."""
+"""Data sets of the Hugging Face hub, read with the library `datasets`."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ _BATCH = 256  # rows read at a time
 
 
 def open_hub(name: str, image: str | None = None, label: str | None = None) -> Source:
-    """Open a data set of the hub, or one that `datasets` has in its cache; its code is never run.
+    """Open a data set of the hub, or one in the cache of `datasets`. Code of the data set is never run.
 
     Args:
-        name: As on the hub: ``uoft-cs/cifar100``.
-        image: The image column; the one that the features call an image if None.
-        label: The label column; found by name if None.
+        name: The name on the hub, such as ``uoft-cs/cifar100``.
+        image: The image column. None: the one whose feature is an image.
+        label: The label column. None: found by name.
 
     Raises:
-        TaskError: It cannot be loaded, or its columns cannot be used.
+        TaskError: The data set cannot be loaded, or its columns cannot be used.
     """
     import datasets
 
@@ -43,20 +43,20 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
     require(image, features, where)
 
     def cells_of(column: str) -> dict[str, list[Cells]]:
-        found = {}
+        cells = {}
         for part, table in tables.items():
             require(column, table.features, f"{where}, part '{keys[part]}'")
             names = getattr(table.features[column], "names", None)
             numbered = None if names is None else dict(enumerate(names))
-            found[part] = [Cells(f"{where}/{keys[part]}", list(table[column]), numbered)]
-        return found
+            cells[part] = [Cells(f"{where}/{keys[part]}", list(table[column]), numbered)]
+        return cells
 
     label = label or choose_label(_label_columns(features), list(features), where, cells_of)
     cells = cells_of(label)
-    classes, numbered = read_labels(cells, label)
+    classes, labels = read_labels(cells, label)
     parts = {
         part: HubPart(
-            numbered[part], table.cast_column(image, datasets.Image(decode=False)), image, f"{name}/{keys[part]}"
+            labels[part], table.cast_column(image, datasets.Image(decode=False)), image, f"{name}/{keys[part]}"
         )
         for part, table in tables.items()
     }
@@ -72,7 +72,7 @@ def open_hub(name: str, image: str | None = None, label: str | None = None) -> S
 
 
 def _part_keys(loaded: Iterable[str], where: str) -> dict[str, str]:
-    """Find what the parts are called; a name is taken where it is one word, since others may be subsets of a part."""
+    """Return the key of each part. Keys of several words are ignored: they may be subsets of a part."""
     keys: dict[str, str] = {}
     for key in loaded:
         part, word = part_in_name(key)
@@ -109,16 +109,16 @@ class HubPart:
     prefix: str
 
     def name(self, row: int) -> str:
-        """Return the origin of an image: ``uoft-cs/cifar100/train#17``."""
+        """Return the name of an image, such as ``uoft-cs/cifar100/train#17``."""
         return f"{self.prefix}#{row}"
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Read the encoded pictures of these rows, a bounded number at a time."""
+        """Yield the encoded pictures of these rows, with a bounded number in memory."""
         column = self.table.select_columns(self.image)
         for start in range(0, len(rows), _BATCH):
             for value in column[rows[start : start + _BATCH]][self.image]:
                 yield as_picture(value, Path())
 
     def stamp(self) -> str:
-        """Digest what `datasets` knows the table by, and the column's name."""
+        """Return a digest of the fingerprint that `datasets` gives the table, and of the column's name."""
         return stamp_of((), self.table._fingerprint, self.image)

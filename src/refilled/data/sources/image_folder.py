@@ -1,6 +1,5 @@
 """Folders of images, one folder per class."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from refilled.data.source import Part, Picture, Rows, Source, part_called, stamp_of
-from refilled.data.walking import Listing, as_text, has_images, list_folders, list_images, unread_notes
+from refilled.data.walking import Listing, as_text, fold_name, has_images, list_folders, list_images, unread_notes
 from refilled.errors import TaskError
 
 _SHOWN = 5  # names in a message
@@ -18,14 +17,13 @@ _SHOWN = 5  # names in a message
 def open_image_folder(root: Path) -> Source:
     """Open ``root/CLASS/.../IMAGE`` or ``root/{train,val,test}/CLASS/.../IMAGE``.
 
-    The folder has parts if it holds a folder for training that itself holds folders; parts have the names that people
-    give them (``training_set``, ``valid``, ``dev``, ...). Every other folder directly below the root or below a part is
-    a class, whatever its name. Classes and images come in the order of their names. A layout that could mean two things
-    is refused.
+    The folder has parts if it contains a folder for training that itself contains folders. Parts may have any of the
+    usual names (``training_set``, ``valid``, ``dev``, ...). Every other folder directly below the root or below a part
+    is a class, whatever its name. Classes and images are sorted by name.
 
     Raises:
-        TaskError: There are no class folders, the layout is unclear or one level too high or too deep, a folder cannot
-            be listed, or two names differ in case only.
+        TaskError: There are no class folders, the layout is ambiguous or one level too high or too deep, a folder
+            cannot be listed, or two names differ only in case.
     """
     layout, notes = _layout_of(root)
     classes = sorted({name for folders in layout.values() for name in folders})
@@ -60,7 +58,7 @@ def _part_of(listings: Mapping[str, Listing], classes: list[str], root: Path) ->
 
 
 def open_loose_images(root: Path) -> "FolderPart":
-    """Find all images of a folder at any depth, in the order of their names; what is hidden is passed over.
+    """Return the images of a folder at any depth, sorted by name, without hidden ones, with label 0.
 
     Raises:
         TaskError: A folder cannot be listed.
@@ -71,14 +69,14 @@ def open_loose_images(root: Path) -> "FolderPart":
 
 @dataclass(frozen=True)
 class FolderPart:
-    """A part of a folder of images: the files of all its classes, class after class."""
+    """A part of a folder of images: the files of all classes, class after class."""
 
     labels: Rows
     files: tuple[Path, ...]
     root: Path
 
     def name(self, row: int) -> str:
-        """Return where an image came from: its path within the folder."""
+        """Return the name of an image: its path relative to the folder."""
         return as_text(self.files[row].relative_to(self.root))
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
@@ -91,7 +89,7 @@ class FolderPart:
 
 
 def _layout_of(root: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Return the class folders of each part by name, and notes on what is not used."""
+    """Return the class folders of each part by name, and notes on folders that are not used."""
     folders = list_folders(root)
     named: dict[str, list[Path]] = {}
     for folder in folders:
@@ -122,12 +120,12 @@ def _with_parts(
             continue
         count = len(list_images(folder).images)
         why = f"its {count} images have no labels" if count else "it is empty"
-        notes.append(f"{folder.name} is not used: it holds no class folders with images, so {why}")
+        notes.append(f"{folder.name} is not used: it has no class folders with images, so {why}")
     if "train" not in layout:
         raise TaskError(f"no images were found in the class folders of {named['train'][0]}")
     unused = [folder for folder in folders if part_called(folder.name) is None]
     if unused:
-        notes.append(f"not used, since they lie beside {named['train'][0].name}: {_listed(unused)}")
+        notes.append(f"folders next to {named['train'][0].name} that are not used: {_listed(unused)}")
     return layout, notes
 
 
@@ -137,28 +135,29 @@ def _refuse_parts_as_classes(root: Path, folders: list[Path], named: dict[str, l
         return
     if any(list_folders(folder) for folder in words):
         raise TaskError(
-            f"{root} has the parts {_listed(words)}, but no class folders in a part to train on; name that part train"
+            f"{root} has the parts {_listed(words)}, but none named train with class folders; name the training "
+            "part train"
         )
     raise TaskError(
-        f"{_listed(words)} in {root} are names of parts, but they hold no class folders; put the images of each class "
+        f"{_listed(words)} in {root} are named after parts, but have no class folders; put the images of each class "
         "into a folder named after it, inside each part"
     )
 
 
 def _refuse_wrong_level(root: Path, folders: list[Path]) -> None:
-    """Refuse a folder whose data set lies one level deeper, or whose classes do."""
+    """Raise a :class:`TaskError` if the data set or its classes lie one level deeper."""
     if any(has_images(folder) for folder in folders):
         return
     below = [[inner.name for inner in list_folders(folder)] for folder in folders]
     if len(folders) == 1 and len(below[0]) > 1:
         raise TaskError(
-            f"{root} holds one folder only, '{folders[0].name}', with others in it; give {folders[0]} instead"
+            f"{root} contains only one folder, '{folders[0].name}', which contains others; give {folders[0]} instead"
         )
     if len(folders) > 1 and len(below[0]) > 1 and all(names == below[0] for names in below):
         shown = ", ".join(f"'{name}'" for name in below[0][:_SHOWN])
         raise TaskError(
-            f"the folders of {root} ({_listed(folders)}) all hold the same folders ({shown}), so it is unclear which "
-            "are the classes; put class folders directly below the folder, or below train, val and test"
+            f"the folders of {root} ({_listed(folders)}) all contain the same folders ({shown}), so it is unclear "
+            "which are the classes; put the class folders directly below the root, or below train, val and test"
         )
 
 
@@ -178,9 +177,9 @@ def _listed(folders: list[Path]) -> str:
 def _refuse_collisions(classes: list[str], root: Path) -> None:
     seen: dict[str, str] = {}
     for name in classes:
-        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        other = seen.setdefault(fold_name(name), name)
         if other != name:
             raise TaskError(
-                f"the class folders '{other}' and '{name}' of {root} differ in case or the encoding of accents only, "
-                "which some file systems cannot tell apart; merge or rename them"
+                f"the class folders '{other}' and '{name}' of {root} differ only in case or the encoding of accents, "
+                "which some file systems ignore; merge or rename them"
             )

@@ -1,4 +1,4 @@
-"""Printed letters: an embedded data set without any digit, for a teacher of students that read digits."""
+"""Printed letters: a small generated data set without digits, for teachers of students that classify digits."""
 
 from contextlib import suppress
 from hashlib import sha256
@@ -31,19 +31,19 @@ LETTERS = tuple(
     "БДЖИЙЛУЦШЩЪЫЮЯгджийклмнптцшщъыюя"
     "ЂЉЊЋЏЎђљњћџҐґҒғҔҕҖҗҚқҢңҤҥҪҫҬҭҰұҲҳҺӃӄӇӈ"
 )
-"""The classes. Letters that look like a digit (O, l, Z, З, Ч, S, б, B, g) or like an earlier letter are left out."""
+"""The classes, without letters that look like a digit (O, l, Z, З, Ч, S, б, B, g) or like an earlier letter."""
 
 _TRAIN, _TEST = 70, 10  # images per class
 _SIDE, _CANVAS, _POINTS = 8, 64, 40  # pixels of an image and of the canvas, height of a letter
-_VERSION = 2  # of the way they are drawn
+_VERSION = 2  # of the drawing procedure; part of the key of the cache
 _CHECKSUM_BYTES = sha256().digest_size
 
 
 def open_letters() -> Source:
-    """Open the letters: Latin, Greek and Cyrillic ones of eight fonts, each rotated, slanted and stretched at random.
+    """Open the letters: Latin, Greek and Cyrillic, in eight fonts, each rotated, slanted and stretched at random.
 
     The distortion of an image is a pure function of its class and its number. The images are drawn once, which takes
-    some seconds, and kept in the cache.
+    a few seconds, and are then read from the cache.
 
     References: the DejaVu fonts, https://dejavu-fonts.github.io.
     """
@@ -58,29 +58,29 @@ def open_letters() -> Source:
         train=parts["train"],
         test=parts["test"],
         fixed=True,
-        augmentation="crop",  # a mirrored letter may be another one
-        image_size=16,  # as the digits
+        augmentation="crop",  # a mirrored letter may be another letter
+        image_size=16,  # that of the digits
         licence="Bitstream Vera",
         citation=CITATION,
     )
 
 
 def _drawn_once() -> NDArray[np.uint8]:
-    """Return the images ``(C, N, S, S)`` from the cache, or draw them and keep them there."""
+    """Return the images ``(C, N, S, S)`` from the cache. If they are missing, draw and cache them."""
     path = cache_folder() / "letters" / f"{_key()}.bin"
     shape = (len(LETTERS), _TRAIN + _TEST, _SIDE, _SIDE)
     if (content := _whole_content(path)) is not None:
         return np.frombuffer(content, dtype=np.uint8).reshape(shape)
     pixels = _draw_all()
     content = pixels.tobytes()
-    with suppress(OSError):  # a cache that cannot be written costs time, not the run
+    with suppress(OSError):  # the cache only saves time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content + sha256(content).digest())
     return pixels
 
 
 def _whole_content(path: Path) -> bytes | None:
-    """Return what a file of the cache holds; None if it does not exist or its checksum does not match."""
+    """Return the content of a cached file. None: it does not exist, or its checksum does not match."""
     try:
         stored = path.read_bytes()
     except OSError:
@@ -90,7 +90,7 @@ def _whole_content(path: Path) -> bytes | None:
 
 
 def _key() -> str:
-    """Identify what the images depend on: this version, the classes, the fonts, and the library that draws them."""
+    """Return a digest of all that the images depend on: version, classes, fonts, and the drawing library."""
     import PIL
 
     fonts = b"".join(sha256(_font_file(name).read_bytes()).digest() for name in _FONTS)
@@ -130,7 +130,7 @@ def _distort(image: Image.Image, chance: NDArray[np.float64]) -> NDArray[np.uint
 
     Args:
         image: The printed letter.
-        chance: Four numbers in [0, 1): of the angle, the slant, and the stretches across and down.
+        chance: Four numbers in [0, 1), for the angle, the slant, and the horizontal and vertical stretch.
     """
     angle, slant = 0.6 * chance[0] - 0.3, 0.8 * chance[1] - 0.4
     across, down = 0.75 + 0.55 * chance[2:]

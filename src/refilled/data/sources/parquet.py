@@ -1,4 +1,4 @@
-"""Tables of encoded images: Parquet files as Hugging Face `datasets` writes them, or anything near."""
+"""Tables of encoded images: Parquet files as Hugging Face `datasets` writes them, and similar ones."""
 
 import json
 from bisect import bisect
@@ -26,32 +26,32 @@ from refilled.errors import TaskError
 
 _BATCH = 128  # rows read at a time
 _SUFFIX = ".parquet"
-_NAME_COLUMNS = ("class_name", "label_name", "category_name")  # text beside integer labels
+_NAME_COLUMNS = ("class_name", "label_name", "category_name")  # columns with the class name of an integer label
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a path is a Parquet file or a folder of them."""
+    """Return whether a path is a Parquet file or a folder of them."""
     return path.suffix.lower() == _SUFFIX or bool(_tables_in(path))
 
 
 def open_parquet(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
-    """Open one Parquet file, which is all training part, or a folder with a file or shards for each part.
+    """Open one Parquet file, or a folder with a file or shards for each part.
 
-    The part is a word of a file's name, ``train.parquet``, ``validation-00000-of-00002.parquet``, or the name of its
-    folder, ``train/0000.parquet``. The files lie in the folder itself, in its subfolder ``data``, or in a subfolder
-    named after a configuration of the data set, as on the Hugging Face hub.
+    The part is in the name of the file, as in ``train.parquet`` and ``validation-00000-of-00002.parquet``, or is the
+    name of its folder, as in ``train/0000.parquet``. The files are in the folder itself, in its subfolder ``data``, or
+    in a subfolder named after a configuration of the data set, as on the Hugging Face hub. A single file is the
+    training part, unless a column such as ``split`` gives the part of each row.
 
-    The image column holds encoded bytes or Hugging Face's ``{bytes, path}``. Names of classes come from the label
-    column itself if it holds text, else from the Hugging Face features in the schema, from a column such as
-    ``class_name``, from ``classes.json`` beside the file, or are the label numbers. Every file must have both columns.
-
-    A single table may say the part of each row in a column such as ``split``.
+    The image column holds encoded bytes or Hugging Face's ``{bytes, path}``. Text labels are their own class names. The
+    class names of integer labels are taken from the first of these that exists: the Hugging Face features in the
+    schema, a column such as ``class_name``, ``classes.json`` next to the file, the numbers themselves. Every file must
+    have both columns.
 
     Args:
         path: The file or the folder.
-        image: The image column; found by type and name if None.
-        label: The label column; found by name if None.
-        labelled: Whether a label column is needed; if not, none is read and all images are of one class.
+        image: The image column. None: found by type and name.
+        label: The label column. None: found by name.
+        labelled: Whether labels are needed. If not, no label column is read and all images belong to one class.
 
     Raises:
         TaskError: A file is damaged, its columns cannot be used, or the files contradict each other.
@@ -59,7 +59,7 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None,
     files = _part_files(path) if path.is_dir() else {"train": [path]}
     if "train" not in files:
         raise TaskError(
-            f"{path} has no training part; name one of its files train.parquet, or name a single file of it as the task"
+            f"{path} has no training part; name one of its files train.parquet, or give a single file as the task"
         )
     tables = {part: tuple(map(_File, paths)) for part, paths in files.items()}
     every = [file for part in tables.values() for file in part]
@@ -74,17 +74,17 @@ def open_parquet(path: Path, image: str | None = None, label: str | None = None,
         file.check_image(image)
     if not labelled:
         parts = {
-            part: _part(np.zeros(sum(file.rows for file in found), dtype=np.int64), image, found)
-            for part, found in tables.items()
+            part: _part(np.zeros(sum(file.rows for file in shards), dtype=np.int64), image, shards)
+            for part, shards in tables.items()
         }
         return Source(("",), parts["train"], parts.get("val"), parts.get("test"))
     label = label or choose_label(_label_columns(every, image), columns, where, cells_of)
-    beside = _listed_classes(every[0].path.with_name("classes.json"))
+    listed = _listed_classes(every[0].path.with_name("classes.json"))
     cells = cells_of(label)
-    if beside is not None and not any(c.names for found in cells.values() for c in found):
-        cells = {part: [Cells(c.where, c.values, beside) for c in found] for part, found in cells.items()}
+    if listed is not None and not any(c.names for shards in cells.values() for c in shards):
+        cells = {part: [Cells(c.where, c.values, listed) for c in shards] for part, shards in cells.items()}
     classes, labels = read_labels(cells, label)
-    parts = {part: _part(labels[part], image, found) for part, found in tables.items()}
+    parts = {part: _part(labels[part], image, shards) for part, shards in tables.items()}
     if len(parts) > 1:
         return Source(classes, parts["train"], parts.get("val"), parts.get("test"))
     divided, notes = _divide(parts["train"], tables["train"])
@@ -97,7 +97,7 @@ def _part(labels: Rows, image: str, files: Sequence["_File"]) -> "ParquetPart":
 
 
 def _divide(whole: "ParquetPart", files: Sequence["_File"]) -> tuple[Mapping[str, Part], tuple[str, ...]]:
-    """Divide a table by a column that says the part of each row, if it has one."""
+    """Divide a table by its column of parts, if it has one; return the parts and notes."""
     column = choose_part(files[0].text_columns())
     if column is None or not all(column in file.text_columns() for file in files):
         return {"train": whole}, ()
@@ -106,18 +106,18 @@ def _divide(whole: "ParquetPart", files: Sequence["_File"]) -> tuple[Mapping[str
 
 
 def _label_cells(tables: Mapping[str, Sequence["_File"]], column: str) -> dict[str, list[Cells]]:
-    """Read a label column of every file, with the names of its numbers as far as the files say them."""
+    """Read a label column of every file, with the class names of its integers if the files give any."""
     cells = {part: [file.labels(column) for file in files] for part, files in tables.items()}
-    if any(found.names for part in cells.values() for found in part):
+    if any(c.names for shards in cells.values() for c in shards):
         return cells
     for name_column in _NAME_COLUMNS:
         pairs = {
-            part: [file.pairs(found.values, name_column) for file, found in zip(files, cells[part], strict=True)]
+            part: [file.pairs(c.values, name_column) for file, c in zip(files, cells[part], strict=True)]
             for part, files in tables.items()
         }
-        flat = [found for part in pairs.values() for found in part]
-        # Another label column, say a coarser one, has no single class name for a number.
-        if name_column == column or not any(flat) or any(len(found) > len(dict(found)) for found in flat):
+        by_file = [file_pairs for shards in pairs.values() for file_pairs in shards]
+        # The names may belong to another label column, such as a finer one: then a number has several names.
+        if name_column == column or not any(by_file) or any(len(p) > len(dict(p)) for p in by_file):
             continue
         return {
             part: [Cells(c.where, c.values, dict(p)) for c, p in zip(cells[part], pairs[part], strict=True)]
@@ -127,20 +127,20 @@ def _label_cells(tables: Mapping[str, Sequence["_File"]], column: str) -> dict[s
 
 
 class _File:
-    """One Parquet file, of which the schema has been read."""
+    """One Parquet file. Its schema is read at once, its columns on demand."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
 
         self.path = path
         with _readable(path):
-            found = pq.read_metadata(path)
-            self.rows: int = found.num_rows
-            self.schema = found.schema.to_arrow_schema()
+            metadata = pq.read_metadata(path)
+            self.rows: int = metadata.num_rows
+            self.schema = metadata.schema.to_arrow_schema()
         self.columns: list[str] = self.schema.names
 
     def image_columns(self) -> list[str]:
-        """Return the columns that could hold images: structs of bytes if there are any, else bytes."""
+        """Return the columns whose type can hold images: structs of bytes if there are any, else bytes."""
         structs = [field.name for field in self.schema if _is_image_struct(field.type)]
         return structs or [field.name for field in self.schema if _is_bytes(field.type)]
 
@@ -155,8 +155,8 @@ class _File:
         kind = self.schema.field(column).type
         if not (_is_image_struct(kind) or _is_bytes(kind)):
             raise TaskError(
-                f"column '{column}' of {self.path} holds no images but {kind}; an image is encoded bytes, or a struct "
-                "of bytes and path. Name another column with @image=COLUMN"
+                f"column '{column}' of {self.path} holds {kind}, not images; an image is encoded bytes, or a struct of "
+                "bytes and path. Name another column with @image=COLUMN"
             )
 
     def text_columns(self) -> list[str]:
@@ -168,7 +168,7 @@ class _File:
         return Cells(str(self.path), self.read(column), None if names is None else dict(enumerate(names)))
 
     def pairs(self, labels: Sequence[Any], name_column: str) -> set[tuple[Any, str]]:
-        """Return each label with each name that a column of names has beside it."""
+        """Return the distinct pairs of a label and the name in the same row of a column of names."""
         if name_column not in self.columns:
             return set()
         return set(zip(labels, map(str, self.read(name_column)), strict=True))
@@ -181,7 +181,7 @@ class _File:
             return values
 
     def _class_label(self, column: str) -> tuple[str, ...] | None:
-        """Return the names of the classes that Hugging Face's features give a column, or None."""
+        """Return the class names of a column in Hugging Face's features, or None."""
         with suppress(KeyError, TypeError, ValueError):
             features = json.loads((self.schema.metadata or {})[b"huggingface"])["info"]["features"]
             return tuple(map(str, features[column]["names"]))
@@ -190,21 +190,21 @@ class _File:
 
 @dataclass(frozen=True)
 class ParquetPart:
-    """A part of a data set that lies in Parquet files."""
+    """A part that is stored in Parquet files."""
 
     labels: Rows
     image: str
     files: tuple[Path, ...]
     starts: tuple[int, ...]
-    """The row at which each file begins."""
+    """The first row of each file."""
 
     def name(self, row: int) -> str:
-        """Return the origin of an image: ``train.parquet#17``."""
+        """Return the name of an image, such as ``train.parquet#17``."""
         shard = bisect(self.starts, row) - 1
         return f"{self.files[shard].name}#{row - self.starts[shard]}"
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Read the encoded pictures of these rows, a bounded number at a time."""
+        """Yield the encoded pictures of these rows, with a bounded number in memory."""
         import pyarrow.parquet as pq
 
         ends = (*self.starts[1:], len(self.labels))
@@ -212,20 +212,20 @@ class ParquetPart:
             if not np.any((rows >= start) & (rows < end)):
                 continue
             with _readable(file):
-                found = pq.ParquetFile(file)
-                for group in range(found.num_row_groups):
-                    length = found.metadata.row_group(group).num_rows
+                table = pq.ParquetFile(file)
+                for group in range(table.num_row_groups):
+                    length = table.metadata.row_group(group).num_rows
                     if np.any((rows >= start) & (rows < start + length)):
-                        yield from self._pictures_of_group(found, group, rows - start, file.parent)
+                        yield from self._pictures_of_group(table, group, rows - start, file.parent)
                     start += length
 
     def stamp(self) -> str:
-        """Digest the states of the files, and the column's name."""
+        """Return a digest of the states of the files and of the column's name."""
         return stamp_of(self.files, self.image)
 
-    def _pictures_of_group(self, file: Any, group: int, rows: Rows, folder: Path) -> Iterator[Picture]:
+    def _pictures_of_group(self, table: Any, group: int, rows: Rows, folder: Path) -> Iterator[Picture]:
         start = 0
-        for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[self.image]):
+        for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[self.image]):
             wanted = rows[(rows >= start) & (rows < start + len(batch))] - start
             for value in batch.column(0).take(wanted).to_pylist():
                 yield as_picture(value, folder)
@@ -233,47 +233,47 @@ class ParquetPart:
 
 
 def as_picture(value: Any, folder: Path) -> Picture:
-    """Take the picture out of a table's cell: bytes, or Hugging Face's ``{bytes, path}``."""
+    """Return the picture in a cell of a table: bytes, or Hugging Face's ``{bytes, path}``."""
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
             return folder / str(value["path"])
         value = value.get("bytes")
-    return value if isinstance(value, bytes) else b""  # an empty cell is listed as an empty picture
+    return value if isinstance(value, bytes) else b""  # an empty cell is reported as an empty picture
 
 
 def _part_files(folder: Path) -> dict[str, list[Path]]:
-    """Find the files of each part; a lone file of no part is the training part."""
-    found = _tables_in(folder)
-    parts = by_part(found, folder)
-    return {"train": [found[0][0]]} if len(found) == 1 and not parts else parts
+    """Return the files of each part. A single file of no part is the training part."""
+    tables = _tables_in(folder)
+    parts = by_part(tables, folder)
+    return {"train": [tables[0][0]]} if len(tables) == 1 and not parts else parts
 
 
 def _tables_in(folder: Path) -> list[tuple[Path, str]]:
-    """List the Parquet files of a folder, or of the place below it where a published data set keeps them.
+    """Return the Parquet files of a folder, or of the subfolders in which published data sets store them.
 
-    Each comes with the name that says its part: its own, or that of its folder.
+    Each comes with the name that contains its part: its own, or that of its folder.
     """
     if not folder.is_dir():
         return []
     for place in (folder, folder / "data"):
-        if found := _of_place(place):
-            return found
+        if tables := _of_place(place):
+            return tables
     configurations = {place: _of_place(place) for place in _folders(folder)}
-    if not all(configurations.values()):  # a folder of something else, with a table somewhere in it
+    if not all(configurations.values()):  # a folder of other data, with a table somewhere in it
         return []
     if len(configurations) > 1:
         names = ", ".join(place.name for place in configurations)
         raise TaskError(
-            f"{folder} holds several configurations of a data set ({names}); name one as the task, such as "
+            f"{folder} holds several configurations of a data set ({names}); give one as the task, such as "
             f"{next(iter(configurations))}"
         )
     return next(iter(configurations.values()), [])
 
 
 def _of_place(place: Path) -> list[tuple[Path, str]]:
-    """List the Parquet files of a folder, or of its subfolders that are named after parts and hold nothing else."""
-    if found := _parquet_files(place):
-        return [(file, file.name) for file in found]
+    """Return the Parquet files of a folder, or of its subfolders that are named after parts and have no subfolders."""
+    if files := _parquet_files(place):
+        return [(file, file.name) for file in files]
     folders = [folder for folder in _folders(place) if part_in_name(folder.name)[0] and not _folders(folder)]
     return [(file, folder.name) for folder in folders for file in _parquet_files(folder)]
 
@@ -281,7 +281,7 @@ def _of_place(place: Path) -> list[tuple[Path, str]]:
 def _parquet_files(folder: Path) -> list[Path]:
     with suppress(OSError):
         files = (file for file in folder.iterdir() if file.suffix.lower() == _SUFFIX and not file.name.startswith("."))
-        # The hub calls the table beside a folder of images metadata.parquet; it holds no images.
+        # On the hub, metadata.parquet describes a folder of images and contains none itself.
         return sorted(file for file in files if file.name != "metadata.parquet")
     return []
 
@@ -293,24 +293,26 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _label_columns(files: Sequence[_File], image: str) -> list[Column]:
-    """Join the columns that could hold labels; one that is a ``ClassLabel`` in any file is one."""
-    joined: dict[str, Column] = {}
+    """Merge the columns of all files that can hold labels. A ``ClassLabel`` in any file takes precedence."""
+    merged: dict[str, Column] = {}
     for column in (column for file in files for column in file.label_columns() if column.name != image):
-        if column.name not in joined or joined[column.name].names is None:
-            joined[column.name] = column
-    return list(joined.values())
+        if column.name not in merged or merged[column.name].names is None:
+            merged[column.name] = column
+    return list(merged.values())
 
 
-def _first(found: Iterator[list[str]]) -> list[str]:
-    return next((names for names in found if names), [])
+def _first(candidates: Iterator[list[str]]) -> list[str]:
+    """Return the first list that is not empty."""
+    return next((names for names in candidates if names), [])
 
 
 def _listed_classes(file: Path) -> Mapping[int, str] | None:
+    """Return the class names in a JSON file, a list or ``{"classes": [...]}``; None if it cannot be read."""
     with suppress(OSError, KeyError, TypeError, ValueError):
-        listed = json.loads(file.read_text(encoding="utf-8"))
-        listed = listed["classes"] if isinstance(listed, dict) else listed
-        if isinstance(listed, list):
-            return dict(enumerate(map(str, listed)))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = content["classes"] if isinstance(content, dict) else content
+        if isinstance(names, list):
+            return dict(enumerate(map(str, names)))
     return None
 
 
@@ -345,7 +347,7 @@ def _can_be_label(kind: Any) -> bool:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Say of a damaged file what it is."""
+    """Turn errors of Parquet into a :class:`TaskError` that names the file."""
     from pyarrow import ArrowException
 
     try:

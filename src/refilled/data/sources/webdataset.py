@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which members that share a name up to its first dot are one sample.
 
-Nothing is extracted. The headers are read once, to find the labels and where in the file each image lies; an image is
-then read from there. A member's name decides what it is and to which sample it belongs, and is used for nothing else.
+Nothing is extracted. The headers are read once, to find the labels and the position of each image in the file. Images
+are then read from these positions. The name of a member decides its sample and its kind, and is used for nothing else.
 """
 
 import re
@@ -20,78 +20,77 @@ from refilled.data.source import Picture, Rows, Source, by_part, stamp_of
 from refilled.data.sources.columns import Cells, read_labels
 from refilled.errors import TaskError
 
-_LABEL = "cls"  # what the label's name ends in, by WebDataset's custom
+_LABEL = "cls"  # the usual ending of the name of a label
 _LONGEST_LABEL = 1000  # bytes
-_LARGEST_IMAGE = 2**27  # bytes; more of a member is not read
+_LARGEST_IMAGE = 2**27  # bytes; the rest of a larger member is not read
 _BLOCK = 512  # bytes; the unit of a tar file
 
 
 def open_webdataset(path: Path, image: str | None = None, label: str | None = None, *, labelled: bool = True) -> Source:
-    """Open one tar file, or a folder of them; not compressed, since compressed ones can be read from the start only.
+    """Open one tar file, or a folder of them. Compressed files are refused: they can only be read from the start.
 
-    A shard belongs to the part that its name says, as in ``train-0001.tar``; if no name does so, all of them are
-    training part. A label is text, or an integer, in a member of its own. Links, devices and sparse members are passed
-    over.
+    A shard belongs to the part in its name, as in ``train-0001.tar``. If no name contains a part, all shards belong to
+    the training part. A label is text or an integer in a member of its own. Links, devices and sparse members are
+    ignored.
 
     Args:
         path: The file or the folder.
-        image: What the names of images end in, after the first dot; the ending of the only image in the first sample
-            if None.
-        label: What the names of labels end in; ``cls`` if None.
-        labelled: Whether labels are needed; if not, none is read and all images are of one class.
+        image: Ending of the names of images, after the first dot. None: that of the only image in the first sample.
+        label: Ending of the names of labels. None: ``cls``.
+        labelled: Whether labels are needed. If not, none are read and all images belong to one class.
 
     Raises:
         TaskError: There are no shards, one is damaged, or a sample has no label.
     """
     files = _part_files(path)
     if "train" not in files:
-        raise TaskError(f"{path} has no training part; name its shards train-0000.tar and so on")
+        raise TaskError(f"{path} has no training part; name its shards train-0000.tar, train-0001.tar, ...")
     image = image or _find_image(files["train"][0])
     ending = (label or _LABEL) if labelled else None
-    found = {part: [_list_shard(file, image, ending) for file in shards] for part, shards in files.items()}
-    whole = all(
-        re.fullmatch("[0-9]{1,9}", text) for shards in found.values() for shard in shards for text in shard.labels
+    shards = {part: [_read_shard(file, image, ending) for file in paths] for part, paths in files.items()}
+    are_integers = all(
+        re.fullmatch("[0-9]{1,9}", text) for listed in shards.values() for shard in listed for text in shard.labels
     )
     cells = {
         part: [
-            Cells(str(file), list(map(int, shard.labels)) if whole else shard.labels)
-            for file, shard in zip(files[part], shards, strict=True)
+            Cells(str(file), list(map(int, shard.labels)) if are_integers else shard.labels)
+            for file, shard in zip(files[part], listed, strict=True)
         ]
-        for part, shards in found.items()
+        for part, listed in shards.items()
     }
-    classes, labels = read_labels(cells, label or _LABEL) if labelled else _one_class(found)
+    classes, labels = read_labels(cells, label or _LABEL) if labelled else _one_class(shards)
     parts = {
         part: TarPart(
             labels[part],
             tuple(files[part]),
-            np.cumsum([0, *(len(shard.labels) for shard in shards[:-1])]),
-            np.concatenate([shard.places for shard in shards]),
+            np.cumsum([0, *(len(shard.labels) for shard in listed[:-1])]),
+            np.concatenate([shard.places for shard in listed]),
             image,
         )
-        for part, shards in found.items()
+        for part, listed in shards.items()
     }
     return Source(classes, parts["train"], parts.get("val"), parts.get("test"))
 
 
 @dataclass(frozen=True)
 class TarPart:
-    """A part of a data set that lies in tar files."""
+    """A part that is stored in tar files."""
 
     labels: Rows
     files: tuple[Path, ...]
     starts: Rows
-    """The row at which each file begins."""
+    """The first row of each file."""
     places: Rows
-    """Offset and length of each image in its file ``(N, 2)``; length 0 where a sample has none."""
+    """Offset and length in bytes of each image in its file ``(N, 2)``; length 0 if a sample has no image."""
     image: str
 
     def name(self, row: int) -> str:
-        """Return the origin of an image: ``train-0001.tar#17``. A member's name may be anything, so it is not used."""
+        """Return the name of an image, such as ``train-0001.tar#17``; the names of members may be anything."""
         shard = bisect(self.starts, row) - 1
         return f"{self.files[shard].name}#{row - self.starts[shard]}"
 
     def pictures(self, rows: Rows) -> Iterator[Picture]:
-        """Read the encoded pictures of these rows."""
+        """Yield the encoded pictures of these rows."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         for shard in np.unique(shards).tolist():
             with self.files[shard].open("rb") as opened:
@@ -100,7 +99,7 @@ class TarPart:
                     yield opened.read(min(length, _LARGEST_IMAGE))
 
     def stamp(self) -> str:
-        """Digest the states of the files, and the ending of images."""
+        """Return a digest of the states of the files and of the ending of images."""
         return stamp_of(self.files, self.image)
 
 
@@ -113,24 +112,24 @@ class _Shard:
 
 
 def _part_files(path: Path) -> dict[str, list[Path]]:
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    files = [file for file in found if regular_file_size(file) is not None]  # opening a pipe would wait for ever
+    paths = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    files = [file for file in paths if regular_file_size(file) is not None]  # opening a pipe would block
     if not files:
-        raise TaskError(f"{path} has no tar files; WebDataset shards end in .tar, not compressed")
+        raise TaskError(f"{path} has no tar files; WebDataset shards are uncompressed files that end in .tar")
     parts = by_part(((file, file.name) for file in files), path) if path.is_dir() else {}
     return parts or {"train": files}
 
 
 def _members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """Give the regular members of a tar file."""
+    """Yield the regular members of a tar file."""
     try:
         with tarfile.open(file, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
+                archive.members.clear()  # type: ignore[attr-defined]  # else it would keep all of them in memory
                 if member.isreg() and not member.issparse():
                     yield member
             end = archive.offset
-        with file.open("rb") as opened:  # tarfile takes a damaged header in the middle for the end
+        with file.open("rb") as opened:  # tarfile takes a damaged header for the end of the archive
             opened.seek(end)
             if opened.read(_BLOCK).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged at byte {end}")
@@ -139,7 +138,7 @@ def _members(file: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _samples(file: Path) -> Iterator[list[tuple[str, tarfile.TarInfo]]]:
-    """Give the members of one sample after the other, each with what its name ends in."""
+    """Yield the members of each sample, each with the ending of its name."""
 
     def name_of(member: tarfile.TarInfo) -> tuple[str, str]:
         folder, slash, name = member.name.rpartition("/")
@@ -147,8 +146,8 @@ def _samples(file: Path) -> Iterator[list[tuple[str, tarfile.TarInfo]]]:
         return (f"{folder}{slash}{stem}" if stem else ""), ending
 
     named = ((*name_of(member), member) for member in _members(file))
-    for stem, group in groupby(named, key=lambda found: found[0]):
-        if stem:  # hidden files are no samples
+    for stem, group in groupby(named, key=lambda member: member[0]):
+        if stem:  # hidden files are not samples
             yield [(ending, member) for _, ending, member in group]
 
 
@@ -157,38 +156,38 @@ def _find_image(file: Path) -> str:
     images = [ending for ending in members if f".{ending.lower()}" in SUFFIXES]
     if len(images) != 1:
         raise TaskError(
-            f"cannot tell which members of {file} are the images: its first sample has {_listed(members)}; add "
+            f"cannot tell which members of {file} are images: its first sample has {_listed(members)}; add "
             "@image=ENDING to the task"
         )
     return images[0]
 
 
-def _one_class(found: Mapping[str, Sequence[_Shard]]) -> tuple[tuple[str, ...], dict[str, Rows]]:
-    """Return one class, and its label for every sample of every part."""
+def _one_class(shards: Mapping[str, Sequence[_Shard]]) -> tuple[tuple[str, ...], dict[str, Rows]]:
+    """Return one class, and label 0 for every sample of every part."""
     return ("",), {
-        part: np.zeros(sum(len(shard.labels) for shard in shards), dtype=np.int64) for part, shards in found.items()
+        part: np.zeros(sum(len(shard.labels) for shard in listed), dtype=np.int64) for part, listed in shards.items()
     }
 
 
-def _list_shard(file: Path, image: str, label: str | None) -> _Shard:
-    """List a shard's samples; without the ending of a label, all labels are empty."""
+def _read_shard(file: Path, image: str, label: str | None) -> _Shard:
+    """Return the samples of a shard. If no ending of labels is given, all labels are empty."""
     labels, places = [], []
     with file.open("rb") as opened:
         for number, sample in enumerate(_samples(file)):
-            members = dict(reversed(sample))  # the first of a name counts
-            found = members.get(image)
-            places.append((found.offset_data, found.size) if found else (0, 0))
+            members = dict(reversed(sample))  # the first member of a name takes precedence
+            member = members.get(image)
+            places.append((member.offset_data, member.size) if member else (0, 0))
             if label is None:
                 labels.append("")
                 continue
             if label not in members or members[label].size > _LONGEST_LABEL:
                 raise TaskError(
                     f"{file}: sample {number} has no label of at most {_LONGEST_LABEL} bytes that ends in .{label}; it "
-                    f"has {_listed(members)}. Add @label=ENDING to the task, or mend the shard"
+                    f"has {_listed(members)}. Add @label=ENDING to the task, or repair the shard"
                 )
             opened.seek(members[label].offset_data)
             text = opened.read(members[label].size).decode("utf-8", "replace").strip()
-            labels.append(intern(text))  # one text for each class, and not for each of millions of images
+            labels.append(intern(text))  # one string per class, not one per image
     return _Shard(labels, np.array(places, dtype=np.int64).reshape(-1, 2))
 
 

@@ -61,7 +61,7 @@ class OwnMethod(Method):
 
     def learner(self, bank: Bank, settings: Mapping[str, Any]) -> Learner:
         """Build the learner."""
-        make = cast(Callable[..., Learner], self.recipe)
+        make = cast(Callable[..., Learner], self.function)
         return make(bank, **self.settle(settings))
 
 
@@ -116,7 +116,7 @@ class StudentMethod:
                 raise MethodError(f"'{self.name}' trains no student; use a few-shot method: refilled list fewshot")
             return plan
 
-        make = cast(Callable[..., Learner], self.training.recipe)
+        make = cast(Callable[..., Learner], self.training.function)
         return make(bank, stages, **of_training)
 
 

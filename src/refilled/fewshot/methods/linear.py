@@ -49,12 +49,12 @@ def logistic_weights(support: Tensor, labels: Tensor, *, c: float = 1.0, toleran
     def fit(support: Tensor) -> Tensor:
         usual = 1 / classes  # at the start, where all classes are equally probable
         ridge = Ridge(support, 1 / (c * usual))
-        found, arrived = extrapolate(ridge, partial(residual, curvature=usual), classes, tolerance)
-        weights = ridge.weights(found)
+        coefficients, arrived = extrapolate(ridge, partial(residual, curvature=usual), classes, tolerance)
+        weights = ridge.weights(coefficients)
         if not arrived.all():
             ridge = Ridge(support[~arrived], 1 / (c * 0.5))
-            found = descend(ridge, partial(residual, curvature=0.5), classes, tolerance)
-            weights[~arrived] = ridge.weights(found)
+            coefficients = descend(ridge, partial(residual, curvature=0.5), classes, tolerance)
+            weights[~arrived] = ridge.weights(coefficients)
         return weights
 
     return by_blocks(fit, support)
