@@ -354,7 +354,7 @@ def test_the_commands_build_show_and_check(run, caches, teacher):
     assert f"{cache.folder.name}: 2 of 3 shards complete" in said
     manifest = cache.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-30])
-    assert "holds no teacher cache that can be read" in refilled("cache", "verify")
+    assert "holds no readable teacher cache" in refilled("cache", "verify")
     refilled("cache", "build", *flags, "--quiet")
     assert json.loads(manifest.read_text())["contents"] == asdict(cache.contents)
     assert f"{cache.folder.name}: 3 of 3 shards complete" in refilled("cache", "verify")
