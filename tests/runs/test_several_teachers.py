@@ -328,6 +328,7 @@ def train_in_parallel(world: World, run: Run, folder: Path) -> dict[str, torch.T
     return dict(prepared.student.state_dict())
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_two_teachers_as_one_does(file, tmp_path):
     run = good(LETTERS, f"{file}:pixels", guard=False, precision="64-true", epochs=1)
     distill(run, tmp_path / "alone")

@@ -32,8 +32,6 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
         "tags": ["image-classification", "knowledge-distillation", "refilled"],
         "metrics": ["accuracy"],
     }
-    if licence:
-        metadata["license"] = licence
     if run.task.startswith("hf:"):
         metadata["datasets"] = [re.split("[:@]", run.task[3:])[0]]
     front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items())
@@ -54,7 +52,8 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
     return (
         f"---\n{front}---\n\n# {markdown(run.student or 'teacher')} for {len(names)} classes\n\n"
         f"Trained with [refilled](https://pypi.org/project/refilled/) by the method {markdown(run.method)}"
-        f"{f', teacher {teacher}' if teacher else ', without a teacher'}.\n\n"
+        f"{f', teacher {teacher}' if teacher else ', without a teacher'}."
+        f"{f' Licence of the teacher: {markdown(licence)}.' if licence else ''}\n\n"
         f"Classes: {', '.join(markdown(name[:80]) for name in names[:_SHOWN])}{more}.\n\n"
         f"| figure, on {result.data['images'][part]} {part} images | |\n|---|---|\n{rows}\n"
         f"Images: {markdown(_last(run.task))}, {result.data['images']['train']} for training, "

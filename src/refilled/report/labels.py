@@ -12,7 +12,8 @@ from PIL import Image
 from refilled.data import Task
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell, write_atomic
-from refilled.report.page import png, shown
+from refilled.report.page import png
+from refilled.report.text import shown
 from refilled.selection.doubtful import Findings, Place
 
 COLUMNS = (

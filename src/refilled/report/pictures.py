@@ -52,9 +52,18 @@ def tsne(embeddings: Mapping[str, Tensor], labels: Tensor) -> Scatter:
     References: van der Maaten and Hinton, Visualizing Data using t-SNE, JMLR 2008.
     """
     kept = rows_to_project(labels)
-    project = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform
-    points = {name: project(embedding[kept].numpy()) for name, embedding in embeddings.items()}
+    points = project({name: embedding[kept] for name, embedding in embeddings.items()})
     return Scatter(points, labels[kept].tolist())
+
+
+def project(embeddings: Mapping[str, Tensor], iterations: int = 1000) -> dict[str, Any]:
+    """Bring embeddings ``(N, d)`` of the same N images to two dimensions each, arrays ``(N, 2)``, by t-SNE."""
+    return {
+        name: TSNE(
+            perplexity=min(30, (len(embedding) - 1) / 3), init="pca", random_state=0, max_iter=iterations
+        ).fit_transform(embedding.numpy())
+        for name, embedding in embeddings.items()
+    }
 
 
 def draw_scatter(scatter: Scatter, classes: Sequence[str]) -> Figure:

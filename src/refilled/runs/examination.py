@@ -18,6 +18,8 @@ from refilled.runs.prepared import Prepared
 from refilled.runs.scoring import finite_embedding
 
 _CLASSES, _PER_CLASS = 20, 25  # size of the sample
+SAMPLE_IMAGES = _CLASSES * _PER_CLASS
+"""Largest number of training images by which a teacher is judged."""
 _ENOUGH = 5  # minimum number of images per class, if any class has this many
 _FEWEST = 12  # images; with two classes of 5, one shuffle in 126 is equivalent to the labels
 _FEWEST_HELD_OUT = 40  # images

@@ -12,6 +12,7 @@ from refilled.config import Run
 from refilled.data import GreyRange, Task
 from refilled.errors import RefilledError, RunError
 from refilled.files import read_tensors
+from refilled.methods import load_method
 from refilled.models import Backbone, embedded_folder, load_model
 from refilled.models.weights import load_weights
 from refilled.runs.classifying import Classifier
@@ -21,6 +22,7 @@ from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import load_task_of, load_teacher_of, load_teachers_of
 from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
+from refilled.stages import Readout
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
 
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
@@ -158,6 +160,22 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
             raise RunError(f"{folder} does not hold the student after a stage '{stage}'")
         load_weights(student, read_tensors(path), str(path))
     return _placed(student)
+
+
+def readout_classes(folder: Path, task: Task, teacher: Backbone) -> Tensor:
+    """Classify the scored images by the readout of a run that trained nothing, to class ids ``(N,)``, as it did.
+
+    Args:
+        folder: The run's folder.
+        task: Its task.
+        teacher: Its teacher.
+    """
+    run = RunFolder(folder).run()
+    readout = load_method(run.method).build(None, teacher, run.settings)
+    assert isinstance(readout, Readout)  # or it would have a student
+    scored = task.test if run.score == "test" else task.val
+    train, embedding = (finite_embedding(teacher, split) for split in (task.train, scored))
+    return readout.classify(train, task.train.labels, embedding)
 
 
 def open_classifier(folder: Path) -> Classifier:

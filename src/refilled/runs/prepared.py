@@ -185,6 +185,7 @@ class Prepared:
             run = with_absolute_paths(run)
             task = load_task_of(run)
         self.task, self.run = task, run
+        self.found: Tensor | None = None  # class ids of the scored images (N,), once a readout has classified them
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teachers = load_teachers_of(run, self.task.image_size)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from refilled.models import licence_of
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
 from refilled.training.teacher_cache import fingerprint
@@ -81,4 +82,5 @@ def _about(prepared: Prepared, number: int) -> dict[str, Any]:
         "image_size": teacher.input_size or prepared.task.image_size,
         "embedding": teacher.pooling,
         "embedding_dim": teacher.embedding_dim,
+        "licence": licence_of(prepared.run.teachers[number], teacher),
     }

@@ -17,6 +17,7 @@ from refilled.models import Backbone
 from refilled.runs.determinism import use_machine
 from refilled.runs.prepared import Prepared, examine, load_task_of, load_teacher_of, resolve
 from refilled.training.distributed import ALONE, World
+from refilled.training.evaluation import forward_in_parts
 from refilled.training.loop import views_of
 from refilled.training.progress import Display
 from refilled.training.teacher_cache import TeacherCache, teacher_cache
@@ -46,8 +47,7 @@ def embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad(), fabric.autocast():
-            embedding: Tensor = teacher(images.to(fabric.device)).embedding
-        return embedding
+            return forward_in_parts(teacher, images.to(fabric.device)).embedding
 
     return embed
 
