@@ -156,7 +156,7 @@ PIECES = SOURCES | WORDS | SIGNS
 @example("pets:cat,dog@shots=1")
 @example("pets/train.parquet")
 @example("x" * 5000)
-def test_any_text_gives_a_task_or_an_error_that_a_user_can_mend(small_world, text):
+def test_any_text_gives_a_task_or_an_error_that_a_user_can_fix(small_world, text):
     try:
         task = load_task(text, data_root=small_world)
     except RefilledError:

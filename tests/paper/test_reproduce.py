@@ -493,7 +493,7 @@ def test_students_of_a_teacher_that_fails_fail_with_that_reason(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_path):
+def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_get_all_results(tmp_path):
     (tmp_path / "counted.py").write_text(
         "import os\nfrom refilled.methods.vanilla import vanilla\n\n"
         "def counted(student, teacher):\n"

@@ -181,7 +181,7 @@ def mine(student, teacher):
 """
 
 
-def test_a_strangers_run_executes_none_of_his_files(tmp_path):
+def test_a_run_from_a_stranger_executes_none_of_its_files(tmp_path):
     log, file = tmp_path / "log", tmp_path / "mine.py"
     file.write_text(CANARY.format(log=log))
     run = Run(task="digits:5-9", student="wrn_10_1", method=str(file), epochs=3, shots=4, threads=1)

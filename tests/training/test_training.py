@@ -213,7 +213,7 @@ def test_a_run_killed_at_random_times_resumes_exactly(teacher, tmp_path):
     assert kills > 0
 
 
-def test_a_damaged_state_falls_back_to_the_one_before_and_still_ends_exactly(teacher, tmp_path):
+def test_a_run_with_a_damaged_state_resumes_from_the_previous_one_exactly(teacher, tmp_path):
     run = refilled(teacher)
     distill(run, tmp_path / "whole")
     with pytest.raises(Interrupted):
@@ -247,7 +247,7 @@ def digest_all(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path):
+def test_training_changes_the_student_and_not_the_teacher(teacher, tmp_path):
     run = resolve(refilled(teacher, device="cpu"))
     prepared = Prepared(run)
     before = {name: value.clone() for name, value in prepared.teacher.state_dict().items()}

@@ -8,7 +8,7 @@ from refilled.models.timm_backbone import TimmBackbone
 
 
 def licence_of(name: str, network: Backbone) -> str | None:
-    """Return the licence of a teacher's weights; None if nothing says it. Nothing is downloaded.
+    """Return the licence of a teacher's weights; None if it is not known. Nothing is downloaded.
 
     Args:
         name: The teacher's name in a run. For ``timm/NAME`` and ``timm/NAME.TAG:FILE`` timm's metadata of these weights

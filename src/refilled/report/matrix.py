@@ -30,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What the template draws, in pixels.
+    """The layout of the drawing in pixels, for the template.
 
     Attributes:
         names: Shortened names.

@@ -68,7 +68,7 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
         folder: The run's folder.
         task: Its task.
         network: What is scored: the student, or the teacher whose embedding is classified by a readout.
-        found: Class ids of the scored images ``(N,)`` by a readout; None: the network's logits tell.
+        found: Class ids of the scored images ``(N,)`` by a readout; None: the classes of the network's highest logits.
         against: Folder of another run.
     """
     run, result = RunFolder(folder).run(), Result.load(folder)
@@ -141,13 +141,13 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
 
 def _how_to_know(run: Run) -> str:
     return (
-        "Did the teacher help? One run cannot say. Compare with students that are trained alike without the teacher: "
+        "Did the teacher help? One run cannot show it. Compare with students that are trained in the same way without the teacher: "
         f"{_command(run, compare=True)}"
     )
 
 
 def _command(run: Run, compare: bool = False) -> str:
-    """Return the command that carries out the run, or compares its method with the student alone."""
+    """Return the command that executes the run, or compares its method with the student alone."""
     alone = run.method == "vanilla"  # `distill` would use another method
     left_out = {"task", "settings", *WHERE} | ({"method", "seed"} if compare else set())
     if alone and not compare:

@@ -35,17 +35,17 @@ class Group:
     name: str
     color: str
     dots: list[tuple[float, float]]
-    """Places in a panel, in pixels."""
+    """Positions in a panel, in pixels."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What the template draws.
+    """The content of the drawing, for the template.
 
     Attributes:
         panels: The classes by the name of the network.
-        legend: Name and colour of each class; empty if there are too many to tell by their colours.
-        sentence: What is shown, or why nothing is.
+        legend: Name and colour of each class; empty if there are too many to distinguish by colour.
+        sentence: Description of the drawing, or the reason why there is none.
         side: Side length of a panel in pixels.
     """
 
@@ -111,8 +111,8 @@ def networks_of(folder: Path, run: Run, task: Task, final: Backbone) -> dict[str
 
 
 def _untrained(run: Run, task: Task, final: Backbone) -> Backbone | None:
-    """Build the student as it was before training; None where its first weights are gone."""
-    assert run.student is not None  # the caller has checked it
+    """Build the student as it was before training; None if its initial weights no longer exist."""
+    assert run.student is not None  # checked by the caller
     mean, std = final.mean.flatten().tolist(), final.std.flatten().tolist()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -138,14 +138,14 @@ def _nothing(reason: str) -> Projection:
 
 
 def _has_shape(embedding: Tensor) -> bool:
-    """Return whether t-SNE can make anything of an embedding ``(N, d)``."""
+    """Return whether an embedding ``(N, d)`` varies enough for t-SNE."""
     return bool(embedding.isfinite().all()) and embedding.shape[1] > 1 and len(embedding.unique(dim=0)) >= _FEWEST
 
 
 def _colors(count: int) -> list[str]:
     if count <= len(COLORS):
         return list(COLORS[:count])
-    # Neighbours differ in lightness, since their hues are close.
+    # Neighbours differ in lightness, because their hues are similar.
     return [f"hsl({round(360 * n / count)} 65% {(42, 56, 68)[n % 3]}%)" for n in range(count)]
 
 

@@ -23,7 +23,7 @@ class Speed:
 
     Attributes:
         parameters: Their number, with those of the classifier.
-        multiplications: Multiply-accumulate operations for one image; None where they cannot be counted.
+        multiplications: Multiply-accumulate operations for one image; None if they cannot be counted.
         milliseconds: Time per image by the number of images at a time, in float32: the median of several passes.
         image_size: Side length of the images in pixels.
         device: Name of the processor or accelerator.
@@ -55,7 +55,7 @@ class Speed:
 
 
 def speed_of(network: Backbone, image_size: int) -> Speed:
-    """Count and time a network on noise, where it lies, for about a second; slow networks take three passes longer.
+    """Count and time a network on noise, on its present device, for about a second; slow networks take three passes longer.
 
     Its weights, its mode and the random numbers do not change.
 

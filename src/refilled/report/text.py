@@ -1,16 +1,16 @@
-"""Names of classes and files, made fit to be shown."""
+"""Names of classes and files in a form that can be shown safely."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def shown(text: str) -> str:
-    """Write control characters and marks of direction visibly."""
+    """Make control characters and marks of direction visible."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def visible(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Write each cell of a table as :func:`shown` does."""
+    """Apply :func:`shown` to each cell of a table."""
     return [[shown(cell) for cell in row] for row in rows]
 
 

@@ -109,7 +109,7 @@ def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> tuple
 def _fault_beyond(
     embedding: Tensor, labels: Tensor, known: float, teacher: Backbone, prepared: Prepared, device: torch.device
 ) -> str | None:
-    """Return how badly an embedding of the sample tells the classes apart in the held-out images, if it does."""
+    """Return a phrase if an embedding separates the classes of the sample, but not those of held-out images."""
     held_out = _sample(prepared.task.val, labels.unique())
     if known < _WELL_KNOWN or len(held_out) < _FEWEST_HELD_OUT:
         return None

@@ -11,7 +11,7 @@ from refilled.training.teacher_cache import fingerprint
 
 
 def about_teachers(prepared: Prepared) -> dict[str, Any] | None:
-    """Return what ``result.json`` says of the teacher; None without one.
+    """Return the entry of ``result.json`` for the teacher; None without one.
 
     For several teachers it is ``name`` (all names), ``ignored`` (whether all are) and ``teachers``, a list with the
     entries of each and its ``label_information`` on a sample of the training images, its ``weight`` (the factor of its
