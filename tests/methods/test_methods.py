@@ -15,6 +15,7 @@ from refilled.methods.kd import softened_kl
 from refilled.methods.regression import EmbeddingRegressionLoss, misalignment
 from refilled.methods.rkd import angles, relative_distances
 from refilled.methods.self_training import PseudoLabelLoss
+from refilled.models import create_model
 from refilled.outputs import Outputs
 from refilled.stages import FineTuning, Prepares, Readout
 
@@ -325,3 +326,27 @@ def test_centring_takes_the_training_sets_mean_away_before_all_else():
 def test_centring_without_a_mean_says_what_to_do():
     with pytest.raises(MethodError, match=r"no mean of the training set yet; call prepare"):
         LocalKDLoss(centered=True)(torch.randn(4, 2), torch.randn(4, 3), torch.arange(4) % 2)
+
+
+@pytest.mark.parametrize("returned", ["3", "[]", "None", "[1]", "{}"])
+def test_a_method_that_returns_no_stages_is_refused(returned, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def mine(student, teacher, *, weight=1.0):\n    return {returned}\n")
+    student = create_model("wrn_10_1", 3, image_size=8)
+    method = load_method(str(tmp_path / "mine.py"))
+    assert method.settle({"weight": "2"}) == {"weight": 2.0}
+    with pytest.raises(MethodError, match="must return a list of one or more stages"):
+        method.build(student, student, {})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+def test_a_parameter_that_is_not_finite_is_refused(value):
+    for name in ("kd_weight", "temperature", "trust"):
+        with pytest.raises(MethodError, match=f"refilled.{name} must be a finite number"):
+            load_method("refilled").settle({name: value})
+
+
+@pytest.mark.parametrize("share", ["2", "-0.1"])
+def test_the_share_of_the_first_stage_is_a_share(share):
+    student = create_model("wrn_10_1", 3, image_size=8)
+    with pytest.raises(MethodError, match="embedding_share must be from 0 to 1"):
+        load_method("refilled").build(student, student, {"embedding_share": share})

@@ -8,6 +8,7 @@ docstring its citation. To add a method, add a file.
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ class Method:
 
     @property
     def types(self) -> dict[str, Any]:
-        """The annotations of the method's own parameters."""
+        """The annotations of the method's own parameters; without one, the type of the default."""
         hints = get_type_hints(self.function)
-        return {name: hints[name] for name in self.parameters}
+        return {name: hints.get(name, type(default)) for name, default in self.parameters.items()}
 
     def settle(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the settings with the defaults, and convert text values to the types of the signature.
@@ -59,6 +60,9 @@ class Method:
             if name not in self.parameters:
                 raise MethodError(f"method '{self.name}': {unknown('parameter', name, self.parameters)}")
         given = {name: _read(value, types[name], f"{self.name}.{name}") for name, value in settings.items()}
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise MethodError(f"{self.name}.{name} must be a finite number, but is {value}")
         return {**self.parameters, **given}
 
     @property
@@ -95,6 +99,8 @@ class Method:
             if teacher is None:
                 raise self._no_teacher()
             return plan
+        if not isinstance(plan, Sequence) or not plan or not all(isinstance(stage, Stage) for stage in plan):
+            raise MethodError(f"method '{self.name}' must return a list of one or more stages, but returned {plan!r}")
         stages = list(plan)
         if student is None:
             raise self._no_student()

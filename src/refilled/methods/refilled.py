@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from refilled.errors import MethodError
 from refilled.losses.checks import check_choice
 from refilled.losses.local_kd import Average, Centers, Classes, LocalKDLoss, LogitKDLoss
 from refilled.losses.triplet_alignment import Negatives, Reduction, TripletAlignmentLoss
@@ -107,6 +108,8 @@ def refilled(
     """
     alignment = TripletAlignmentLoss(temperature=temperature, negatives=negatives, margin=margin, reduction=reduction)
     check_choice("kd_targets", kd_targets, get_args(Targets))
+    if not 0 <= embedding_share <= 1:
+        raise MethodError(f"embedding_share must be from 0 to 1, but is {embedding_share}")
     classify = {"ce": Term(nn.CrossEntropyLoss())}
     if kd_weight > 0 and kd_targets == "embedding":
         local = LocalKDLoss(
