@@ -369,7 +369,10 @@ def test_the_layouts_of_the_hub_are_read(tmp_path, train, val, test):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a/train/0.parquet", "b/train/0.parquet"], r"holds several configurations .*\(a, b\); name one .*a$"),
+        (
+            ["a/train/0.parquet", "b/train/0.parquet"],
+            r"holds several configurations .*\(a, b\); give one as the task, .*a$",
+        ),
         (
             ["train.parquet", "val.parquet", "validation.parquet"],
             "two kinds of files for the val part, 'val' and 'valid",

@@ -16,7 +16,7 @@ from typing import Any
 
 from refilled.config import YOUNGER, Run
 from refilled.errors import RunError
-from refilled.files import damaged, read_record, write_atomic
+from refilled.files import damaged, read_json_object, read_record, read_tensors, write_atomic
 from refilled.training.checkpoints import discard_leftovers, discard_states, hold
 
 _FILES = (
@@ -119,7 +119,7 @@ class RunFolder:
             )
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; choose another --out")
-        if self.path.exists() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
+        if self.path.exists() and not _holds_only_leftovers(self.path):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
 
     @contextmanager
@@ -164,6 +164,19 @@ class RunFolder:
                 for name in reversed(_FILES):  # run.toml last: what is left of an interrupted removal is still a run
                     (self.path / name).unlink(missing_ok=True)
             discard_states(self.path)
+
+
+def _holds_only_leftovers(folder: Path) -> bool:
+    """Return whether a folder holds no more than a start that broke off before ``run.toml`` was written."""
+    names = {entry.name for entry in folder.iterdir() if not _is_leftover(entry)}
+    if not names <= {"data.json", "images.safetensors"}:
+        return False
+    try:
+        return all("train" in read_tensors(folder / name) for name in names if name == "images.safetensors") and (
+            "data.json" not in names or "fingerprint" in read_json_object(folder / "data.json")
+        )
+    except RunError:
+        return False  # files of someone else with these names
 
 
 def _is_leftover(entry: Path) -> bool:
