@@ -141,8 +141,9 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
 
 def _how_to_know(run: Run) -> str:
     return (
-        "Did the teacher help? One run cannot show it. Compare with students that are trained in the same way "
-        f"without the teacher: {_command(run, compare=True)}"
+        "Did the teacher help? One run cannot show it. Compare with students that are trained in the same way without "
+        "the teacher: "
+        f"{_command(run, compare=True)}"
     )
 
 

@@ -55,7 +55,7 @@ class Speed:
 
 
 def speed_of(network: Backbone, image_size: int) -> Speed:
-    """Count and time a network on noise, on its device, for about a second; slow networks take three passes longer.
+    """Count and time a network on noise, on its present device, for about a second, or three passes of a slow one.
 
     Its weights, its mode and the random numbers do not change.
 
