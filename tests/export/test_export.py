@@ -1,8 +1,11 @@
 """An exported student gives what the student gives, in every format."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,9 +30,10 @@ def command(*arguments, code=0):
     return result.output
 
 
-def save(folder, architecture="wrn_10_1", size=32):
+def save(folder, architecture="wrn_10_1", size=32, input_size=None):
     torch.manual_seed(0)
-    model = create_model(architecture, 3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), image_size=size)
+    sizes = {"image_size": size, "input_size": input_size}
+    model = create_model(architecture, 3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **sizes)
     with torch.no_grad():
         for module in model.modules():  # statistics that would betray training mode
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -76,6 +80,36 @@ def test_each_family_agrees_with_torch_as_onnx(tmp_path, architecture):
     assert said["mean"] == pytest.approx([0.4, 0.5, 0.6])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "input_size"), [(84, None), (200, None), (32, 32)])
+def test_a_vision_transformer_of_one_size_agrees_with_torch_in_each_format(tmp_path, size, input_size):
+    """Images of another size than the transformer takes are resized inside the file."""
+    model = save(tmp_path / "run", "timm/test_vit", size, input_size=input_size)
+    assert model.input_size == (input_size or 160)
+    onnx, program = tmp_path / "m.onnx", tmp_path / "m.pt2"
+    command("export", tmp_path / "run", "--format", "onnx", "--preprocess", "--out", onnx)
+    command("export", tmp_path / "run", "--format", "torch", "--preprocess", "--out", program)
+    runs = {"onnx": lambda images: logits_of(onnx, images)[0], "torch": torch.export.load(program).module()}
+    for number in (1, 3, 8):
+        images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
+        with torch.no_grad():
+            expected = model(images / 255).logits  # which resizes without rounding to 8 bits
+            for run in runs.values():
+                found = run(images)
+                assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+                assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
+def test_an_onnx_file_does_not_contain_the_paths_of_this_machine(tmp_path):
+    save(tmp_path / "run")
+    command("export", tmp_path / "run")
+    content = (tmp_path / "run" / "export" / "model.onnx").read_bytes()
+    assert b"wrn_10_1" in content
+    for path in (refilled.__file__, torch.__file__, str(tmp_path)):
+        assert str(Path(path).parent).encode() not in content
+    assert b"stack_trace" not in content
+
+
 def test_an_onnx_file_and_its_script_predict_what_the_run_predicts(tmp_path, pictures):
     save(tmp_path / "run")
     command("export", tmp_path / "run")
@@ -92,7 +126,7 @@ def test_an_onnx_file_and_its_script_predict_what_the_run_predicts(tmp_path, pic
         assert alone["probability"] == pytest.approx(one["probabilities"][one["class"]], abs=1e-5)
 
 
-def test_a_program_of_torch_runs_without_this_package(tmp_path):
+def test_an_exported_torch_program_runs_without_this_package(tmp_path):
     model = save(tmp_path / "run")
     command("export", tmp_path / "run", "--format", "torch", "--preprocess", "--out", tmp_path / "m.pt2")
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
@@ -147,24 +181,54 @@ def test_int8_computes_in_8_bits_and_keeps_the_classes(tmp_path):
     flags = ["--model", "wrn_10_1", "--shots", 20, "--epochs", 15, "--threads", 1, "--quiet"]
     command("train", "digits:0-4", *flags, "--out", out)
     output = command("export", out, "--int8")
-    assert "of" in output
-    assert "int8" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("float32 to int8: "))
     before, after = (onnx.load(str(out / "export" / name)) for name in ("model.onnx", "model.int8.onnx"))
     assert count_quantized(before)[0] == 0
     quantized, layers = count_quantized(after)
     assert quantized == layers == count_quantized(before)[1]
-    one, other = (
-        json.loads(command("evaluate", out, "--json"))["accuracy"],
-        _accuracy(out / "export" / "model.int8.onnx", out),
+    _check_costs(line, out)
+
+
+def _check_costs(line, out):
+    """The figures of the line are those of the two files on the validation images, computed without the package."""
+    from refilled.runs.inference import network_of, task_of
+
+    val, student = task_of(out).val, network_of(out)
+    images = student.normalize(val.pixels)
+    before, after = (
+        logits_of(out / "export" / name, images)[0].argmax(1) for name in ("model.onnx", "model.int8.onnx")
     )
-    assert abs(one - other) < 5
+    one, other = (100 * (found == val.labels).double().mean().item() for found in (before, after))
+    agreement = 100 * (before == after).double().mean().item()
+    assert f"accuracy {one:.2f} to {other:.2f} %" in line
+    assert f"on {len(val)} validation images, {agreement:.1f} % in the same class" in line
+    assert re.search(r"one image \d+\.\d\d to \d+\.\d\d ms \(\d+\.\d times (slower|faster)\)", line)
+    sizes = [(out / "export" / name).stat().st_size / 1024 for name in ("model.onnx", "model.int8.onnx")]
+    assert line.endswith(f"file {sizes[0]:.0f} to {sizes[1]:.0f} KiB")
+    assert abs(one - other) < 15  # of 10 images
 
 
-def _accuracy(path, run):
-    from refilled.export.int8 import measure
-    from refilled.runs.inference import task_of
+def test_without_validation_images_the_costs_are_those_on_training_images(tmp_path):
+    from refilled.data import Split
+    from refilled.export.int8 import cost_of
+    from refilled.export.onnx_file import write_onnx
 
-    return measure(path, task_of(run).test, repeats=1).accuracy
+    model = save(tmp_path / "run")
+    write_onnx(model, tmp_path / "m.onnx", preprocess=False)
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(pixels).logits.argmax(1)
+    labels[:10] = -1  # without a label, so neither right nor wrong
+    labels[10:16] = (labels[10:16] + 1) % 3
+    train = Split(pixels, labels, [""] * 40)
+    none = Split(pixels[:0], labels[:0], [])
+    task = SimpleNamespace(train=train, val=none, test=train)
+    cost = cost_of(tmp_path / "m.onnx", tmp_path / "m.onnx", task, repeats=1)
+    assert (cost.part, cost.images, cost.agreement) == ("training", 30, 100)
+    assert cost.before.accuracy == cost.after.accuracy == pytest.approx(80)
+    task = SimpleNamespace(train=none, val=none, test=train)
+    cost = cost_of(tmp_path / "m.onnx", tmp_path / "m.onnx", task, repeats=1)
+    assert (cost.images, cost.before.accuracy, cost.agreement) == (0, None, None)
 
 
 def test_a_student_is_loaded_in_python(tmp_path, pictures):

@@ -38,7 +38,7 @@ LABELS = [0, 1, 0, 5, 1, 0, 5, 4, 1, 0]
 
 @few
 @given(st.lists(st.sampled_from([-3, 0, 7, 10**12]), min_size=1, max_size=14), seeds, temperatures, temperatures)
-def test_triplet_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t):
+def test_triplet_alignment_equals_the_loop(labels, seed, tau_s, tau_t):
     student, teacher, y = batch(labels, seed)
     loss = TripletAlignmentLoss(temperature=tau_t, student_temperature=tau_s)
     expected = reference.triplet_alignment(student.tolist(), teacher.tolist(), labels, tau_s, tau_t)
@@ -47,7 +47,7 @@ def test_triplet_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t):
 
 @few
 @given(class_ids, seeds, temperatures, temperatures, st.floats(0.05, 2))
-def test_tuple_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t, margin):
+def test_tuple_alignment_equals_the_loop(labels, seed, tau_s, tau_t, margin):
     student, teacher, y = batch(labels, seed)
     loss = TripletAlignmentLoss(temperature=tau_t, student_temperature=tau_s, negatives="semihard", margin=margin)
     expected = reference.tuple_alignment(student.tolist(), teacher.tolist(), labels, tau_s, tau_t, margin)
@@ -56,7 +56,7 @@ def test_tuple_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t, margin)
 
 @few
 @given(class_ids, seeds, temperatures, temperatures)
-def test_local_kd_is_that_of_the_loop_for_all_kinds_of_centers(labels, seed, tau_s, tau_t):
+def test_local_kd_equals_the_loop_for_all_kinds_of_centers(labels, seed, tau_s, tau_t):
     logits, teacher, y = normal(len(labels), 6, seed=seed), normal(len(labels), 3, seed=seed + 1), torch.tensor(labels)
     means = normal(6, 3, seed=seed + 2)
     given_rows = (logits.tolist(), teacher.tolist(), labels, tau_s, tau_t)
@@ -123,7 +123,7 @@ def test_gradient_is_that_of_the_formula_on_the_mined_triplets(size):
 
 @negatives
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_triplet_gradients(negatives, reduction):
+def test_the_gradients_of_the_triplet_loss_pass_gradcheck(negatives, reduction):
     student, teacher, y = batch(LABELS)
     loss = TripletAlignmentLoss(negatives=negatives, reduction=reduction, margin=0.5, student_temperature=0.7)
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher, y), student.requires_grad_())
@@ -131,7 +131,7 @@ def test_triplet_gradients(negatives, reduction):
 
 @centers
 @pytest.mark.parametrize("normalize", [False, True])
-def test_local_kd_gradients(centers, normalize):
+def test_the_gradients_of_local_kd_pass_gradcheck(centers, normalize):
     logits, teacher, y = normal(10, 7), normal(10, 3, seed=1), torch.tensor(LABELS)
     loss = LocalKDLoss(centers=centers, normalize=normalize, student_temperature=0.7)
     loss.prepare(teacher, y)

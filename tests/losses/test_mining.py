@@ -28,7 +28,7 @@ def as_set(triplets: Triplets) -> set[tuple[int, ...]]:
 
 @few
 @given(batches)
-def test_nearest_impostors_are_those_of_the_loop(batch):
+def test_nearest_impostors_equal_those_of_the_loop(batch):
     x, labels = draw(batch)
     assert as_set(semi_hard_triplets(x, labels)) == reference.nearest_triplets(x.tolist(), labels.tolist())
 
@@ -42,7 +42,7 @@ def test_all_impostors_are_those_of_the_loop(batch, margin):
 
 
 @pytest.mark.parametrize("size", [31, 64, 200])
-def test_all_impostors_are_those_of_a_general_miner(size):
+def test_all_impostors_equal_those_of_a_general_miner(size):
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(size, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(12, (size,), generator=generator)
@@ -95,7 +95,7 @@ def test_half_precision_is_mined_in_single(dtype):
     ],
     ids=["one image", "no pair", "one class", "zeros", "identical"],
 )
-def test_batches_without_triplets_give_none(rows, labels):
+def test_batches_without_triplets_give_an_empty_result(rows, labels):
     for mined in (semi_hard_triplets, all_semi_hard_triplets):
         triplets = mined(torch.tensor(rows), torch.tensor(labels))
         assert [column.shape for column in triplets] == [(0,)] * 3

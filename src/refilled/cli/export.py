@@ -1,14 +1,16 @@
 """The command ``export``: a student as a file for other programs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from refilled.cli.options import Folder
-from refilled.cli.show import console, printable, say
+from refilled.cli.show import printable, say
 from refilled.errors import RunError, unknown
+
+if TYPE_CHECKING:
+    from refilled.export.int8 import Cost
 
 _NAMES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "weights"}
 
@@ -24,7 +26,7 @@ def export(
         bool, typer.Option("--preprocess", help="Take uint8 images, and normalise them inside the file.")
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Also write FILE.int8.onnx, quantised to 8 bits, and compare the two.")
+        bool, typer.Option("--int8", help="Also write FILE.int8.onnx, quantised to 8 bits, and print what that costs.")
     ] = False,
 ) -> None:
     """Write a student as a file that runs without this package, and compare it with torch."""
@@ -59,15 +61,27 @@ def export(
 
 
 def _quantize(folder: Path, path: Path) -> None:
-    from refilled.export.int8 import measure, quantize
+    from refilled.export.int8 import cost_of, quantize
     from refilled.runs.inference import task_of
 
     task, target = task_of(folder), path.with_suffix(".int8.onnx")
     quantized, layers = quantize(path, target, task.train)
     say(f"wrote {printable(str(target))}; {quantized} of {layers} convolutions and matrix products are in 8 bits")
-    table = Table("model", "accuracy", "ms per image", "KiB")
-    for name, file in (("float32", path), ("int8", target)):
-        found = measure(file, task.test)
-        accuracy = "no images" if found.accuracy is None else f"{found.accuracy:.2f} %"
-        table.add_row(name, accuracy, f"{found.milliseconds:.2f}", f"{found.size / 1024:.0f}")
-    console.print(table)
+    say(_sentence(cost_of(path, target, task)))
+
+
+def _sentence(cost: "Cost") -> str:
+    """Return in one line what 8 bits cost."""
+    before, after = cost.before, cost.after
+    accuracy = "no images to score"
+    if before.accuracy is not None and after.accuracy is not None:
+        accuracy = (
+            f"accuracy {before.accuracy:.2f} to {after.accuracy:.2f} % ({after.accuracy - before.accuracy:+.2f}) on "
+            f"{cost.images} {cost.part} images, {cost.agreement:.1f} % in the same class"
+        )
+    ratio = after.milliseconds / before.milliseconds
+    speed = f"{ratio:.1f} times slower" if ratio > 1 else f"{1 / ratio:.1f} times faster"
+    return (
+        f"float32 to int8: {accuracy}; one image {before.milliseconds:.2f} to {after.milliseconds:.2f} ms ({speed}); "
+        f"file {before.size / 1024:.0f} to {after.size / 1024:.0f} KiB"
+    )

@@ -60,12 +60,23 @@ def write_onnx(model: Backbone, path: Path, preprocess: bool) -> float:
         raise ModelError(f"{model.architecture} cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     assert program is not None  # always with dynamo
     proto = program.model_proto
+    _leave_out_traces(proto)
     onnx.helper.set_model_props(proto, as_texts(metadata_of(model, preprocess)))
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(proto, str(path))
     script = files("refilled.export").joinpath("predict_script.py").read_bytes()
     (path.parent / "predict.py").write_bytes(script)
     return check_parity(deployed, OnnxStudent(path), path)
+
+
+def _leave_out_traces(proto: Any) -> None:
+    """Leave out what the exporter notes of each node: stack traces, with the paths of this machine, up to 100 KiB."""
+    for function in (proto.graph, *proto.functions):
+        for part in (*function.node, *function.value_info):
+            del part.metadata_props[:]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
+    del proto.graph.metadata_props[:]
 
 
 class OnnxStudent:
