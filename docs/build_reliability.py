@@ -27,9 +27,9 @@ What `refilled` promises when something goes wrong, and the tests that show it. 
 
 ## Mutation testing
 
-`make mutants` changes one operator, constant, call or return value at a time in five files of `refilled.losses`, and runs
-`tests/losses` against each change. A mutant is killed if a test fails or 60 seconds of processor time pass. A second call
-resumes; `python benchmarks/mutants.py --summary` prints the counts and the survivors.
+`make mutants` changes one operator, constant, call or return value at a time in five files of `refilled.losses`, and
+runs `tests/losses` against each change. A mutant is killed if a test fails or 60 seconds of processor time pass. A
+second call resumes; `python benchmarks/mutants.py --summary` prints the counts and the survivors.
 
 | file | mutants | equivalent |
 |---|---:|---:|
