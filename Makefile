@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test quick soak check docs pages bench teacher clean
+.PHONY: demo test quick soak mutants check docs pages bench teacher clean
 
 demo: $(STAMP)
 	$(BIN)/refilled demo
@@ -18,6 +18,10 @@ quick: $(STAMP)
 # The faults of docs/reliability.md, many times; up to an hour on two cores.
 soak: $(STAMP)
 	REFILLED_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault
+
+# Small faults in the source of the losses, each of which a test must notice; resumes from mutants.jsonl.
+mutants: $(STAMP)
+	nice -n 3 $(BIN)/python benchmarks/mutants.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

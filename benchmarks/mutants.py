@@ -17,8 +17,9 @@ import resource
 import select
 import signal
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -277,14 +278,19 @@ def code_owner(value: Any) -> Any:
     return inspect.unwrap(getattr(value, "__func__", value))
 
 
+def groups(name: str) -> tuple[str, str]:
+    """Return the function and the file of a mutant."""
+    return name.partition(":")[0], name.partition(".")[0]
+
+
 class Runner:
     """A plugin of pytest that collects the tests once, and runs them in a fork for each mutant."""
 
     def __init__(self, mutants: list[Mutant], known: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
         self.mutants, self.options = mutants, options
-        self.kills = {module: Counter() for module in MUTATED}
+        self.kills = defaultdict(Counter)
         for line in known.values():
-            self.kills[line["module"]][line["by"]] += line["outcome"] == "killed"
+            self.count(line["name"], line)
         self.took: dict[str, float] = {}
         self.failed: str | None = None
 
@@ -301,17 +307,26 @@ class Runner:
         usual = original["took"]
         print(f"{len(usual)} tests, {original['seconds']:.1f} s of processor time", flush=True)
         for number, mutant in enumerate(self.mutants, start=1):
-            kills = self.kills[mutant.module]
-            # Tests that killed mutants of this file first, then the quick ones.
-            session.items.sort(key=lambda item: (-kills[item.nodeid], usual.get(item.nodeid, 0)))
+            session.items.sort(key=partial(self.rank, mutant, usual))
             done = self.outcome(session, mutant)
-            kills[done["by"]] += done["outcome"] == "killed"
+            self.count(mutant.name, done)
             line = {"name": mutant.name, "module": mutant.module, "line": mutant.line}
             line |= {key: done[key] for key in ("outcome", "by", "seconds")}
             with self.options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{number}/{len(self.mutants)} {done['outcome']} {done['seconds']:.1f} s  {mutant.name}", flush=True)
         return True
+
+    def count(self, name: str, done: dict[str, Any]) -> None:
+        """Remember which test killed a mutant."""
+        if done["outcome"] == "killed":
+            for group in groups(name):
+                self.kills[group][done["by"]] += 1
+
+    def rank(self, mutant: Mutant, usual: dict[str, float], item: Any) -> tuple[float, ...]:
+        """Sort the tests first that killed mutants of the function or the file, then those named after the file."""
+        kills = (-self.kills[group][item.nodeid] for group in groups(mutant.name))
+        return *kills, mutant.module.partition("_")[0] not in item.nodeid, usual.get(item.nodeid, 0)
 
     def outcome(self, session: Any, mutant: Mutant | None) -> dict[str, Any]:
         """Return what became of a fork of this process."""

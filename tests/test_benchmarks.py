@@ -55,3 +55,19 @@ def test_the_benchmark_of_large_data_goes_through_all_phases(tmp_path):
     lines = output_of("large.py", "--images", "600", "--folder", str(tmp_path)).splitlines()
     assert [line[:24].strip() for line in lines[2:]] == [*phases, "50 training steps"]
     assert len(list(tmp_path.glob("cache/images/*/images.u8"))) == 3  # train, val and test
+
+
+def test_the_list_of_equivalent_mutants_names_mutants(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import mutants
+
+    names = {mutant.name for module in mutants.MUTATED for mutant in mutants.mutants_of(module)}
+    assert mutants.equivalents().keys() <= names
+
+
+@pytest.mark.slow
+def test_a_mutant_is_killed_once(tmp_path):
+    known = ["--modules", "distances", "--sample", "1", "--results", str(tmp_path / "mutants.jsonl")]
+    *_, total = (line for line in output_of("mutants.py", *known).splitlines() if line.startswith("| all"))
+    assert total == "| all | 1 | 1 | 0 | 1 | 0 | 100.0 % |"
+    assert "1/1" not in output_of("mutants.py", *known, "--summary")

@@ -454,6 +454,8 @@ def test_tuples_at_the_lowest_temperature_do_not_overflow():
         (lambda: LocalKDLoss(refine=-1), "doubt and refine must be 0 or more"),
         (lambda: LocalKDLoss(centers="global", class_centers=normal(2, 3), centered=True), "drop centered"),
         (lambda: LocalKDLoss(centers="global").prepare(normal(2, 3), torch.tensor([0])), r"\(2, 3\) with labels"),
+        (lambda: LocalKDLoss()(normal(3, 3), normal(3, 2), torch.tensor([0, 1, 5])), "class id 5 is not in"),
+        (lambda: LocalKDLoss(centered=True)(normal(2, 2), normal(2, 3), torch.tensor([0, 1])), "has no mean of the"),
         (lambda: LogitKDLoss(0), "temperature must be"),
         (lambda: LogitKDLoss(average="mean"), "average"),
         (lambda: TripletAlignmentLoss()(normal(3, 2), normal(4, 2), torch.tensor([0, 0, 1])), r"\(3, 2\) and \(4, 2"),

@@ -110,8 +110,9 @@ def test_pairs_are_all_of_one_class():
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 3), (4,), (4, 2, 2)])
 def test_shapes_that_do_not_fit_are_refused(shape):
-    with pytest.raises(MethodError, match=r"labels \(4,\)|labels \(0,\)"):
-        semi_hard_triplets(torch.zeros(shape), torch.zeros(min(shape[0], 4), dtype=torch.int64))
+    for mined in (semi_hard_triplets, all_semi_hard_triplets):
+        with pytest.raises(MethodError, match=r"labels \(4,\)|labels \(0,\)"):
+            mined(torch.zeros(shape), torch.zeros(min(shape[0], 4), dtype=torch.int64))
 
 
 def test_distances_are_euclidean_and_differentiable_where_rows_coincide():
@@ -174,3 +175,10 @@ def test_distances_are_computed_in_single_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         within = pairwise_distances(x), pair_distances(x, first, second)
     torch.testing.assert_close(within, (pairwise_distances(x), pair_distances(x, first, second)), rtol=0, atol=0)
+
+
+def test_parts_of_a_single_pair_give_the_same_triplets(monkeypatch):
+    x, labels = draw(([0, 0, 1, 1, 2, 2] * 3, 0))
+    whole = as_set(semi_hard_triplets(x, labels)), as_set(all_semi_hard_triplets(x, labels))
+    monkeypatch.setattr("refilled.losses.mining.CACHE", 1)
+    assert whole == (as_set(semi_hard_triplets(x, labels)), as_set(all_semi_hard_triplets(x, labels)))

@@ -132,7 +132,7 @@ def test_every_parameter_reaches_labelled_and_unlabelled_images(average, classes
     logits, embedding, labels = (x.double() if x.is_floating_point() else x for x in batch(known + 1))
     labels = labels.clamp(max=known - 2)  # the last known class is not in the batch, the one after it has no mean
     means = torch.randn(known + 1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    means[known] = torch.nan
+    means[known, 0] = torch.nan
     total = 0.0
     for row, label in zip(range(len(labels)), labels.tolist(), strict=True):
         compared = range(known) if label < 0 or classes == "all" else range(known - 1)
