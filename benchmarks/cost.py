@@ -111,7 +111,7 @@ def modelled(student_rate: float, teacher_rate: float) -> None:
         (stage,) = refilled(student, freeze(teacher), gamma=0.1)
         for ranks in (1, 8, 64):
             batch = 128 * ranks
-            messages = communication(student, teacher, stage, batch, ranks, Network())
+            messages = communication(student, [teacher], stage, batch, ranks, Network())
             step = 128 / student_rate + 128 / teacher_rate + messages
             numbers = f"{1000 * step:8.0f} {1000 * messages:9.1f} {batch / step:9,.0f}"
             print(f"{classes:8,} {images:12,} {ranks:5} {numbers} {duration(images * step / batch):>14}", flush=True)

@@ -20,7 +20,7 @@ def loaded_by(statement):
     return set(done.stdout.split())
 
 
-def test_the_losses_load_torch_and_nothing_else_heavy():
+def test_the_losses_import_no_heavy_package_except_torch():
     modules = loaded_by("from refilled import TripletAlignmentLoss, LocalKDLoss, semi_hard_triplets, class_centers")
     assert "torch" in modules
     assert not modules & {
@@ -55,7 +55,7 @@ def test_no_process_of_the_tests_reaches_another_machine():
 
 
 @pytest.mark.slow
-def test_the_wheel_has_every_file_and_its_losses_need_torch_alone(tmp_path):
+def test_the_wheel_has_every_file_and_its_losses_need_only_torch(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -261,9 +261,8 @@ class Run(Recipe):
             RunError: There are several.
         """
         if isinstance(self.teacher, tuple):
-            raise RunError(
-                f"this works with one teacher at a time, but {len(self.teacher)} are named: {', '.join(self.teacher)}"
-            )
+            names = ", ".join(self.teacher)
+            raise RunError(f"this works with one teacher at a time, but there are {names}; name one with --teacher")
         return self.teacher
 
     def to_toml(self) -> str:

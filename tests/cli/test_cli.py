@@ -230,7 +230,7 @@ def test_every_field_of_a_run_is_a_flag_with_help():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_how_to_resume_and_does(tmp_path):
+def test_an_interrupted_run_prints_how_to_resume_and_resumes(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     begin = [
         "train",

@@ -110,7 +110,7 @@ def test_a_damaged_file_of_a_finished_run_is_named(finished, tmp_path, monkeypat
     ],
     ids=["no tensors", "no position", "another position", "another network"],
 )
-def test_a_whole_state_of_another_run_is_refused(finished, tmp_path, monkeypatch, capsys, tensors, data):
+def test_an_intact_state_of_another_run_is_refused(finished, tmp_path, monkeypatch, capsys, tensors, data):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "DONE").unlink()
@@ -123,7 +123,7 @@ def test_a_whole_state_of_another_run_is_refused(finished, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("content", [b"", b"no state", save({"a": torch.zeros(1)})])
-def test_a_state_with_a_right_checksum_and_a_wrong_content_is_refused(finished, tmp_path, monkeypatch, capsys, content):
+def test_a_state_with_a_correct_checksum_and_wrong_content_is_refused(finished, tmp_path, monkeypatch, capsys, content):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "DONE").unlink()
@@ -152,7 +152,7 @@ def test_a_name_that_is_too_long_is_explained(tmp_path, monkeypatch, capsys):
     assert "the name is too long" in said
 
 
-def test_a_full_disk_says_where_and_how_many_bytes_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_with_path_and_bytes_and_leaves_no_partial_file(tmp_path, monkeypatch, capsys):
     def full(descriptor):
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -185,7 +185,7 @@ def test_a_folder_without_permission_is_explained(tmp_path, monkeypatch, capsys)
     assert "permission denied; grant the right" in said
 
 
-def test_memory_that_ran_out_names_what_needs_less_and_a_defect_keeps_its_traceback():
+def test_an_out_of_memory_error_names_smaller_settings_and_a_defect_keeps_its_traceback():
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")):
         assert "--image-memory 0" in (ending.explain(error) or "")
     assert ending.explain(RuntimeError("shape mismatch")) is None
@@ -209,7 +209,7 @@ PHASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_sigterm_outside_the_training_loop_says_what_is_left(tmp_path, phase):
+def test_sigterm_outside_the_training_loop_reports_what_remains(tmp_path, phase):
     module, _, name = PHASES[phase].rpartition(".")
     program = (
         f"import time, pathlib, {module} as m\n"
@@ -270,7 +270,7 @@ def test_numbers_of_few_shot_learning_are_checked_too(kind, name):
             kind(data="digits", **{name: value})
 
 
-def test_the_handler_of_a_signal_is_put_back():
+def test_the_signal_handler_is_restored():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ending.Terminated), ending.ending_by_signal():
         signal.raise_signal(signal.SIGTERM)

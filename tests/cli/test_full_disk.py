@@ -50,6 +50,7 @@ def fill(patch, full: str) -> None:
     ("full", "resumed"),
     [
         (r"/run/\.images", False),
+        (r"/run/\.data\.json", False),
         (r"/run/\.run\.toml", False),
         (r"/run/\.teacher\.json", True),
         (r"/stages/\.embedding", True),

@@ -214,7 +214,7 @@ def test_a_damaged_cache_is_reported_and_built_again(here, capsys, harm):
     HARMS[harm](here / "cache" / "teacher" / "shards" / "manifest.json")
     for command in ("info", "verify"):
         assert call("cache", command) == 0
-        assert "shards holds no teacher cache that can be read: manifest.json" in capsys.readouterr().err
+        assert "shards holds no readable teacher cache: manifest.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["noise", "torn", "directory"])

@@ -184,14 +184,14 @@ def test_order_is_kept_around_bad_pictures_and_over_batches():
     assert pixels[:, 0, 0, 0].tolist() == [number % 256 for number in range(300) if number % 7]
 
 
-def test_threads_do_not_matter(monkeypatch):
+def test_the_number_of_threads_does_not_change_the_result(monkeypatch):
     pictures = [encoded(Image.new("RGB", (100, 90), (number, 0, 0))) for number in range(20)]
     alone, _ = read_pixels(pictures, 20, 80)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(read_pixels(pictures, 20, 80)[0], alone)
 
 
-def test_too_little_memory_is_said(monkeypatch):
+def test_too_little_memory_is_reported(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("can't allocate memory")
 
@@ -214,7 +214,7 @@ def test_a_picture_scaled_in_bands_is_what_it_is_scaled_at_once(monkeypatch, mod
         assert abs(in_bands - at_once).max() <= (1 if orientation == 1 else 2)
 
 
-def test_large_pictures_wait_for_each_other_and_come_out_alike(monkeypatch):
+def test_large_pictures_are_decoded_in_turn_with_the_same_result(monkeypatch):
     pictures = [encoded(Image.fromarray(RAMP + number)) for number in range(8)]
     usual = [decode(picture, 8) for picture in pictures]
     taken, most = 0, 0

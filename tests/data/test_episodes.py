@@ -185,7 +185,7 @@ def test_mini_imagenet_is_read_from_its_class_folders(tmp_path):
         ({"seen": ["c0"]}, "names no unseen classes"),
         ({"seen": "c0", "unseen": ["c1"]}, "must list the names of the seen classes"),
         ({"seen": ["c0"], "unseen": ["c1"], "augmentation": "flop"}, "unknown augmentation 'flop'"),
-        ({"seen": ["c0"], "unseen": ["c1"], "image_size": "84"}, "images of '84' pixels"),
+        ({"seen": ["c0"], "unseen": ["c1"], "image_size": "84"}, "image_size of '84' pixels"),
         ([1], "must be"),
     ],
     ids=str,

@@ -138,7 +138,7 @@ def test_shots_that_cannot_be_read_are_drawn_again(tmp_path):
 # Copies of a picture
 
 
-def test_copies_stay_on_one_side_of_every_cut(tmp_path):
+def test_copies_are_never_divided_between_parts(tmp_path):
     fill(tmp_path, {"cat": 20, "dog": 20})
     for number in range(20):
         put(tmp_path / "cat" / f"copy{number}.png", number)
@@ -150,7 +150,7 @@ def test_copies_stay_on_one_side_of_every_cut(tmp_path):
     assert "40 images are copies of others" in task.notes[0]
 
 
-def test_a_picture_in_two_classes_stays_on_one_side(tmp_path):
+def test_a_picture_in_two_classes_is_never_divided_between_parts(tmp_path):
     fill(tmp_path, {"cat": 20, "dog": 20})
     for number in range(20):
         put(tmp_path / "cow" / f"{number}.png", number)
@@ -170,7 +170,7 @@ def test_copies_in_another_format_leave_the_training_part(tmp_path):
     assert pictures(alone.train) | pictures(alone.test) == pictures(task.train) | pictures(task.test)
 
 
-def test_copies_across_given_parts_are_noted_and_left(tmp_path):
+def test_copies_across_given_parts_are_reported_and_kept(tmp_path):
     fill(tmp_path / "train", {"cat": 6, "dog": 6})
     fill(tmp_path / "test", {"cat": 3, "dog": 3})
     task = load_task(str(tmp_path), val=0)
@@ -181,14 +181,14 @@ def test_copies_across_given_parts_are_noted_and_left(tmp_path):
 # Bad splits
 
 
-def test_the_only_picture_of_a_class_trains(tmp_path):
+def test_the_only_picture_of_a_class_is_in_the_training_part(tmp_path):
     task = load_task(str(fill(tmp_path, {"cat": 1, "dog": 2, "cow": 3})))
     assert per_class(task, task.train) == {"cat": 1, "cow": 1, "dog": 1}
     assert per_class(task, task.test) == {"cat": 0, "cow": 1, "dog": 1}
     assert "no test images: cat" in task.notes
 
 
-def test_an_empty_class_folder_is_left_out_with_a_note(tmp_path):
+def test_an_empty_class_folder_is_skipped_with_a_note(tmp_path):
     fill(tmp_path, {"cat": 5, "dog": 5})
     (tmp_path / "bat").mkdir()
     task = load_task(str(tmp_path))
@@ -206,7 +206,7 @@ def test_a_class_that_cannot_be_trained_is_refused(tmp_path, part):
 
 
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("é", "e\u0301"), ("straße", "STRASSE")])
-def test_names_that_some_file_systems_cannot_tell_apart_are_refused(tmp_path, names):
+def test_names_that_some_file_systems_cannot_distinguish_are_refused(tmp_path, names):
     fill(tmp_path, dict.fromkeys(names, 3))
     with pytest.raises(TaskError, match="merge or rename"):
         load_task(str(tmp_path))
@@ -254,7 +254,7 @@ def test_bad_pictures_are_listed_and_the_run_continues(tmp_path):
     assert len(task.train) + len(task.val) + len(task.test) == 300
 
 
-def test_more_than_one_bad_picture_in_a_hundred_stop_unless_allowed(tmp_path):
+def test_more_than_one_percent_of_bad_pictures_is_an_error_unless_allowed(tmp_path):
     fill(tmp_path, {"cat": 50, "dog": 48})
     for name in ("a", "b"):
         (tmp_path / "cat" / f"{name}.png").write_bytes(b"no picture")
@@ -317,7 +317,7 @@ def test_the_fingerprint_follows_pixels_labels_and_names(tmp_path):
     assert len({before, changed, load_task(str(tmp_path)).fingerprint}) == 3
 
 
-def test_listing_order_does_not_matter(tmp_path, monkeypatch):
+def test_the_order_of_a_directory_does_not_change_the_result(tmp_path, monkeypatch):
     fill(tmp_path, {name: 8 for name in "abcd"})
     put(tmp_path / "a" / "deep" / "er" / "x.png", 77)
     put(tmp_path / "a" / "deer" / "x.png", 78)
@@ -347,7 +347,7 @@ def test_listing_order_does_not_matter(tmp_path, monkeypatch):
     assert (after.fingerprint, after.train.sources) == (before.fingerprint, before.train.sources)
 
 
-def test_a_fresh_process_agrees_whatever_its_hash_seed(tmp_path):
+def test_a_fresh_process_gives_the_same_result_with_any_hash_seed(tmp_path):
     text = f"{fill(tmp_path, {name: 8 for name in 'abcd'})}:random-half@shots=3"
     code = (
         "import sys; from refilled.data import epoch_batches, load_task; task = load_task(sys.argv[1]); "

@@ -135,7 +135,7 @@ def test_a_test_part_without_labels_is_no_part(tmp_path, flat):
     refilled("compare", tmp_path / "d", *few, "--out", tmp_path / "c")
 
 
-def test_classes_of_one_picture_cannot_be_tested_and_that_is_said_at_once(tmp_path):
+def test_classes_of_one_picture_cannot_be_tested_which_is_reported_at_once(tmp_path):
     fill(tmp_path, images=1)
     with pytest.raises(TaskError, match="there are no images to test on"):
         load_task(str(tmp_path))

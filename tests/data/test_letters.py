@@ -51,7 +51,7 @@ def test_a_damaged_cache_is_drawn_again(cache):
     assert load_task("letters").fingerprint == before
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(letters, "_draw_all", lambda: np.zeros((128, 80, 8, 8), dtype=np.uint8))

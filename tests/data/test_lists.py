@@ -300,7 +300,7 @@ CELLS = st.sampled_from(["images/000.png", "001", "images\\002.PNG", "C:\\x\\003
 )
 @example(b"id,label\n/,cat\n001,dog\n", None)
 @example(b"\xff\xfe", None)
-def test_any_list_gives_a_source_or_an_error_that_a_user_can_mend(tmp_path, content, label):
+def test_any_list_gives_a_source_or_an_error_that_a_user_can_fix(tmp_path, content, label):
     if not (tmp_path / "images").exists():
         put(tmp_path, [f"images/{number:03}.png" for number in range(4)])
     (tmp_path / "labels.csv").write_bytes(content)

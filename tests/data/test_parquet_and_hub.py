@@ -200,7 +200,7 @@ OTHERS = st.lists(st.text(max_size=3) | st.none(), min_size=1, max_size=12) | st
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LABELS | OTHERS, st.none() | st.lists(st.text(max_size=3), max_size=4))
 @example([0, 1], ["\ud800", ""])
-def test_any_labels_give_a_task_or_an_error_that_a_user_can_mend(tmp_path, labels, names):
+def test_any_labels_give_a_task_or_an_error_that_a_user_can_fix(tmp_path, labels, names):
     try:
         table = {"img": images(len(labels)), "label": pa.array(labels)}
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
@@ -369,7 +369,10 @@ def test_the_layouts_of_the_hub_are_read(tmp_path, train, val, test):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a/train/0.parquet", "b/train/0.parquet"], r"holds several configurations .*\(a, b\); name one .*a$"),
+        (
+            ["a/train/0.parquet", "b/train/0.parquet"],
+            r"holds several configurations .*\(a, b\); give one as the task, .*a$",
+        ),
         (
             ["train.parquet", "val.parquet", "validation.parquet"],
             "two kinds of files for the val part, 'val' and 'valid",
@@ -433,7 +436,7 @@ def test_a_column_of_the_hub_is_no_label_because_no_other_is_left(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), FileNotFoundError("no such data set"), ValueError()])
-def test_a_hub_that_cannot_be_reached_is_said(monkeypatch, error):
+def test_an_unreachable_hub_is_reported(monkeypatch, error):
     def fail(name):
         raise error
 

@@ -194,7 +194,7 @@ def test_a_disk_that_forgets_is_noticed(part, monkeypatch):
         stored_images(part, np.arange(23), SIDE)
 
 
-def test_a_full_disk_is_said_with_the_bytes_needed(part, monkeypatch):
+def test_a_full_disk_is_reported_with_the_bytes_needed(part, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

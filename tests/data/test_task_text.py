@@ -61,20 +61,20 @@ def test_paths_of_any_name_are_found_and_their_resolved_text_means_the_same(tmp_
         ("digits:", "names no classes"),
         ("digits@shot=5", "did you mean 'shots'"),
         ("digits@shots=five", "whole number"),
-        ("digits@shots=0", "leaves nothing"),
-        ("digits@val=1", "no fraction"),
-        ("digits@val=nan", "no fraction"),
+        ("digits@shots=0", "leaves no images"),
+        ("digits@val=1", "not a fraction"),
+        ("digits@val=nan", "not a fraction"),
         ("digits@val=much", "must be a number"),
-        ("digits@size=0", "out of bounds"),
+        ("digits@size=0", "out of range"),
         ("digits@augment=flip", "unknown augmentation"),
-        ("digits@label=", "names nothing"),
+        ("digits@label=", "has no value"),
         ("digits@label=x", "no columns"),
         ("hub:", "names no data set"),
         ("folder:photos", "no folder or file 'photos'"),
         ("folder:", "no folder or file"),
         ("~nobody-of-this-name/photos", "no folder or file"),
         ("digits:cat", "unknown class 'cat'"),
-        ("digits:5-3", "no range"),
+        ("digits:5-3", "not a range"),
         ("digits:3-10", "classes 0-9"),
         ("digits:3", "at least two classes"),
         ("digits:0-4,", "unknown class ''"),
@@ -156,7 +156,7 @@ PIECES = SOURCES | WORDS | SIGNS
 @example("pets:cat,dog@shots=1")
 @example("pets/train.parquet")
 @example("x" * 5000)
-def test_any_text_gives_a_task_or_an_error_that_a_user_can_mend(small_world, text):
+def test_any_text_gives_a_task_or_an_error_that_a_user_can_fix(small_world, text):
     try:
         task = load_task(text, data_root=small_world)
     except RefilledError:

@@ -151,7 +151,7 @@ def test_a_damaged_shard_is_named(tmp_path, harm):
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=3000), st.integers(0, 10000))
-def test_fuzzed_shards_raise_nothing_but_errors_for_people(tmp_path_factory, noise, at):
+def test_fuzzed_shards_raise_only_user_errors(tmp_path_factory, noise, at):
     file = tmp_path_factory.mktemp("fuzz") / "train.tar"
     content = write_tar(file, samples(range(6))).read_bytes()
     file.write_bytes(content[:at] + noise + content[at + len(noise) :])

@@ -126,7 +126,7 @@ def test_an_onnx_file_and_its_script_predict_what_the_run_predicts(tmp_path, pic
         assert alone["probability"] == pytest.approx(one["probabilities"][one["class"]], abs=1e-5)
 
 
-def test_a_program_of_torch_runs_without_this_package(tmp_path):
+def test_an_exported_torch_program_runs_without_this_package(tmp_path):
     model = save(tmp_path / "run")
     command("export", tmp_path / "run", "--format", "torch", "--preprocess", "--out", tmp_path / "m.pt2")
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)

@@ -64,7 +64,7 @@ def ray(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing_and_a_failed_run_leaves_the_others_alone(ray, tmp_path):
+def test_a_killed_worker_loses_nothing_and_a_failed_run_does_not_affect_the_others(ray, tmp_path):
     runs = {
         "alive": RUN,
         "killed": replace(RUN, method="deadly.py", settings={"grave": "run grave"}),

@@ -16,7 +16,7 @@ from refilled.losses.mining import semi_hard_triplets
 from refilled.losses.triplet_alignment import TripletAlignmentLoss, triplet_alignment
 from refilled.stages import Prepares, Reports
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=min(30, settings().max_examples), deadline=None)
 seeds = st.integers(0, 2**32)
 class_ids = st.lists(st.sampled_from([0, 1, 4, 5]), min_size=1, max_size=14)
 temperatures = st.floats(0.1, 8)
@@ -38,7 +38,7 @@ LABELS = [0, 1, 0, 5, 1, 0, 5, 4, 1, 0]
 
 @few
 @given(st.lists(st.sampled_from([-3, 0, 7, 10**12]), min_size=1, max_size=14), seeds, temperatures, temperatures)
-def test_triplet_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t):
+def test_triplet_alignment_equals_the_loop(labels, seed, tau_s, tau_t):
     student, teacher, y = batch(labels, seed)
     loss = TripletAlignmentLoss(temperature=tau_t, student_temperature=tau_s)
     expected = reference.triplet_alignment(student.tolist(), teacher.tolist(), labels, tau_s, tau_t)
@@ -47,7 +47,7 @@ def test_triplet_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t):
 
 @few
 @given(class_ids, seeds, temperatures, temperatures, st.floats(0.05, 2))
-def test_tuple_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t, margin):
+def test_tuple_alignment_equals_the_loop(labels, seed, tau_s, tau_t, margin):
     student, teacher, y = batch(labels, seed)
     loss = TripletAlignmentLoss(temperature=tau_t, student_temperature=tau_s, negatives="semihard", margin=margin)
     expected = reference.tuple_alignment(student.tolist(), teacher.tolist(), labels, tau_s, tau_t, margin)
@@ -56,7 +56,7 @@ def test_tuple_alignment_is_that_of_the_loop(labels, seed, tau_s, tau_t, margin)
 
 @few
 @given(class_ids, seeds, temperatures, temperatures)
-def test_local_kd_is_that_of_the_loop_for_all_kinds_of_centers(labels, seed, tau_s, tau_t):
+def test_local_kd_equals_the_loop_for_all_kinds_of_centers(labels, seed, tau_s, tau_t):
     logits, teacher, y = normal(len(labels), 6, seed=seed), normal(len(labels), 3, seed=seed + 1), torch.tensor(labels)
     means = normal(6, 3, seed=seed + 2)
     given_rows = (logits.tolist(), teacher.tolist(), labels, tau_s, tau_t)
@@ -123,7 +123,7 @@ def test_gradient_is_that_of_the_formula_on_the_mined_triplets(size):
 
 @negatives
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_triplet_gradients(negatives, reduction):
+def test_the_gradients_of_the_triplet_loss_pass_gradcheck(negatives, reduction):
     student, teacher, y = batch(LABELS)
     loss = TripletAlignmentLoss(negatives=negatives, reduction=reduction, margin=0.5, student_temperature=0.7)
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher, y), student.requires_grad_())
@@ -131,7 +131,7 @@ def test_triplet_gradients(negatives, reduction):
 
 @centers
 @pytest.mark.parametrize("normalize", [False, True])
-def test_local_kd_gradients(centers, normalize):
+def test_the_gradients_of_local_kd_pass_gradcheck(centers, normalize):
     logits, teacher, y = normal(10, 7), normal(10, 3, seed=1), torch.tensor(LABELS)
     loss = LocalKDLoss(centers=centers, normalize=normalize, student_temperature=0.7)
     loss.prepare(teacher, y)
@@ -381,3 +381,109 @@ def test_a_class_without_an_image_in_the_training_set_is_named():
     loss.prepare(normal(2, 3), torch.tensor([0, 2]))
     with pytest.raises(MethodError, match="class 1 had no image"):
         loss(normal(2, 3), normal(2, 3), torch.tensor([0, 1]))
+
+
+def test_defaults_are_those_of_the_paper():
+    student, teacher, y = batch(LABELS)
+    logits = normal(10, 6)
+    rows = (student.tolist(), teacher.tolist(), LABELS)
+    assert TripletAlignmentLoss()(student, teacher, y).item() == pytest.approx(
+        reference.triplet_alignment(*rows, 1.0, 2.0)
+    )
+    assert TripletAlignmentLoss(negatives="semihard")(student, teacher, y).item() == pytest.approx(
+        reference.tuple_alignment(*rows, 1.0, 2.0, 0.2)
+    )
+    local = pytest.approx(reference.local_kd(logits.tolist(), teacher.tolist(), LABELS, 1.0, 2.0))
+    assert local_kd(logits, teacher, y).item() == LocalKDLoss()(logits, teacher, y).item() == local
+    assert LogitKDLoss()(logits, teacher, y) == LogitKDLoss(2.0, "images")(logits, teacher, y)
+
+
+def one_triplet() -> tuple[Tensor, Tensor, Tensor]:
+    """Three points of a circle with a single triplet, which the teacher violates."""
+    at, of_teacher = torch.tensor([[0.0, 1.0, 1.5], [0.0, 1.5, 1.0]], dtype=torch.float64)
+    return (
+        torch.stack([at.cos(), at.sin()], 1),
+        torch.stack([of_teacher.cos(), of_teacher.sin()], 1),
+        torch.tensor([0, 0, 1]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("negatives", "names"), [("nearest", ["triplets", "violated"]), ("semihard", ["tuples", "impostors"])]
+)
+def test_statistics_and_mean_of_one_triplet_and_of_none(negatives, names):
+    student, teacher, y = one_triplet()
+    mean = TripletAlignmentLoss(negatives=negatives, margin=1, reduction="mean")
+    total = TripletAlignmentLoss(negatives=negatives, margin=1)
+    assert mean(student, teacher, y) == total(student, teacher, y) > 0.01
+    assert list(mean.statistics()) == names
+    assert all(value == 1 for value in mean.statistics().values())
+    assert mean(student, teacher, torch.arange(3)) == 0
+    assert all(value == 0 for value in mean.statistics().values())
+    assert mean(torch.full_like(student, torch.nan), teacher, torch.arange(3)).isnan()
+
+
+def test_a_triplet_on_which_the_teacher_has_no_opinion_is_not_violated():
+    student, teacher, y = one_triplet()
+    loss = TripletAlignmentLoss()
+    loss(student, torch.zeros_like(teacher), y)
+    assert loss.statistics()["triplets"] == 1
+    assert loss.statistics()["violated"] == 0
+
+
+def test_tuples_at_the_lowest_temperature_do_not_overflow():
+    student, teacher, y = batch(4 * LABELS)
+    student[:6] = student[0]  # from the smallest distance to the largest
+    teacher[:6] = teacher[0]
+    student[6], teacher[6] = -student[0], -teacher[0]
+    loss = TripletAlignmentLoss(negatives="semihard", temperature=0.02, student_temperature=0.02, margin=2)
+    single = loss(student.float().requires_grad_(), teacher.float(), y)
+    torch.testing.assert_close(single.double(), loss(student, teacher, y), rtol=1e-3, atol=0)
+    with pytest.raises(MethodError, match=r"below 0\.02"):
+        TripletAlignmentLoss(negatives="semihard", student_temperature=0.019)
+    TripletAlignmentLoss(temperature=0.01)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: local_kd(normal(2, 2), normal(2, 3), torch.tensor([0, 1]), average="mean"), "average"),
+        (lambda: LocalKDLoss(average="mean"), "average"),
+        (lambda: LocalKDLoss(student_temperature=0), "student_temperature must be"),
+        (lambda: LocalKDLoss(doubt=-0.5), "doubt and refine must be 0 or more"),
+        (lambda: LocalKDLoss(refine=-1), "doubt and refine must be 0 or more"),
+        (lambda: LocalKDLoss(centers="global", class_centers=normal(2, 3), centered=True), "drop centered"),
+        (lambda: LocalKDLoss(centers="global").prepare(normal(2, 3), torch.tensor([0])), r"\(2, 3\) with labels"),
+        (lambda: LogitKDLoss(0), "temperature must be"),
+        (lambda: LogitKDLoss(average="mean"), "average"),
+        (lambda: TripletAlignmentLoss()(normal(3, 2), normal(4, 2), torch.tensor([0, 0, 1])), r"\(3, 2\) and \(4, 2"),
+        (lambda: local_kd(normal(1, 9), normal(1, 3), torch.tensor([0]), centers=normal(3)), "same teacher"),
+        (lambda: local_kd(normal(1, 9), normal(1, 3), torch.tensor([-1]), centers=normal(5, 4)), "same teacher"),
+    ],
+)
+def test_more_mistakes_are_named(call, message):
+    with pytest.raises(MethodError, match=message):
+        call()
+
+
+def test_what_a_loss_needs_follows_from_its_parameters():
+    kinds = [LocalKDLoss(), LocalKDLoss(centered=True), LocalKDLoss(centers="global")]
+    assert [loss.needs_training_set for loss in kinds] == [False, True, True]
+    assert [loss.sees_unlabelled for loss in kinds] == [False, False, True]
+    assert LogitKDLoss.reads_labels is False
+    kinds[1].prepare(normal(4, 3), torch.arange(4))
+    assert kinds[1].class_centers is None
+    assert "centers=global, classes=batch, temperature=2.0" in repr(kinds[2])
+    assert "negatives=nearest, temperature=2.0, reduction=sum" in repr(TripletAlignmentLoss())
+
+
+def test_means_are_loaded_only_where_they_are_used():
+    prepared = LocalKDLoss(centers="global", centered=True)
+    prepared.prepare(normal(4, 3), torch.arange(4))
+    with pytest.raises(RuntimeError, match="class_centers"):
+        LocalKDLoss().load_state_dict(prepared.state_dict())
+    fresh = LocalKDLoss(centers="global", centered=True)
+    fresh.load_state_dict({})  # saved before prepare()
+    assert fresh.class_centers is None
+    fresh.load_state_dict(prepared.state_dict())
+    assert torch.equal(fresh.mean, prepared.mean)

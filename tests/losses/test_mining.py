@@ -10,7 +10,7 @@ from refilled.errors import MethodError
 from refilled.losses.distances import class_centers, pair_distances, pairwise_distances, squared_distances, unit_rows
 from refilled.losses.mining import Triplets, all_semi_hard_triplets, same_class_pairs, semi_hard_triplets
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=min(40, settings().max_examples), deadline=None)
 batches = st.tuples(st.lists(st.sampled_from([-3, 0, 1, 7, 10**12]), min_size=1, max_size=24), st.integers(0, 2**32))
 
 
@@ -28,7 +28,7 @@ def as_set(triplets: Triplets) -> set[tuple[int, ...]]:
 
 @few
 @given(batches)
-def test_nearest_impostors_are_those_of_the_loop(batch):
+def test_nearest_impostors_equal_those_of_the_loop(batch):
     x, labels = draw(batch)
     assert as_set(semi_hard_triplets(x, labels)) == reference.nearest_triplets(x.tolist(), labels.tolist())
 
@@ -42,7 +42,7 @@ def test_all_impostors_are_those_of_the_loop(batch, margin):
 
 
 @pytest.mark.parametrize("size", [31, 64, 200])
-def test_all_impostors_are_those_of_a_general_miner(size):
+def test_all_impostors_equal_those_of_a_general_miner(size):
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(size, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(12, (size,), generator=generator)
@@ -95,7 +95,7 @@ def test_half_precision_is_mined_in_single(dtype):
     ],
     ids=["one image", "no pair", "one class", "zeros", "identical"],
 )
-def test_batches_without_triplets_give_none(rows, labels):
+def test_batches_without_triplets_give_an_empty_result(rows, labels):
     for mined in (semi_hard_triplets, all_semi_hard_triplets):
         triplets = mined(torch.tensor(rows), torch.tensor(labels))
         assert [column.shape for column in triplets] == [(0,)] * 3
@@ -149,3 +149,28 @@ def test_class_centers_are_means_in_the_order_of_the_ids():
     centers, classes = class_centers(embedding, torch.tensor([9, -1, 9]))
     assert classes.tolist() == [-1, 9]
     assert centers.tolist() == [[3, 4], [3, 5]]
+
+
+def test_an_image_on_its_anchor_is_no_impostor():
+    x, labels = torch.tensor([[1.0, 0], [1, 0], [0, 1]]), torch.tensor([0, 0, 1])
+    assert as_set(semi_hard_triplets(x, labels)) == {(0, 1, 2), (1, 0, 2)}
+    assert as_set(all_semi_hard_triplets(x, labels, margin=2)) == {(0, 1, 2), (1, 0, 2)}
+
+
+def test_the_default_margin_is_that_of_the_miner_of_a_peer():
+    x, labels = draw(([0, 0, 1, 1, 2, 2] * 4, 0))
+    peer = TripletMarginMiner(margin=0.2, type_of_triplets="semihard")(x, labels)
+    assert as_set(all_semi_hard_triplets(x, labels)) == as_set(Triplets(*peer))
+
+
+def test_squared_distances_are_never_negative():
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1) + 3
+    assert squared_distances(x).min() == 0 == squared_distances(x, x.clone()).min()
+
+
+def test_distances_are_computed_in_single_under_autocast():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    first, second = torch.tensor([0, 3, 6, 2]), torch.tensor([1, 3, 0, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        within = pairwise_distances(x), pair_distances(x, first, second)
+    torch.testing.assert_close(within, (pairwise_distances(x), pair_distances(x, first, second)), rtol=0, atol=0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refilled.errors import MethodError
-from refilled.losses.local_kd import LocalKDLoss
+from refilled.losses.local_kd import LocalKDLoss, LogitKDLoss
 from refilled.losses.trust import Trusted, held_out_information, is_at_chance, knows_less, label_information
 
 
@@ -23,19 +23,15 @@ def embeddings(classes: int, each: int, spread: float) -> tuple[torch.Tensor, to
 def slow_label_information(embedding: torch.Tensor, labels: torch.Tensor) -> float:
     rows = F.normalize(embedding - embedding.mean(0), dim=1)
     best = math.inf
+    squared = torch.zeros(len(rows), labels.unique().numel(), dtype=rows.dtype)
+    targets = torch.zeros(len(rows), dtype=torch.int64)
+    for i in range(len(rows)):
+        others = torch.arange(len(rows)) != i
+        for index, c in enumerate(labels.unique()):
+            squared[i, index] = (rows[i] - rows[others & (labels == c)].mean(0)).square().sum()
+            targets[i] = index if labels[i] == c else targets[i]
     for step in range(14):
-        temperature = 0.02 * 2 ** (step / 2)
-        total = 0.0
-        for i in range(len(rows)):
-            others = torch.arange(len(rows)) != i
-            scores = torch.stack(
-                [
-                    -(rows[i] - rows[others & (labels == c)].mean(0)).square().sum() / temperature
-                    for c in labels.unique()
-                ]
-            )
-            total -= F.log_softmax(scores, 0)[labels.unique().tolist().index(int(labels[i]))].item()
-        best = min(best, total / len(rows))
+        best = min(best, F.cross_entropy(-squared / (0.02 * 2 ** (step / 2)), targets).item())
     return max(0.0, 1 - best / math.log(labels.unique().numel()))
 
 
@@ -44,6 +40,13 @@ def test_label_information_agrees_with_a_loop(spread):
     embedding, labels = embeddings(4, 5, spread)
     labels = labels * 7 + 3  # any ids
     assert label_information(embedding, labels) == pytest.approx(slow_label_information(embedding, labels), abs=1e-9)
+
+
+def test_the_temperature_is_sought_up_to_the_highest_and_no_further():
+    embedding, labels = embeddings(3, 40, 6.0)
+    share = label_information(embedding, labels)
+    assert share == pytest.approx(slow_label_information(embedding, labels), abs=1e-9)
+    assert 0 < share < 0.2
 
 
 def test_the_less_classes_overlap_the_more_an_embedding_knows():
@@ -158,3 +161,74 @@ def test_a_constant_embedding_is_at_chance_and_knows_less_than_any_other():
     constant = torch.ones(100, 3)
     assert is_at_chance(lambda order: label_information(constant, order), labels)
     assert knows_less(constant, good, labels)
+
+
+def test_a_difference_counts_from_the_level_of_five_percent(monkeypatch):
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    for z, less in ((1.6, False), (1.7, True)):
+        losses = {"poor": 5 * (noise + z / 10), "good": torch.zeros(100, dtype=torch.float64)}
+        monkeypatch.setattr("refilled.losses.trust._leave_one_out_losses", lambda name, _, known=losses: known[name])
+        assert knows_less("poor", "good", None) is less
+
+
+def test_chance_is_measured_on_nineteen_shuffles_that_are_always_the_same():
+    labels, seen = torch.arange(50), []
+
+    def information(order):
+        seen.append(order.tolist())
+        return 1.0 if len(seen) in (1, 25) else 0.5 if len(seen) <= 20 else 1.0
+
+    assert not is_at_chance(information, labels)
+    assert is_at_chance(information, labels)
+    assert len(seen) == 40
+    assert seen[:20] == seen[20:]
+    assert seen[0] == labels.tolist()
+    assert all(sorted(order) == seen[0] != order for order in seen[1:20])
+
+
+def test_one_good_shuffle_is_enough_for_chance():
+    values = iter([0.5] + 18 * [0.0] + [0.6])
+    assert is_at_chance(lambda order: next(values), torch.arange(5))
+
+
+def test_a_teacher_that_knows_all_labels_is_worth_any_number_of_images():
+    embedding, labels = embeddings(4, 8, 0.0)
+    loss = Trusted(LocalKDLoss(centers="global"), worth=0.01)
+    loss.prepare(embedding.float(), labels)
+    assert loss.statistics() == {"label_information": 1.0, "prior": 1.0}
+
+
+def test_the_prior_is_that_of_its_formula():
+    embedding, labels = embeddings(4, 8, 3.0)
+    loss = Trusted(LocalKDLoss(centers="global"), worth=0.5)
+    every = torch.cat([embedding, embedding[:3] + 9]), torch.cat([labels, torch.full((3,), -1)])
+    loss.prepare(*every)
+    share = label_information(embedding, labels)
+    assert loss.statistics()["label_information"].item() == pytest.approx(share)
+    assert loss.statistics()["prior"].item() == pytest.approx(0.5 * share / (1 - share) / 8)
+    plain = Trusted(LocalKDLoss(centers="global"))
+    plain.prepare(*every)
+    assert plain.power == 1.0
+    assert list(plain.statistics()) == ["label_information"]
+
+
+def test_a_trusted_loss_reads_what_its_loss_reads():
+    assert Trusted(nn.MSELoss()).reads_labels
+    assert not Trusted(nn.MSELoss()).sees_unlabelled
+    assert not Trusted(LogitKDLoss()).reads_labels
+    assert Trusted(LogitKDLoss()).sees_unlabelled
+    assert Trusted.needs_training_set
+    with pytest.raises(MethodError, match=r"trust must be 0 or more, but is -0\.5"):
+        Trusted(nn.MSELoss(), -0.5)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    embedding, labels = embeddings(4, 2, 1.0)
+    for call in (
+        lambda: label_information(embedding, labels[1:]),
+        lambda: held_out_information(embedding, labels[1:], embedding, labels),
+        lambda: held_out_information(embedding, labels, embedding, labels[1:]),
+    ):
+        with pytest.raises(MethodError, match=r"\(8, 16\) with labels \(7,\)"):
+            call()

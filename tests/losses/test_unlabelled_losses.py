@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from refilled.errors import MethodError
 from refilled.losses import LocalKDLoss, Trusted
+from refilled.losses.local_kd import local_kd
 from refilled.methods.self_training import PseudoLabelLoss
 from refilled.stages import Term
 
@@ -121,3 +122,68 @@ def test_bad_parameters_are_refused():
         PseudoLabelLoss(1.5)
     with pytest.raises(MethodError, match="doubt"):
         LocalKDLoss(doubt=-1)
+
+
+@pytest.mark.parametrize("average", ["images", "elements"])
+@pytest.mark.parametrize("classes", ["all", "batch"])
+@pytest.mark.parametrize("right_only", [False, True])
+@pytest.mark.parametrize("known", [2, 4])
+def test_every_parameter_reaches_labelled_and_unlabelled_images(average, classes, right_only, known):
+    logits, embedding, labels = (x.double() if x.is_floating_point() else x for x in batch(known + 1))
+    labels = labels.clamp(max=known - 2)  # the last known class is not in the batch, the one after it has no mean
+    means = torch.randn(known + 1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    means[known] = torch.nan
+    total = 0.0
+    for row, label in zip(range(len(labels)), labels.tolist(), strict=True):
+        compared = range(known) if label < 0 or classes == "all" else range(known - 1)
+        unit = embedding[row] / embedding[row].norm()
+        q = F.softmax(torch.stack([-(unit - means[c]).square().sum() / 0.7 for c in compared]), 0)
+        p = F.softmax(logits[row, : len(compared)] / 0.6, 0)
+        each = sum(q[c] * (q[c] / p[c]).log() for c in compared).item()
+        if label < 0:
+            each *= (1 + sum(x * math.log(x) for x in q.tolist()) / math.log(known)) ** 1.5
+        elif right_only and q.argmax() != label:
+            each = 0.0
+        total += each / (len(compared) if average == "elements" else 1)
+    value = local_kd(
+        logits,
+        embedding,
+        labels,
+        temperature=0.7,
+        student_temperature=0.6,
+        centers=means,
+        classes=classes,
+        normalize=True,
+        right_only=right_only,
+        average=average,
+        doubt=1.5,
+    )
+    assert value.item() == pytest.approx(total / len(labels), rel=1e-6)
+    loss = LocalKDLoss(
+        temperature=0.7,
+        student_temperature=0.6,
+        centers="global",
+        class_centers=means,
+        classes=classes,
+        normalize=True,
+        right_only=right_only,
+        average=average,
+        doubt=1.5,
+    )
+    assert loss(logits, embedding, labels) == value
+
+
+def test_an_image_between_all_classes_has_no_weight_and_one_class_no_doubt():
+    for classes in range(1, 40):
+        logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(classes))
+        means = torch.ones(classes, 6)  # every class is equally near
+        value = local_kd(logits, torch.zeros(3, 6), torch.full((3,), -1), centers=means, doubt=0.5)
+        assert value.item() == pytest.approx(0, abs=5e-3)
+
+
+def test_a_batch_of_unlabelled_images_has_weight_one_without_doubt():
+    logits, embedding, labels = batch()
+    means = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    q, log_p = F.softmax(-(embedding[:, None] - means).square().sum(2) / 2, 1), F.log_softmax(logits, 1)
+    expected = (q * (q.log() - log_p)).sum(1)[KNOWN:].mean()
+    torch.testing.assert_close(local_kd(logits[KNOWN:], embedding[KNOWN:], labels[KNOWN:], centers=means), expected)

@@ -385,7 +385,7 @@ def test_a_vision_transformer_can_be_brought_to_whole_patches():
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30) | st.from_regex(r"(wrn_|resnet|mobilenet_|timm/).{0,8}", fullmatch=True))
-def test_any_text_is_a_model_or_a_model_error(name):
+def test_any_text_gives_a_model_or_a_model_error(name):
     with suppress(ModelError), torch.device("meta"):
         create_model(name, 2)
 
@@ -402,7 +402,7 @@ plain_data = (
 
 @settings(max_examples=200, deadline=None)
 @given(key=st.sampled_from(sorted(describe(create_model("wrn_10_1", 2)))), value=plain_data, keep=st.booleans())
-def test_any_description_is_a_model_or_a_model_error(key, value, keep):
+def test_any_description_gives_a_model_or_a_model_error(key, value, keep):
     description = describe(create_model("wrn_10_1", 2))
     del description[key]
     if keep:

@@ -206,7 +206,7 @@ def test_a_file_of_a_program_is_refused_with_the_way_out(tmp_path, program):
             torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), path)
         else:
             torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(path)
-    with pytest.raises(ModelError, match=r"Where you trust it, .* mine\.py:load"):
+    with pytest.raises(ModelError, match=r"If you trust it, .* mine\.py:load"):
         load_teacher(str(path))
-    with pytest.raises(ModelError, match=r"Where you trust it, .* mine\.py:load"):
+    with pytest.raises(ModelError, match=r"If you trust it, .* mine\.py:load"):
         load_teacher(f"wrn_10_1:{path}", mean=HALF, std=HALF)

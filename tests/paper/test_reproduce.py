@@ -345,7 +345,7 @@ def test_a_finished_run_of_other_images_is_refused(tmp_path):
     others = {**record.digests, "train": record.digests["train"] + 1}  # what it would be, had it seen other images
     replace(record, fingerprint="0" * 64, stamp="earlier", digests=others).save(folder)
     (problem,) = JobGraph([cell], tmp_path).problems.values()
-    assert re.search(rf"{folder.name} was begun with: \d+ of train are new", str(problem))
+    assert re.search(rf"{folder.name} was started with: \d+ of train are new", str(problem))
 
 
 def test_a_dry_run_says_what_cannot_be_done(tmp_path):
@@ -493,7 +493,7 @@ def test_students_of_a_teacher_that_fails_fail_with_that_reason(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_have_all(tmp_path):
+def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_get_all_results(tmp_path):
     (tmp_path / "counted.py").write_text(
         "import os\nfrom refilled.methods.vanilla import vanilla\n\n"
         "def counted(student, teacher):\n"

@@ -79,7 +79,7 @@ class _Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_records_give_the_names_back(student):
+def test_records_return_the_names_unchanged(student):
     assert sorted(json.loads((student / "model.json").read_text())["classes"]) == sorted(NAMES)
     assert tomllib.loads((student / "run.toml").read_text())
     assert json.loads((student / "result.json").read_text())
@@ -119,7 +119,7 @@ def test_tables_have_no_formulas_and_a_column_for_each_class(student, picture, t
 
 
 @pytest.mark.slow
-def test_an_exported_file_gives_the_names_back(student, tmp_path):
+def test_an_exported_file_returns_the_names_unchanged(student, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     refilled("export", student, "--format", "onnx", "--out", tmp_path / "model.onnx")
@@ -129,7 +129,7 @@ def test_an_exported_file_gives_the_names_back(student, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_runs_nothing_and_asks_for_nothing(student):
+def test_a_browser_runs_no_script_and_requests_nothing(student):
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if chromium is None:

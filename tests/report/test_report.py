@@ -18,6 +18,7 @@ from refilled.errors import RunError
 from refilled.report.card import markdown
 from refilled.report.measures import confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.push import FILES, push
+from refilled.report.speed import speed_of
 from refilled.runs.inference import network_of, task_of
 from refilled.training.evaluation import predict_classes
 
@@ -156,3 +157,31 @@ def test_a_push_uploads_the_student_and_no_page(trained, monkeypatch):
     monkeypatch.setattr(Api, "create_repo", offline)
     with pytest.raises(RunError, match="was not uploaded to me/student: offline"):
         push(trained, "me/student")
+
+
+def test_multiplications_are_those_of_the_formula_of_each_layer(trained):
+    network = network_of(trained)
+    expected = 0
+
+    def count(layer, inputs, output):
+        nonlocal expected
+        weight = layer.weight
+        places = output[0, 0].numel() if isinstance(layer, torch.nn.Conv2d) else 1
+        expected += places * weight.numel()  # of a convolution, out × in × kernel at each place
+
+    hooks = [
+        m.register_forward_hook(count) for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, 16, 16))
+    for hook in hooks:
+        hook.remove()
+    speed = speed_of(network, 16)
+    assert speed.multiplications == expected
+    assert speed.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert set(speed.milliseconds) == {1, 32}
+    assert all(value > 0 for value in speed.milliseconds.values())
+    page = (trained / "report.html").read_text()
+    assert f"{expected / 1e6:,.1f} million" in page
+    assert "time per image, batch of 32" in page
+    assert ", 1 thread, float32" in page

@@ -39,7 +39,7 @@ def test_any_text_survives_toml(task, settings):
 
 @settings(deadline=None)  # the first call loads pydantic's schema
 @given(st.text() | st.from_regex(r"(student|epochs|lr|seed|settings) = (1|-1|'a'|true|\[\]|nan)", fullmatch=True))
-def test_any_other_text_is_refused_with_an_error_for_people(text):
+def test_any_other_text_is_refused_with_a_user_error(text):
     assume("task" not in text)  # the one key that a run must have
     with pytest.raises(RefilledError):
         Run.from_toml(text)

@@ -72,7 +72,7 @@ def _run(code: str) -> str:
 
 
 @pytest.mark.slow
-def test_fresh_processes_train_the_same_weights_whatever_their_hash_seed(tmp_path):
+def test_fresh_processes_train_the_same_weights_with_any_hash_seed(tmp_path):
     tiny = ["digits:5-9", "--teacher", "refilled/letters", "--student", "wrn_10_1", "--preset", "good"]
     tiny += ["--shots", "4", "--epochs", "2", "--threads", "1", "--quiet"]
     digests = set()

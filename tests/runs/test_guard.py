@@ -149,7 +149,7 @@ def test_a_damaged_verdict_is_named(good, tmp_path):
     with pytest.raises(Interrupted):
         distill(good("noise"), tmp_path / "run", display=Stops(5))
     (tmp_path / "run" / "teacher.json").write_text("{")
-    with pytest.raises(RunError, match=r"teacher.json is damaged .*--overwrite"):
+    with pytest.raises(RunError, match=r"teacher.json is damaged: .*--overwrite"):
         resume(tmp_path / "run", named={"teacher": f"{tmp_path}/t.py:noise"})
 
 

@@ -139,7 +139,7 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path):
     draw(tmp_path / "photos", images=8)
     interrupted(Run(task=str(tmp_path / "photos"), student="mobilenet_0.25", epochs=3, threads=1), tmp_path / "r")
     stripes(1, 900).save(tmp_path / "photos" / "a" / "900.png")
-    with pytest.raises(RunError, match=r"are not those that the run .* was begun with: .*900\.png"):
+    with pytest.raises(RunError, match=r"are not those that the run .* was started with: .*900\.png"):
         resume(tmp_path / "r")
     (tmp_path / "photos" / "a" / "900.png").unlink()
     (tmp_path / "photos").rename(tmp_path / "renamed")
@@ -181,7 +181,7 @@ def mine(student, teacher):
 """
 
 
-def test_a_strangers_run_executes_none_of_his_files(tmp_path):
+def test_a_run_from_a_stranger_executes_none_of_its_files(tmp_path):
     log, file = tmp_path / "log", tmp_path / "mine.py"
     file.write_text(CANARY.format(log=log))
     run = Run(task="digits:5-9", student="wrn_10_1", method=str(file), epochs=3, shots=4, threads=1)
@@ -201,7 +201,7 @@ def test_a_strangers_run_executes_none_of_his_files(tmp_path):
 
 def test_another_method_cannot_be_slipped_in_when_resuming(tmp_path):
     interrupted(Run(task="digits:5-9", student="wrn_10_1", epochs=3, shots=4, threads=1), tmp_path / "r")
-    with pytest.raises(RunError, match="was begun with method vanilla, not rkd"):
+    with pytest.raises(RunError, match="was started with method vanilla, not rkd"):
         refilled("distill", "--resume", tmp_path / "r", "--method", "rkd", "--quiet")
 
 

@@ -212,7 +212,7 @@ def test_resuming_names_each_file_again(file, tmp_path):
         distill(good(LETTERS, f"{file}:pixels"), out, display=Stops(3))
     assert f"--teacher {LETTERS} --teacher {file}:pixels" in fault("distill", "--resume", out)
     said = fault("distill", "--resume", out, *teachers[2:])
-    assert f"was begun with teacher {LETTERS}, {file}:pixels, not {file}:pixels" in said
+    assert f"was started with teacher {LETTERS}, {file}:pixels, not {file}:pixels" in said
     assert refilled("distill", "--resume", out, *teachers).exit_code == 0
 
 
@@ -328,6 +328,7 @@ def train_in_parallel(world: World, run: Run, folder: Path) -> dict[str, torch.T
     return dict(prepared.student.state_dict())
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_two_teachers_as_one_does(file, tmp_path):
     run = good(LETTERS, f"{file}:pixels", guard=False, precision="64-true", epochs=1)
     distill(run, tmp_path / "alone")

@@ -104,7 +104,7 @@ def distill(here, tmp_path, teacher, *more):
         ("zero", "embedding is the same for all"),
     ],
 )
-def test_a_teacher_without_use_is_refused_before_training(here, tmp_path, teacher, reason, more):
+def test_an_unusable_teacher_is_refused_before_training(here, tmp_path, teacher, reason, more):
     code, said = distill(here, tmp_path, teacher, *more)
     assert code == 2
     with pytest.raises(ModelError, match=reason):

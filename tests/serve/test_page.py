@@ -12,7 +12,7 @@ CHROMIUM = next(
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
-def test_a_picture_gives_bars_without_errors_or_outside_requests(served, student, pictures, tmp_path):
+def test_a_picture_gives_bars_without_errors_or_external_requests(served, student, pictures, tmp_path):
     hostile = pictures / "<img src=x onerror=alert(1)>" / "3.png"
     picture = tmp_path / "<b onclick=alert(2)>.png"
     shutil.copy(hostile, picture)

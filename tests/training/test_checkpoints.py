@@ -35,7 +35,7 @@ def test_a_state_comes_back_as_it_went(tmp_path):
 
 @settings(max_examples=repetitions("R5"), deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_damage_is_noticed_and_the_state_before_is_used(tmp_path_factory, where, bit, cut):
+def test_a_damaged_state_is_detected_and_the_previous_one_is_used(tmp_path_factory, where, bit, cut):
     folder = tmp_path_factory.mktemp("run")
     save_state(folder, *state(1))
     save_state(folder, *state(2))
@@ -49,7 +49,7 @@ def test_damage_is_noticed_and_the_state_before_is_used(tmp_path_factory, where,
     assert LAST in problems[0]
 
 
-def test_when_no_state_is_whole_the_error_names_them(tmp_path):
+def test_if_all_states_are_damaged_the_error_names_them(tmp_path):
     save_state(tmp_path, *state(1))
     save_state(tmp_path, *state(2))
     for name in (LAST, PREVIOUS):
@@ -60,9 +60,7 @@ def test_when_no_state_is_whole_the_error_names_them(tmp_path):
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace", "link"])
 @pytest.mark.parametrize("nth", [1, 2])
-def test_a_crash_at_any_point_of_a_save_leaves_a_whole_state_not_older_than_the_one_before(
-    tmp_path, monkeypatch, call, nth
-):
+def test_a_crash_at_any_point_of_a_save_leaves_this_or_the_previous_state_whole(tmp_path, monkeypatch, call, nth):
     save_state(tmp_path, *state(1))
     save_state(tmp_path, *state(2))
     seen = 0
@@ -90,7 +88,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_whole_state_not_older_than_the_
     assert loaded.data["number"] in ((3,) if finished else (2, 3))
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch):
     write_atomic(tmp_path / "a", b"old")
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -121,7 +119,7 @@ def test_only_one_process_holds_a_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_commands_on_one_folder_one_trains(tmp_path):
+def test_only_one_of_two_commands_on_a_folder_trains(tmp_path):
     for number in range(repetitions("R4")):
         out = str(tmp_path / str(number))
         tiny = ["digits:0-4", "--model", "wrn_10_1", "--shots", "4", "--epochs", "1", "--threads", "1", "--out", out]

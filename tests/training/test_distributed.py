@@ -182,7 +182,7 @@ def assert_same(many: list[dict[str, np.ndarray]], one: dict[str, np.ndarray], t
         np.testing.assert_allclose(many[0][name], value, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def test_every_row_is_of_one_rank_and_parts_differ_by_one_row():
+def test_every_row_belongs_to_one_rank_and_parts_differ_by_at_most_one_row():
     for size in range(1, 9):
         for count in range(1, 258):
             parts = [range(count)[World(rank, size).part(count)] for rank in range(size)]
@@ -192,7 +192,7 @@ def test_every_row_is_of_one_rank_and_parts_differ_by_one_row():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STAGED)
-def test_two_processes_train_as_one_does(two, method):
+def test_two_processes_train_like_one(two, method):
     assert_same(two(trained, method), trained(ALONE, method), 1e-6 if method in SINGLE_PRECISION else 1e-12)
 
 
@@ -212,7 +212,7 @@ def test_two_processes_train_as_one_does(two, method):
     ],
     ids=str,
 )
-def test_four_processes_train_as_one_does(four, settings, changes):
+def test_four_processes_train_like_one(four, settings, changes):
     assert_same(four(with_changes, settings, changes), with_changes(ALONE, settings, changes), 1e-12)
 
 
@@ -221,7 +221,7 @@ def with_changes(world, settings, changes):
 
 
 @pytest.mark.slow
-def test_the_mean_of_the_gradients_is_found_out(two, four):
+def test_averaging_the_gradients_would_be_detected(two, four):
     one = trained(ALONE, "refilled", {"gamma": 0.1})
     for ranks in (two, four):
         wrong = ranks(trained, "refilled", {"gamma": 0.1}, None, Averaging)[0]
@@ -256,7 +256,7 @@ def normalized(world, dtype: torch.dtype, training: bool, affine: bool, momentum
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("affine", "momentum"), [(True, 0.1), (False, None)])
-def test_batch_norm_equals_torchs_in_every_setting(two, dtype, tolerance, training, affine, momentum):
+def test_batch_norm_equals_that_of_torch_in_every_setting(two, dtype, tolerance, training, affine, momentum):
     torchs = normalized(ALONE, dtype, training, affine, momentum)
     for rank in two(normalized, dtype, training, affine, momentum):
         for ours, theirs in zip(rank, torchs, strict=True):
@@ -270,7 +270,7 @@ def predicted(world, images: int):
 
 
 @pytest.mark.parametrize("images", [0, 1, 3, IMAGES])  # fewer than ranks, too
-def test_each_image_is_predicted_once_and_all_ranks_know_it(four, images):
+def test_each_image_is_predicted_once_and_all_ranks_get_the_result(four, images):
     for rank in four(predicted, images):
         for mine, whole in zip(rank, predicted(ALONE, images), strict=True):
             np.testing.assert_allclose(mine, whole, rtol=1e-5)
@@ -393,7 +393,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_in_another_number_of_processes(two, teacher, whole, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(two, teacher, whole, tmp_path):
     run, folder = replace(QUICK, teacher=teacher), tmp_path / "b"
     with pytest.raises(Interrupted):
         distill(run, folder, display=Signalled(2))
@@ -450,7 +450,7 @@ def ends(world, how):
 
 
 @pytest.mark.parametrize("how", ["killed", "fails"])
-def test_a_rank_that_ends_ends_the_others(how):
+def test_when_a_rank_ends_the_others_end(how):
     ranks = Ranks(2)
     began = time.monotonic()
     survivor, ended = ranks.survivors(ends, how)
@@ -488,7 +488,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_killed_rank_is_named_and_the_run_ends_in_the_same_way(teacher, whole, tmp_path):
+def test_under_torchrun_a_killed_rank_is_named_and_the_run_resumes_to_the_same_result(teacher, whole, tmp_path):
     (tmp_path / "run.toml").write_text(replace(QUICK, teacher=teacher).to_toml())
     (tmp_path / "killed.py").write_text(_KILLED)
     killed = torchrun(str(tmp_path / "killed.py"), str(tmp_path / "b"))

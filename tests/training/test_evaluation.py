@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from refilled.data import Split
-from refilled.models import Backbone
+from refilled.models import Backbone, create_model
 from refilled.training.evaluation import (
     accuracy,
     class_accuracies,
     embed,
+    forward_in_parts,
     nearest_center_accuracy,
     outputs_by_batch,
     predict,
@@ -56,6 +57,15 @@ def test_outputs_come_in_batches_and_only_those_that_are_asked_for(model):
     batches = list(outputs_by_batch(model, split(600).pixels, parts=("embedding",)))
     assert [batch.embedding.shape for batch in batches] == [(256, WIDTH), (256, WIDTH), (88, WIDTH)]
     assert all(batch.logits.shape == (len(batch.embedding), 0) for batch in batches)
+
+
+def test_large_images_go_through_in_parts_with_the_same_outputs():
+    model = create_model("mobilenet_0.25", 5, image_size=224).eval()
+    images = torch.randint(256, (23, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        parts, whole = forward_in_parts(model, images), model(images)
+    torch.testing.assert_close(parts.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts.embedding, whole.embedding, atol=1e-5, rtol=1e-5)
 
 
 def test_of_no_images_there_are_outputs_of_the_right_width(model):

@@ -70,7 +70,7 @@ def content(cache: TeacherCache) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_it_says_what_the_live_teacher_says_about_the_same_views(run, precision):
+def test_the_cache_equals_the_live_teacher_on_the_same_views(run, precision):
     cache = build_cache(replace(run, precision=precision, device="cpu"))
     task = load_task(run.task, shots=run.shots)
     live = embedder(load_teacher(run.teacher), Fabric(accelerator="cpu", precision=precision))
@@ -106,7 +106,7 @@ def test_it_says_what_the_live_teacher_says_about_mixed_and_altered_images(tmp_p
         assert torch.equal(cache(view, torch.arange(50)), colours(seen))
 
 
-def test_whatever_decides_the_embeddings_has_a_cache_of_its_own(run, teacher, tmp_path):
+def test_every_setting_that_changes_the_embeddings_gets_a_separate_cache(run, teacher, tmp_path):
     other = tmp_path / "other"
     distill(Run(task="digits:0-4", student="wrn_10_1", epochs=1, shots=5, batch_size=20, threads=1), other)
     changes = [
@@ -140,7 +140,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found_said_and_mended_and_the_rest_is_left_alone(tmp_path, damage):
+def test_damaged_shards_are_reported_and_rebuilt_and_the_others_are_kept(tmp_path, damage):
     cache, task, said = empty_cache(tmp_path), made_up(), []
     cache.build(task, colours)
     whole, before = content(cache), {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.f32")}
@@ -154,7 +154,7 @@ def test_damage_is_found_said_and_mended_and_the_rest_is_left_alone(tmp_path, da
     assert len(said) == 1
 
 
-def test_what_was_made_for_something_else_is_refused(tmp_path):
+def test_a_cache_made_for_something_else_is_refused(tmp_path):
     task = made_up()
     mine, theirs = empty_cache(tmp_path / "mine"), empty_cache(tmp_path / "theirs", teacher="another")
     for cache in (mine, theirs):
@@ -179,13 +179,13 @@ def test_a_build_that_broke_off_resumes_where_it_stood(tmp_path):
     whole.build(task, colours)
     with pytest.raises(KeyboardInterrupt):
         cache.build(task, breaking)
-    assert list(cache.problems().values()) == ["not there"] * 5
+    assert list(cache.problems().values()) == ["missing"] * 5
     cache.build(task, breaking)
     assert content(cache) == content(whole)
     assert sum(calls) == 2 * 50 + calls[3]  # nothing but the shard that broke off was embedded twice
 
 
-def test_a_full_disk_is_said_and_leaves_what_is_whole(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_complete_shards_remain(tmp_path, monkeypatch):
     cache, task = empty_cache(tmp_path), made_up()
     cache.build(task, colours, shards=[0])
     whole = content(cache)
@@ -211,7 +211,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 @forks
-def test_a_process_killed_at_its_work_hands_it_on(tmp_path):
+def test_another_process_finishes_the_work_of_a_killed_one(tmp_path):
     cache = empty_cache(tmp_path)
     at_it = FORK.Event()
 
@@ -322,7 +322,7 @@ def test_the_gap_shows_what_is_lost(run):
 
 
 def test_without_a_teacher_or_a_number_of_views_there_is_nothing_to_build(run):
-    with pytest.raises(RunError, match="say how many with --views"):
+    with pytest.raises(RunError, match="give the number with --views"):
         build_cache(replace(run, views=None))
     with pytest.raises(RunError, match="name one with --teacher"):
         build_cache(replace(run, teacher=None))
@@ -354,7 +354,7 @@ def test_the_commands_build_show_and_check(run, caches, teacher):
     assert f"{cache.folder.name}: 2 of 3 shards complete" in said
     manifest = cache.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:-30])
-    assert "holds no teacher cache that can be read" in refilled("cache", "verify")
+    assert "holds no readable teacher cache" in refilled("cache", "verify")
     refilled("cache", "build", *flags, "--quiet")
     assert json.loads(manifest.read_text())["contents"] == asdict(cache.contents)
     assert f"{cache.folder.name}: 3 of 3 shards complete" in refilled("cache", "verify")

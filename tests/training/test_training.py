@@ -145,12 +145,12 @@ def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatc
 
 
 def test_a_run_of_an_earlier_version_is_not_resumed(teacher, tmp_path):
-    """A parameter that its record does not name was not there; today's default would change the run in its middle."""
+    """A parameter that the record lacks did not exist; its present default would change the run in the middle."""
     with pytest.raises(Interrupted):
         distill(refilled(teacher), tmp_path / "a", display=_Stopping(1))
     record = tmp_path / "a" / "run.toml"
     record.write_text(record.read_text().replace('kd_average = "elements"\n', ""))
-    with pytest.raises(RunError, match=r"had no kd_average; resume with that version, or .*--overwrite"):
+    with pytest.raises(RunError, match=r"without kd_average; resume with that version, or .*--overwrite"):
         resume(tmp_path / "a")
     assert (tmp_path / "a" / "last.ckpt").exists()
 
@@ -213,7 +213,7 @@ def test_a_run_killed_at_random_times_resumes_exactly(teacher, tmp_path):
     assert kills > 0
 
 
-def test_a_damaged_state_falls_back_to_the_one_before_and_still_ends_exactly(teacher, tmp_path):
+def test_a_run_with_a_damaged_state_resumes_from_the_previous_one_exactly(teacher, tmp_path):
     run = refilled(teacher)
     distill(run, tmp_path / "whole")
     with pytest.raises(Interrupted):
@@ -247,7 +247,7 @@ def digest_all(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_teacher_stays_as_it_was_and_the_student_does_not(teacher, tmp_path):
+def test_training_changes_the_student_and_not_the_teacher(teacher, tmp_path):
     run = resolve(refilled(teacher, device="cpu"))
     prepared = Prepared(run)
     before = {name: value.clone() for name, value in prepared.teacher.state_dict().items()}

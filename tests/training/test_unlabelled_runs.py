@@ -54,7 +54,7 @@ class Stopping(Display):
 
 
 @pytest.mark.parametrize("changes", [{}, {"views": 2, "mixup": 0.5}], ids=["live", "cached and mixed"])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(teacher, tmp_path, changes):
+def test_an_interrupted_run_gives_the_same_result_as_an_uninterrupted_one(teacher, tmp_path, changes):
     run = replace(QUICK, teacher=teacher, **changes)
     result = distill(run, tmp_path / "whole")
     with pytest.raises(Interrupted):

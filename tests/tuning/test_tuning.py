@@ -132,7 +132,7 @@ def test_a_trial_stopped_in_the_middle_is_taken_up_where_it_stood(teacher, tmp_p
     assert [entry["epoch"] for entry in log] == [1, 2]
 
 
-def test_a_trial_that_another_process_holds_is_left_to_it(probe, tmp_path):
+def test_a_trial_locked_by_another_process_is_skipped(probe, tmp_path):
     class Dying(Trials):
         def __call__(self, *trial):
             raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from refilled.cost.step import Cost, Network, made_up_task, probe_batches, scori
 from refilled.data import TaskSize, free_memory, task_size
 from refilled.files import cache_folder
 from refilled.models import Backbone
+from refilled.runs.examination import SAMPLE_IMAGES
 from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
@@ -196,10 +197,11 @@ def _seconds(
 ) -> dict[str, float]:
     score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
     teach = sum(count * _each(cost) for count, cost in zip(passes, costs.teachers, strict=True)) / ranks
+    judge = min(size.train, SAMPLE_IMAGES) * sum(map(_each, costs.teachers))  # by rank 0, while the others wait
     scored = size.test if run.score == "test" else size.val
     return {
         "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
-        "embedding by the teacher": (size.train + size.unlabelled) * teach,
+        "embedding by the teacher": (size.train + size.unlabelled) * teach + judge,
         "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }

@@ -10,6 +10,7 @@ from refilled.data.decode import find_grey_range, has_deep, keep, read_pixels
 from refilled.data.division import Division
 from refilled.data.grey import DEEP, GreyRange
 from refilled.data.partition import DIGEST, Digests, draw_shots, pixel_digests
+from refilled.data.several import Several
 from refilled.data.source import Names, Part, Rows, Source
 from refilled.data.store import Pixels, StoredImages, free_memory, stored_images
 from refilled.data.task import Split
@@ -34,8 +35,8 @@ class Decoded:
     """Digests of the pixels ``(N,)``."""
     skipped: tuple[tuple[str, str], ...]
     """(image, reason) of the unreadable ones."""
-    copies: int
-    """Number of images left out because they equal a held-out image."""
+    copies: Several
+    """Images left out because they equal a held-out image."""
 
 
 def decode_division(
@@ -112,14 +113,14 @@ def decode_part(
     """
     limit = free_memory() // 4 if memory_limit is None else memory_limit
     skipped: dict[int, str] = {}
-    copies = 0
+    copies = Several()
     while True:
         rows = choose(candidates)
         pixels, reasons, digests = _read(part, rows, size, limit, grey)
         fresh = ~np.isin(digests, avoid)
         usable = np.delete(rows, list(reasons))[fresh]
         skipped.update({int(rows[position]): reason for position, reason in reasons.items()})
-        copies += int((~fresh).sum())
+        copies += Several.of(np.delete(rows, list(reasons))[~fresh].tolist(), part.name)
         if len(usable) == len(rows) or len(rows) == len(candidates):
             break
         candidates = np.setdiff1d(candidates, np.setdiff1d(rows, usable))
@@ -187,7 +188,7 @@ def grey_notes(used: GreyRange | None, given: GreyRange | None = None) -> list[s
 
 def copies_notes(decoded: dict[str, Decoded]) -> list[str]:
     """Return notes on images that were left out as copies, and on copies that the source's own parts share."""
-    left_out = {name: part.copies for name, part in decoded.items() if part.copies}
+    left_out = {name: part.copies.count for name, part in decoded.items() if part.copies.count}
     notes = [f"{count} images of {name} left out: they equal held-out images" for name, count in left_out.items()]
     for name in ("val", "test"):
         shared = int(np.isin(decoded[name].digests, decoded["train"].digests).sum())

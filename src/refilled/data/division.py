@@ -8,8 +8,9 @@ import numpy as np
 
 from refilled.data.class_split import SIDES, ClassSplit, parts_share_no_class, split_classes
 from refilled.data.opening import open_source
-from refilled.data.partition import content_keys, count_copies, first_rows, hold_out, hold_out_by_content
+from refilled.data.partition import content_keys, first_rows, hold_out, hold_out_by_content
 from refilled.data.selection import select_classes
+from refilled.data.several import NONE, Several
 from refilled.data.source import Part, Rows, Source, merge_parts
 from refilled.data.task_text import TaskOptions, TaskText
 from refilled.errors import TaskError
@@ -30,6 +31,8 @@ class Division:
     cut: frozenset[str]
     """Names of the parts that were cut off the training part."""
     notes: tuple[str, ...]
+    copies: Several = NONE
+    """Images that equal an earlier one, where parts were cut."""
 
 
 def open_and_divide(text: TaskText, data_root: Path) -> tuple[Source, Division]:
@@ -91,7 +94,7 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> Divi
     rows = {name: rows_of_classes(part, chosen) for name, part in given.items()}
     fractions = {"test": options.test or TEST_FRACTION, "val": options.val}
     cut = {name: fraction for name, fraction in fractions.items() if given[name] is None and fraction}
-    cut_rows, notes = _cut(source, rows["train"], cut, options.seed)
+    cut_rows, notes, copies = _cut(source, rows["train"], cut, options.seed)
     rows.update(cut_rows)
     present = {name: set(np.unique(parts[name].labels[rows[name]]).tolist()) for name in parts}
     for position in sorted((present["val"] | present["test"]) - present["train"]):
@@ -111,21 +114,23 @@ def _divide(source: Source, chosen: Sequence[int], options: TaskOptions) -> Divi
     for name in ("val", "test"):
         if len(rows[name]):
             notes += _absence_note(f"no {name} images", source, set(classes) - present[name])
-    return Division(classes, parts, rows, frozenset(cut), tuple(notes))
+    return Division(classes, parts, rows, frozenset(cut), tuple(notes), copies)
 
 
-def _cut(source: Source, rows: Rows, fractions: dict[str, float], seed: int) -> tuple[dict[str, Rows], list[str]]:
-    """Cut held-out parts off the training part; return the rows of every part, and notes."""
+def _cut(
+    source: Source, rows: Rows, fractions: dict[str, float], seed: int
+) -> tuple[dict[str, Rows], list[str], Several]:
+    """Cut held-out parts off the training part; return the rows of every part, notes, and the copies."""
     cut = {"train": rows}
     notes: list[str] = []
     if not fractions:
-        return cut, notes
+        return cut, notes, Several()
     part = source.train
     keys = np.zeros(len(part.labels), dtype=np.uint64)
     keys[rows] = content_keys(part.pictures(rows))
-    copies = count_copies(keys[rows])
-    if copies:
-        notes.append(f"{copies} images are copies of others; copies are kept on one side of every cut")
+    copies = Several.of(rows[first_rows(rows, keys[rows]) != rows].tolist(), part.name)
+    if copies.count:
+        notes.append(f"{copies.count} images are copies of others; copies are kept on one side of every cut")
     for name, fraction in fractions.items():
         remaining = cut["train"]
         labels, remaining_keys = part.labels[remaining], keys[remaining]
@@ -140,7 +145,7 @@ def _cut(source: Source, rows: Rows, fractions: dict[str, float], seed: int) -> 
         share = f"{fractions['test']:.0%}"
         about = "" if source.fixed else "about "
         notes.append(f"no test part: {about}{share} of the images of each class were cut off for it, seed {seed}")
-    return cut, notes
+    return cut, notes, copies
 
 
 def _with_images(part: Part | None, chosen: Sequence[int]) -> Part | None:

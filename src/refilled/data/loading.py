@@ -13,6 +13,7 @@ from refilled.data.decoded import (
 from refilled.data.division import open_and_divide
 from refilled.data.grey import GreyRange
 from refilled.data.opening import data_folder, open_source
+from refilled.data.several import Several
 from refilled.data.source import stamp_of
 from refilled.data.task import Task, fingerprint
 from refilled.data.task_size import settle_image_size
@@ -109,6 +110,9 @@ def load_task(
             *copies_notes(decoded),
             *([] if extra is None else unlabelled_notes(extra)),
         ),
+        ignored=source.ignored,
+        copies=division.copies,
+        left_out=sum((part.copies for part in [*decoded.values(), *([] if extra is None else [extra])]), Several()),
         grey_range=grey,
         licence=source.licence,
         citation=source.citation,

@@ -108,11 +108,6 @@ def content_keys(pictures: Iterable[Picture]) -> NDArray[np.uint64]:
     )
 
 
-def count_copies(keys: NDArray[np.uint64]) -> int:
-    """Return the number of pictures that are copies of an earlier one, from the :func:`content_keys` of all."""
-    return len(keys) - len(np.unique(keys))
-
-
 def first_rows(rows: Rows, keys: NDArray[np.uint64]) -> Rows:
     """Return the first row with the same key, for each row ``(N,)``."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)

@@ -64,7 +64,8 @@ def refuse_large(image: Image.Image) -> None:
     Raises:
         TooLarge: It has too many pixels.
     """
-    _refuse(image, min(_MAX_PIXELS, max(_CAMERA_PIXELS, _MAX_BYTES // bytes_per_pixel(image))))
+    _refuse(image, _MAX_PIXELS)
+    _refuse(image, max(_CAMERA_PIXELS, _MAX_BYTES // bytes_per_pixel(image)))
 
 
 def is_large(image: Image.Image) -> bool:

@@ -83,6 +83,7 @@ def load_pool(
         fingerprint=fingerprint(names, (train,)),
         skipped=images.skipped,
         notes=(*source.notes, *grey_notes(grey)),
+        ignored=source.ignored,
         grey_range=grey,
         licence=source.licence,
         citation=source.citation,

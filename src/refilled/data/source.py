@@ -12,6 +12,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from refilled.data.several import NONE, Several
 from refilled.data.transforms import Augmentation
 from refilled.errors import TaskError
 
@@ -162,6 +163,8 @@ class Source:
     citation: str | None = None
     notes: tuple[str, ...] = ()
     """Facts about how the source was read, for the reader of results."""
+    ignored: Several = NONE
+    """Files of a folder that are not used."""
 
 
 def merge_parts(source: Source) -> Source:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refilled.data.grey import GreyRange
 from refilled.data.partition import DIGEST, Digests, pixel_digests
+from refilled.data.several import NONE, Several
 from refilled.data.store import JoinedImages, Pixels, SeenPixels
 from refilled.data.transforms import Augmentation
 
@@ -84,6 +85,15 @@ class Task:
 
     notes: tuple[str, ...] = ()
     """Facts for the reader of results: parts that were cut, copies, classes without images."""
+
+    ignored: Several = NONE
+    """Files of a folder that are not used, such as those that are not images."""
+
+    copies: Several = NONE
+    """Images that equal an earlier one; copies stay on one side of a cut."""
+
+    left_out: Several = NONE
+    """Images that were left out, because they equal held-out images."""
 
     grey_range: GreyRange | None = None
     """Black and white of pictures with more than 8 bits per channel; None if there are none."""

@@ -98,6 +98,6 @@ def unlabelled_split(decoded: Decoded) -> Split:
 
 def unlabelled_notes(decoded: Decoded) -> list[str]:
     """Return a note on unlabelled images that were left out as copies."""
-    if not decoded.copies:
+    if not decoded.copies.count:
         return []
-    return [f"{decoded.copies} unlabelled images left out: they equal images of val or test"]
+    return [f"{decoded.copies.count} unlabelled images left out: they equal images of val or test"]

@@ -43,6 +43,8 @@ class Listing:
     images: list[Path] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     """Number of files that look like pictures and cannot be read, by suffix."""
+    ignored: list[Path] = field(default_factory=list)
+    """Files that are not read, for any reason but that they are hidden."""
 
 
 def is_hidden(name: str) -> bool:
@@ -76,7 +78,9 @@ def list_images(folder: Path) -> Listing:
         suffix = path.suffix.lower()
         if _is_picture(path):
             listing.images.append(path)
-        elif suffix in _UNREAD_SUFFIXES:
+            continue
+        listing.ignored.append(path)
+        if suffix in _UNREAD_SUFFIXES:
             listing.unread[suffix] += 1
     return listing
 
@@ -114,6 +118,11 @@ def unread_notes(unread: Counter[str]) -> list[str]:
 def as_text(path: Path) -> str:
     """Return a path as text that can be encoded; bytes that are not valid UTF-8 become backslash escapes."""
     return str(path).encode(errors="backslashreplace").decode()
+
+
+def loose_files(folder: Path) -> list[Path]:
+    """Return the files directly in a folder, in the order of their names, without the hidden ones."""
+    return [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name) and entry.is_file()]
 
 
 def fold_name(name: str) -> str:

@@ -159,7 +159,9 @@ def refuse_other(folder: Path, configuration: str) -> None:
     """
     file = folder / "run.toml"
     if file.exists() and read_record(file) != configuration:
-        raise RunError(f"{folder} holds a run of another configuration; remove it, or choose another --out")
+        raise RunError(
+            f"{folder} holds a run of another configuration, by its run.toml; remove it, or choose another --out"
+        )
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; choose another --out")
     if not file.exists() and folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):

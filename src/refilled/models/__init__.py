@@ -4,6 +4,8 @@ from refilled.models.architectures import create_model, describe, from_descripti
 from refilled.models.backbone import Backbone, freeze, trainable_copy
 from refilled.models.embedded import embedded_folder
 from refilled.models.folder import load_model, save_model
+from refilled.models.licence import licence_of
+from refilled.models.multiplications import multiplications_of
 from refilled.models.probe import PROBE_IMAGES, probe, refuse_non_finite
 from refilled.models.teacher import load_teacher
 from refilled.models.warm_start import create_student, starts_from_weights
@@ -18,9 +20,11 @@ __all__ = [
     "embedded_folder",
     "freeze",
     "from_description",
+    "licence_of",
     "list_models",
     "load_model",
     "load_teacher",
+    "multiplications_of",
     "open_weights",
     "probe",
     "read_weights",

@@ -13,7 +13,7 @@ DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 class CifarResNet(Backbone):
     """ResNet-depth for CIFAR: three stages of basic blocks with 16, 32 and 64 channels, total stride 4.
 
-    Where the shape changes, the shortcut is a 1×1 convolution with batch norm, as in the distillation literature, and
+    If the shape changes, the shortcut is a 1×1 convolution with batch norm, as in the distillation literature, and
     not the zero padding ("option A") of the original paper. The feature maps are the outputs of the three stages, after
     ReLU.
 

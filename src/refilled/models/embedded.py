@@ -1,4 +1,4 @@
-"""Teachers that come with the package: small, and there without a network."""
+"""Small teachers that come with the package and need no download."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ PREFIX = "refilled/"
 def embedded_folder(text: str) -> Path | None:
     """Return the folder of the teacher that ``refilled/NAME`` names; None if the package has no such teacher.
 
-    Each folder is that of a run: ``run.toml`` says how the network was trained. The weights are float16, since the
-    file stays below a megabyte that way; they are loaded as float32.
+    Each folder is that of a run; ``run.toml`` records how the network was trained. The weights are float16, so that
+    the file is smaller than a megabyte, and are loaded as float32.
     """
     folder = Path(__file__).parent / "embedded_weights" / text.removeprefix(PREFIX)
     return folder if text in embedded_teachers() else None

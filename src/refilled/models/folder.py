@@ -60,7 +60,7 @@ def load_model(folder: Path) -> Backbone:
         model = from_description(document)
         model.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError, ModelError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder} holds no usable model: {error}") from error
+        raise ModelError(f"{folder / DESCRIPTION} describes no usable model: {error}") from error
     return model.eval()
 
 

@@ -33,7 +33,7 @@ class MixedConv2d(nn.Conv2d):
 def mix_convolutions(model: nn.Module) -> None:
     """Let every convolution of a model compute as :class:`MixedConv2d` does, with the same weights and names.
 
-    Subclasses of ``torch.nn.Conv2d``, such as timm's with padding as TensorFlow has it, keep their own forward.
+    Subclasses of ``torch.nn.Conv2d``, such as timm's with TensorFlow's padding, keep their own forward.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module, MixedConv2d):

@@ -267,13 +267,13 @@ def _other_archive(names: list[str]) -> str | None:
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         return (
             "is a TorchScript program and not a file of weights. Opening it would run its code, which is refused. "
-            "Where you trust it, let a Python file open it, as in mine.py:load with "
+            "If you trust it, let a Python file open it, as in mine.py:load with "
             f"'def load(): return torch.jit.load(FILE), {_ABOUT}', or save its weights: "
             "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
     if any("exported_program" in name or name.endswith("archive_format") for name in names):
         return (
-            "is a program of torch.export and not a file of weights. Where you trust it, let a Python file open it, as "
+            "is a program of torch.export and not a file of weights. If you trust it, let a Python file open it, as "
             f"in mine.py:load with 'def load(): return torch.export.load(FILE), {_ABOUT}', or save its weights: "
             "torch.save(torch.export.load(FILE).state_dict, NEW)"
         )

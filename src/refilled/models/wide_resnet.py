@@ -11,11 +11,11 @@ class WideResNet(Backbone):
     """WRN-depth-width: three stages of pre-activation blocks with 16, 32 and 64 times ``width`` channels.
 
     As the distillation literature uses it: depth = 6n + 4, no dropout, total stride 4, and the convolution of a
-    shortcut reads the activated input. The feature maps are the ends of the three stages; the deepest is taken
-    before the last batch norm and ReLU, where AT, VID and their successors take it.
+    shortcut reads the activated input. The feature maps are the ends of the three stages; the deepest is
+    taken before the last batch norm and ReLU, as in AT, VID and later methods.
 
     Raises:
-        ModelError: when the depth is not 6n + 4.
+        ModelError: The depth is not 6n + 4.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int) -> None:
@@ -45,7 +45,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 class PreActivationBlock(nn.Module):
-    """BN, ReLU, 3×3, BN, ReLU, 3×3, added to the input, or to its 1×1 projection where the shape changes."""
+    """BN, ReLU, 3×3, BN, ReLU, 3×3, added to the input, or to its 1×1 projection if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

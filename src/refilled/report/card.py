@@ -11,7 +11,7 @@ _SHOWN = 20  # names of classes
 
 
 def markdown(text: str) -> str:
-    """Write any text so that Markdown shows it verbatim, on one line."""
+    """Escape any text so that Markdown shows it verbatim, on one line."""
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$<>&:@^=-])", lambda found: f"&#{ord(found[0])};", visible)
     return escaped or "&nbsp;"
@@ -22,9 +22,9 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
 
     Args:
         run: The run.
-        result: What it found.
-        licence: Licence of the teacher's weights, where it is known.
-        ece: Expected calibration error in [0, 1], where it was measured.
+        result: Its result.
+        licence: Licence of the teacher's weights, if known.
+        ece: Expected calibration error in [0, 1], if measured.
     """
     metadata: dict[str, Any] = {
         "library_name": "refilled",
@@ -32,8 +32,6 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
         "tags": ["image-classification", "knowledge-distillation", "refilled"],
         "metrics": ["accuracy"],
     }
-    if licence:
-        metadata["license"] = licence
     if run.task.startswith("hf:"):
         metadata["datasets"] = [re.split("[:@]", run.task[3:])[0]]
     front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in metadata.items())
@@ -54,7 +52,8 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
     return (
         f"---\n{front}---\n\n# {markdown(run.student or 'teacher')} for {len(names)} classes\n\n"
         f"Trained with [refilled](https://pypi.org/project/refilled/) by the method {markdown(run.method)}"
-        f"{f', teacher {teacher}' if teacher else ', without a teacher'}.\n\n"
+        f"{f', teacher {teacher}' if teacher else ', without a teacher'}."
+        f"{f' Licence of the teacher: {markdown(licence)}.' if licence else ''}\n\n"
         f"Classes: {', '.join(markdown(name[:80]) for name in names[:_SHOWN])}{more}.\n\n"
         f"| figure, on {result.data['images'][part]} {part} images | |\n|---|---|\n{rows}\n"
         f"Images: {markdown(_last(run.task))}, {result.data['images']['train']} for training, "
@@ -63,7 +62,7 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
 
 
 def _last(path: str) -> str:
-    """Return the last part of a path: a card names no folder of this machine."""
+    """Return the last part of a path, because a card must not name folders of this machine."""
     return path.rstrip("/").rpartition("/")[2] if path.startswith(("/", ".", "~")) else path
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from refilled.data import Task
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell, write_atomic
-from refilled.report.page import png, shown
+from refilled.report.page import png
+from refilled.report.text import shown
 from refilled.selection.doubtful import Findings, Place
 
 COLUMNS = (
@@ -41,7 +42,7 @@ def write_findings(findings: Findings, file: Path, command: str, overwrite: bool
     """Write the table of all findings, and next to it the page of the first ones, which has pictures.
 
     Args:
-        findings: What was found.
+        findings: The findings.
         file: The table, ``FILE.csv``; the page is ``FILE.html``.
         command: The command that found them.
         overwrite: Replace the files if they exist.
@@ -64,7 +65,7 @@ def write_findings(findings: Findings, file: Path, command: str, overwrite: bool
 
 
 def summary(findings: Findings) -> list[str]:
-    """Return what was found, in sentences."""
+    """Return a summary of the findings, in sentences."""
     groups, across = len(findings.groups), sum(group.across for group in findings.groups)
     differ = sum(group.disagree for group in findings.groups)
     doubts = f"{len(findings.doubts)} of {findings.judged} labels are doubtful."

@@ -16,27 +16,33 @@ from torch import Tensor
 
 from refilled.config import WHERE, Run
 from refilled.data import Task
+from refilled.data.several import Several
 from refilled.errors import RunError
 from refilled.files import read_json_lines, write_atomic
 from refilled.models import Backbone
 from refilled.report.card import model_card
+from refilled.report.matrix import matrix_of
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
+from refilled.report.projection import networks_of, projection_of
 from refilled.report.several import teacher_rows
+from refilled.report.speed import speed_of
+from refilled.report.text import shown, visible
 from refilled.runs.folder import RunFolder
-from refilled.runs.inference import network_of, task_of
+from refilled.runs.inference import network_of, readout_classes, task_of
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
 from refilled.training.evaluation import predict
 
 _WORST = 16  # images
-_PAIRS = 12
+_MANY = 20  # classes
+_PAIRS, _PAIRS_OF_MANY = 12, 30
 _TOP5_ABOVE = 10  # classes
 
 
 def report_on_prepared(prepared: Prepared, folder: Path) -> Path:
     """Write the report of a run whose images and networks are in memory; see :func:`report_on`."""
-    return _write(folder, prepared.task, None if prepared.readout else prepared.student, None)
+    return _write(folder, prepared.task, prepared.student, prepared.found, None)
 
 
 def report_on(folder: Path, against: Path | None = None) -> Path:
@@ -50,13 +56,26 @@ def report_on(folder: Path, against: Path | None = None) -> Path:
         RunError: A run is not finished, or the two were scored on different images.
     """
     Result.load(folder)
-    trained_nothing = RunFolder(folder).trained_nothing
-    return _write(folder, task_of(folder), None if trained_nothing else network_of(folder), against)
+    task, network = task_of(folder), network_of(folder)
+    found = readout_classes(folder, task, network) if RunFolder(folder).trained_nothing else None
+    return _write(folder, task, network, found, against)
 
 
-def _write(folder: Path, task: Task, network: Backbone | None, against: Path | None) -> Path:
+def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, against: Path | None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        folder: The run's folder.
+        task: Its task.
+        network: What is scored: the student, or the teacher whose embedding is classified by a readout.
+        found: Class ids of the scored images ``(N,)`` by a readout; None: the classes of the network's highest logits.
+        against: Folder of another run.
+    """
     run, result = RunFolder(folder).run(), Result.load(folder)
     scored = task.test if run.score == "test" else task.val
+    about = result.teacher or {}
+    licences = [each.get("licence") for each in about.get("teachers", [about])]
+    licence = ", ".join(dict.fromkeys(found for found in licences if found))
     headline = [_how_to_know(run)]
     tables: dict[str, list[list[str]]] = {"Accuracy": _accuracies(result)}
     pictures: dict[str, str] = {}
@@ -65,21 +84,30 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
     if several := (result.teacher or {}).get("teachers"):
         tables["What each teacher brought"] = teacher_rows(several, folder / "log.jsonl")
     worst: list[dict[str, str]] = []
-    calibration = None
-    if network is not None and len(scored) and int(scored.labels.min()) >= 0:
-        probabilities = predict(network, scored.pixels, parts=("logits",)).logits.softmax(1)
-        labels, found = scored.labels.cpu(), probabilities.argmax(1)
+    calibration, matrix, projection = None, None, None
+    if len(scored) and int(scored.labels.min()) >= 0:
+        labels, probabilities = scored.labels.cpu(), None
+        if found is None:
+            probabilities = predict(network, scored.pixels, parts=("logits",)).logits.softmax(1)
+            found = probabilities.argmax(1)
         confusion = confusion_matrix(found, labels, len(task.classes))
-        if len(task.classes) > _TOP5_ABOVE:
-            tables["Accuracy"].append(["top-5 accuracy", f"{top_accuracy(probabilities, labels):.2f} %"])
-        pairs = most_confused(confusion, _PAIRS)
+        if (matrix := matrix_of(confusion, task.classes)) is None:
+            pictures["Confusion matrix: row true class, column predicted, darker is more"] = _heat_map(confusion)
+        pairs = most_confused(confusion, _PAIRS if len(task.classes) <= _MANY else _PAIRS_OF_MANY)
         tables["Most confused classes"] = [["true class", "predicted", "images"]] + [
             [task.classes[true], task.classes[said], str(count)] for true, said, count in pairs
         ]
-        pictures["Confusion matrix: row true class, column predicted, darker is more"] = _heat_map(confusion)
-        calibration = reliability(probabilities, labels)
-        pictures[f"Calibration: expected calibration error {calibration.ece:.3f}"] = address(svg(_diagram(calibration)))
-        worst = _worst(task, scored.pixels, scored.sources, probabilities, labels)
+        if probabilities is not None:
+            if len(task.classes) > _TOP5_ABOVE:
+                tables["Accuracy"].append(["top-5 accuracy", f"{top_accuracy(probabilities, labels):.2f} %"])
+            calibration = reliability(probabilities, labels)
+            caption = f"Calibration: expected calibration error {calibration.ece:.3f}"
+            pictures[caption] = address(svg(_diagram(calibration)))
+            worst = _worst(task, scored.pixels, scored.sources, probabilities, labels)
+        projection = projection_of(networks_of(folder, run, task, network), task, scored)
+    tables["Size and speed"] = speed_of(network, task.image_size).rows()
+    if not_used := _not_used(result):
+        tables["Files that are not used, and copies"] = not_used
     if against is not None:
         other = Result.load(against)
         headline, tables["Classes that gained and lost"] = _compared(folder, against, result, other)
@@ -87,14 +115,17 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
     text = page.render(
         title=f"{Path(run.task).name}: {run.method}, seed {run.seed}",
         sentences=headline,
-        tables={name: _visible(rows) for name, rows in tables.items()},
+        tables={name: visible(rows) for name, rows in tables.items()},
         pictures=pictures,
         worst=worst,
+        matrix=matrix,
+        projection=projection,
         notes=result.data["notes"],
-        data=_visible(_data(task, result)),
+        data=visible(_data(task, result)),
         provenance={
             "command": _command(run),
             "data fingerprint": result.data["fingerprint"],
+            **({"licence of the data": task.licence} if task.licence else {}),
             **_teachers(result.teacher),
             "network": f"{run.student or run.only_teacher}, {result.parameters:,} parameters",
             "time": f"{result.seconds:.0f} seconds",
@@ -103,21 +134,22 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
         },
     )
     write_atomic(folder / "report.html", text.encode("utf-8", "backslashreplace"))
-    card = model_card(run, result, None, None if calibration is None else calibration.ece)
+    card = model_card(run, result, licence or None, None if calibration is None else calibration.ece)
     write_atomic(folder / "README.md", card.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 
 def _how_to_know(run: Run) -> str:
     return (
-        "Did the teacher help? One run cannot say. Compare with students that are trained alike without the teacher: "
+        "Did the teacher help? One run cannot show it. Compare with students that are trained in the same way without "
+        "the teacher: "
         f"{_command(run, compare=True)}"
     )
 
 
 def _command(run: Run, compare: bool = False) -> str:
-    """Return the command that carries out the run, or compares its method with the student alone."""
-    alone = run.method == "vanilla"  # `distill` would take another method
+    """Return the command that executes the run, or compares its method with the student alone."""
+    alone = run.method == "vanilla"  # `distill` would use another method
     left_out = {"task", "settings", *WHERE} | ({"method", "seed"} if compare else set())
     if alone and not compare:
         left_out |= {"method", "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding"}
@@ -143,13 +175,15 @@ def _command(run: Run, compare: bool = False) -> str:
 
 
 def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the lines of provenance about no teacher, one, or each of several."""
+    """Return the lines of provenance for each teacher, or for none."""
     if not about:
         return {"teacher": "none"}
     if "teachers" not in about:
-        return {"teacher": _listed(about)}
-    shown = ("name", "ignored", "fingerprint", "image_size", "embedding", "embedding_dim")
-    each = ({name: teacher[name] for name in shown} for teacher in about["teachers"])
+        licence = about.get("licence") or "unknown"
+        known = {name: value for name, value in about.items() if name != "licence"}
+        return {"teacher": _listed(known), "licence of the teacher": licence}
+    kept = ("name", "ignored", "fingerprint", "image_size", "embedding", "embedding_dim", "licence")
+    each = ({name: teacher[name] for name in kept if teacher.get(name) is not None} for teacher in about["teachers"])
     return {f"teacher {number}": _listed(teacher) for number, teacher in enumerate(each, start=1)}
 
 
@@ -189,8 +223,24 @@ def _data(task: Task, result: Result) -> list[list[str]]:
         torch.bincount(part.labels[part.labels >= 0].cpu(), minlength=size).tolist() for part in (task.train, task.test)
     )
     rows = [[name, str(a), str(b)] for name, a, b in zip(task.classes, train, test, strict=True)]
-    left_out = [[f"left out: {image}", reason, ""] for image, reason in result.data["skipped"][:50]]
-    return [["class", "training images", "test images"], *rows, *left_out]
+    return [["class", "training images", "test images"], *rows]
+
+
+def _not_used(result: Result) -> list[list[str]]:
+    """Return the files and images that were not used or are copies, a line for each kind; results may lack some."""
+    found = {
+        name: Several.from_record(result.data.get(name, {"count": 0, "first": ()}))
+        for name in ("ignored", "copies", "left_out")
+    }
+    unreadable = Several.of(result.data["skipped"], lambda pair: f"{pair[0]} ({pair[1]})")
+    rows = {
+        "files that are not used": found["ignored"],
+        "images that cannot be read": unreadable,
+        "images left out, since they equal held-out ones": found["left_out"],
+        "copies of other images, kept in the same part": found["copies"],
+    }
+    lines = [[what, f"{several.count:,}", str(several)] for what, several in rows.items() if several.count]
+    return [["", "number", "names"], *lines] if lines else []
 
 
 def _curves(folder: Path) -> Figure | None:
@@ -237,7 +287,7 @@ def _heat_map(confusion: Tensor) -> str:
 def _worst(
     task: Task, pixels: Any, sources: Sequence[str], probabilities: Tensor, labels: Tensor
 ) -> list[dict[str, str]]:
-    """Return the most confident errors: picture, where it came from, and what was said how surely."""
+    """Return the most confident errors: picture, file, and predicted class with its probability."""
     confidence, found = probabilities.max(1)
     rows = torch.where(found == labels, -1.0, confidence).argsort(descending=True)[:_WORST]
     rows = rows[found[rows] != labels[rows]]
@@ -258,15 +308,6 @@ def png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def shown(text: str) -> str:
-    """Write control characters and marks of direction visibly."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _visible(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[shown(cell) for cell in row] for row in rows]
 
 
 def _listed(values: Mapping[str, Any]) -> str:

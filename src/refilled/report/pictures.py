@@ -42,19 +42,28 @@ class Line:
 
 
 def rows_to_project(labels: Tensor, images: int = 1000) -> Tensor:
-    """Return which images of labels ``(N,)`` :func:`tsne` shows: of the first ten classes, the first thousand."""
+    """Return the rows of labels ``(N,)`` that :func:`tsne` shows: the first thousand of the first ten classes."""
     return (labels < len(COLORS)).nonzero().squeeze(1)[:images]
 
 
 def tsne(embeddings: Mapping[str, Tensor], labels: Tensor) -> Scatter:
-    """Bring embeddings ``(N, d)`` to two dimensions, those of :func:`rows_to_project`.
+    """Project embeddings ``(N, d)`` of the rows of :func:`rows_to_project` to two dimensions.
 
     References: van der Maaten and Hinton, Visualizing Data using t-SNE, JMLR 2008.
     """
     kept = rows_to_project(labels)
-    project = TSNE(perplexity=min(30, (len(kept) - 1) / 3), init="pca", random_state=0).fit_transform
-    points = {name: project(embedding[kept].numpy()) for name, embedding in embeddings.items()}
+    points = project({name: embedding[kept] for name, embedding in embeddings.items()})
     return Scatter(points, labels[kept].tolist())
+
+
+def project(embeddings: Mapping[str, Tensor], iterations: int = 1000) -> dict[str, Any]:
+    """Bring embeddings ``(N, d)`` of the same N images to two dimensions each, arrays ``(N, 2)``, by t-SNE."""
+    return {
+        name: TSNE(
+            perplexity=min(30, (len(embedding) - 1) / 3), init="pca", random_state=0, max_iter=iterations
+        ).fit_transform(embedding.numpy())
+        for name, embedding in embeddings.items()
+    }
 
 
 def draw_scatter(scatter: Scatter, classes: Sequence[str]) -> Figure:
@@ -126,7 +135,7 @@ def examples(labels: Tensor, count: int) -> Tensor:
         return torch.linspace(0, len(labels) - 1, min(count, len(labels))).round().long()
     order = torch.argsort(labels, stable=True)
     ordered = labels[order]
-    turn = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)  # how many of its class came before
+    turn = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)  # number of earlier images of its class
     rows = order[torch.argsort(turn, stable=True)][:count]
     return rows[torch.argsort(labels[rows], stable=True)]
 
@@ -160,7 +169,7 @@ def _repeated(values: Sequence[str], count: int) -> list[str]:
 
 
 def _mosaic(pixels: Tensor, columns: int) -> Tensor:
-    """Lay images ``(N, 3, S, S)`` side by side on white, to ``(H, W, 3)``, uint8."""
+    """Arrange images ``(N, 3, S, S)`` side by side on white, to ``(H, W, 3)``, uint8."""
     size = pixels.shape[-1]
     if size > _SHOWN_PIXELS:
         pixels = F.interpolate(pixels.float(), (_SHOWN_PIXELS, _SHOWN_PIXELS), mode="area").round().to(torch.uint8)

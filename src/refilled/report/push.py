@@ -7,7 +7,7 @@ from refilled.network import forbidden
 from refilled.runs.result import Result
 
 FILES = ("model.safetensors", "model.json", "README.md")
-"""What is uploaded. The page is not: it shows test images, and names folders of this machine."""
+"""The files to upload. The page is not among them, because it shows test images and folders of this machine."""
 
 
 def push(folder: Path, name: str, private: bool = False) -> str:

@@ -7,14 +7,14 @@ from typing import Any
 
 from refilled.stages import numbered
 
-_TRUST = ("label_information", "prior")  # what a loss that weighs its teacher reports
+_TRUST = ("label_information", "prior")  # reported by a loss that weighs its teacher
 
 
 def teacher_rows(teachers: Sequence[Mapping[str, Any]], log: Path) -> list[list[str]]:
     """Return the rows of the table, with the figures of each teacher's last epoch in the log.
 
     Args:
-        teachers: What the result says of each teacher.
+        teachers: The entries of the result, one per teacher.
         log: The run's ``log.jsonl``.
     """
     last: dict[str, Any] = {}

@@ -72,7 +72,7 @@ def open_network(
         The model, whose ``image_size`` is the side length at which images are to be read.
 
     Raises:
-        ModelError: There is no such model, or nothing says at what size it reads images.
+        ModelError: There is no such model, or the size of its images is not known.
     """
     if RunFolder(Path(text)).trained_nothing:
         model = network_of(Path(text))
@@ -97,7 +97,7 @@ def embed_images(model: Backbone, images: Iterable[Path]) -> Iterator[Rows]:
         TaskError: There is no image.
         ModelError: An embedding is not finite.
     """
-    assert model.image_size is not None  # open_network has seen to it
+    assert model.image_size is not None  # ensured by open_network
     grey = None if model.grey_range is None else GreyRange(*model.grey_range)
     empty = True
     for kept, pixels, unreadable in decode_ahead(named_images(images), model.image_size, grey, _BATCH):
@@ -128,7 +128,7 @@ def write_embeddings(model: Backbone, images: Iterable[Path], file: Path, overwr
     The suffix chooses the format. ``.parquet``: ``embedding`` is a list of d float32. ``.csv``: one column per
     number, ``e0`` and following. ``.npz``: the arrays ``image``, ``embedding`` ``(N, d)``, ``class``, ``probability``.
 
-    The file appears when it is complete.
+    The file is renamed to its name when it is complete.
 
     Args:
         model: As :func:`open_network` returns it.
@@ -137,7 +137,7 @@ def write_embeddings(model: Backbone, images: Iterable[Path], file: Path, overwr
         overwrite: Replace the file if it exists.
 
     Raises:
-        RunError: The suffix is another one, the file exists, or it cannot be written.
+        RunError: The suffix is unknown, the file exists, or it cannot be written.
         TaskError: There is no image.
     """
     check_table(file, overwrite)
@@ -225,7 +225,7 @@ class _Csv:
             cells: list[Any] = [spreadsheet_cell(as_text(image))]
             if rows.classes is not None and rows.probabilities is not None:
                 cells += [spreadsheet_cell(rows.classes[row]), f"{rows.probabilities[row].item():.6f}"]
-            self._writer.writerow([*cells, *map(str, numbers)])  # as short as is exact for a float32
+            self._writer.writerow([*cells, *map(str, numbers)])  # the shortest that is exact for a float32
 
 
 class _Npz:

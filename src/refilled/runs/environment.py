@@ -9,7 +9,7 @@ from refilled.errors import RunError
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device by its name; ``auto`` is the accelerator, where there is one.
+    """Find a device by its name; ``auto`` is the accelerator if there is one.
 
     Raises:
         RunError: The device cannot be used here.

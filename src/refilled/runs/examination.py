@@ -18,6 +18,8 @@ from refilled.runs.prepared import Prepared
 from refilled.runs.scoring import finite_embedding
 
 _CLASSES, _PER_CLASS = 20, 25  # size of the sample
+SAMPLE_IMAGES = _CLASSES * _PER_CLASS
+"""Largest number of training images by which a teacher is judged."""
 _ENOUGH = 5  # minimum number of images per class, if any class has this many
 _FEWEST = 12  # images; with two classes of 5, one shuffle in 126 is equivalent to the labels
 _FEWEST_HELD_OUT = 40  # images
@@ -107,7 +109,7 @@ def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> tuple
 def _fault_beyond(
     embedding: Tensor, labels: Tensor, known: float, teacher: Backbone, prepared: Prepared, device: torch.device
 ) -> str | None:
-    """Return how badly an embedding of the sample tells the classes apart in the held-out images, if it does."""
+    """Return a phrase if an embedding separates the classes of the sample, but not those of held-out images."""
     held_out = _sample(prepared.task.val, labels.unique())
     if known < _WELL_KNOWN or len(held_out) < _FEWEST_HELD_OUT:
         return None

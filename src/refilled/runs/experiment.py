@@ -1,4 +1,4 @@
-"""A run, begun, resumed and carried out to its result."""
+"""Start, resume and execute a run."""
 
 import logging
 import tomllib
@@ -29,12 +29,12 @@ from refilled.training.progress import Display
 from refilled.training.teacher_cache import fingerprint
 
 NAMED = ("task", "teacher", "student", "method")
-"""Fields that may be named again when a run is resumed: they lie elsewhere now, or are Python files."""
+"""Fields that may be given again when a run is resumed: their files may have moved, or are Python files."""
 
 After = Callable[[Prepared, Path], None]
-"""What rank 0 does with a run that has just finished, while its images and networks are still in memory."""
+"""Called by rank 0 with a run that has just finished, while its images and networks are still in memory."""
 
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would tell of each precision plugin
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would log each precision plugin
 
 
 def distill(
@@ -45,28 +45,28 @@ def distill(
     seconds_between_saves: float = 60.0,
     after: After | None = None,
 ) -> Result:
-    """Train a student as the run says, test it once, and leave everything in a new folder.
+    """Train a student as the run specifies, test it once, and write everything to a new folder.
 
     Processes that torchrun started train it together; rank 0 writes, and each returns the result.
 
     Raises:
         RunError: The folder already holds a run; it is left as it is.
-        RefilledError: Anything in the run that cannot work, found before training begins where it can be.
+        RefilledError: Something in the run cannot work. This is found before training where possible.
     """
     run_folder = RunFolder(folder)
     with joined() as world, ExitStack() as held:
         world.lead(run_folder.refuse_used)
-        prepared = Prepared(resolve(run))  # fails before anything is written, if it fails
+        prepared = Prepared(resolve(run))  # raises errors before anything is written
         settle_precision(run, prepared, world)
         world.lead(lambda: held.enter_context(run_folder.new()))
         return begin(prepared, run_folder, display or Display(), seconds_between_saves, world, after)
 
 
 def check(run: Run) -> None:
-    """Look up all that a run names, and train nothing.
+    """Find and check everything that a run names, without training.
 
     Raises:
-        RefilledError: Anything in the run that cannot work, as far as it can be found before training.
+        RefilledError: Something in the run cannot work, as far as this can be found before training.
     """
     Prepared(resolve(run))
 
@@ -82,18 +82,18 @@ def resume(
 ) -> Result:
     """Resume an interrupted run, exactly as if it had not been interrupted; a finished one returns its result.
 
-    Processes that torchrun started resume it together, however many there were before; in another number of them, or
-    on another machine, the run ends as it would have up to rounding.
+    Processes that torchrun started resume it together. With another number of processes, or on another machine, the
+    result is equal up to rounding.
 
-    A Python file that only the run's folder names is not run: whoever resumes a run has to name the file again.
+    A Python file that only the run's folder names is not executed; it must be named again.
 
     Args:
         folder: The run's folder.
-        where: Values of fields in :data:`~refilled.config.WHERE` that hold from now on, and are recorded.
-        named: Values of fields in :data:`NAMED`. Each must name what the run was begun with, which may lie elsewhere
-            now.
+        where: New values of fields in :data:`~refilled.config.WHERE`, which are recorded.
+        named: Values of fields in :data:`NAMED`. Each must name what the run was started with; its path may have
+            changed.
         display: Where progress is shown.
-        seconds_between_saves: Of the state.
+        seconds_between_saves: Seconds between two saves of the state.
         after: See :data:`After`.
 
     Raises:
@@ -110,16 +110,16 @@ def resume(
 
 
 def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
-    """Begin a run, or resume it where it stands; a finished one returns its result.
+    """Start a run, or resume it; return the result of a finished one.
 
-    Several processes may ask for the same run in the same folder: one carries it out. It is the same run on any
-    machine, so that what one has begun, another can end: its images and its teacher may lie elsewhere there. The images
-    are held against the record of the run.
+    If several processes call this for the same run in the same folder, one of them executes the run. Another machine
+    may finish a run, also if its images and its teacher have other paths there. The images are compared with the
+    record of the run.
 
     Raises:
         InUseError: Another process uses the folder.
-        RunError: The folder holds another run, a run of other images, or something that is no run.
-        RefilledError: Anything in the run that cannot work.
+        RunError: The folder holds another run, a run on other images, or something that is not a run.
+        RefilledError: Something in the run cannot work.
     """
     display, run_folder = display or Display(), RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,13 +130,13 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
             return begin(prepared, run_folder, display, seconds_between_saves)
     with run_folder.held():
         wanted = with_absolute_paths(resolve(run))
-        if is_measured(run, wanted):  # the record says what was settled
+        if is_measured(run, wanted):  # the record has the value that was chosen
             wanted = replace(wanted, precision=run_folder.run().precision)
         _refuse_another(run_folder, wanted)
         named = {name: value for name in NAMED if (value := getattr(wanted, name)) is not None}
         if run_folder.finished:
             refuse_other_images(run_folder, wanted)
-            run_folder.write(replace(run_folder.run(), **dict[str, Any](named)))  # where its teacher lies now
+            run_folder.write(replace(run_folder.run(), **dict[str, Any](named)))  # the present path of its teacher
         where = {name: getattr(wanted, name) for name in WHERE}
         return _resume(run_folder, where, named, display, seconds_between_saves)
 
@@ -149,16 +149,16 @@ def begin(
     world: World = ALONE,
     after: After | None = None,
 ) -> Result:
-    """Carry out a run in a folder that this process holds and that is empty."""
+    """Execute a run in an empty folder that this process holds."""
     world.lead(lambda: _record_images(prepared, folder))
     world.lead(lambda: folder.write(prepared.run))
     return carry_out(prepared, folder, display, seconds_between_saves, world, after)
 
 
 def refuse_other_images(folder: RunFolder, run: Run) -> None:
-    """Refuse a finished run whose images are not those that a configuration names now.
+    """Refuse a finished run if its images differ from those that a configuration names now.
 
-    The images are loaded only if their files were touched since they were last looked at.
+    The images are loaded only if their files have changed since the last check.
 
     Raises:
         RunError: They differ.
@@ -207,13 +207,13 @@ def carry_out(
             caches = [cache_for(prepared, number, fabric, display) for number in range(len(teachers))]
             with journal.catching_signals():
                 fit(student, teachers, task, prepared.stages, run, fabric, journal, caches, world, run.cuda_graphs)
-            give_memory_back()  # which scoring would ask for in other pieces
+            give_memory_back()  # scoring allocates blocks of other sizes
             result = measure(prepared, folder, journal.seconds, world, journal.warnings)
             for number, cache in enumerate(caches):
                 if cache is not None:
                     result = with_gap(result, number, gap_of(prepared, number, cache, fabric))
         else:
-            journal.restore()  # nothing; but there is a log, if an empty one
+            journal.restore()  # restores no state, but creates the log
             student.to(fabric.device)
             result = replace(measure(prepared, folder, 0.0, world), seconds=journal.seconds)
     finally:
@@ -256,8 +256,8 @@ def _load_unfinished(folder: RunFolder, where: Mapping[str, Any], named: Mapping
     new = _unrecorded(_to_record(run), recorded)
     if new:
         raise RunError(
-            f"{folder.path} was begun by a version of refilled, or of its method, that had no {', '.join(new)}; resume "
-            "with that version, or begin anew with --overwrite"
+            f"{folder.path} was started by a version of refilled or of its method without {', '.join(new)}; resume "
+            "with that version, or start again with --overwrite"
         )
     return run
 
@@ -280,7 +280,7 @@ def _with_named(run: Run, folder: RunFolder, named: Mapping[str, str | Sequence[
                 )
         elif recorded is None or _last_parts(recorded) != _last_parts(named[name]):
             begun, asked = (", ".join(names_in(value)) or None for value in (recorded, named[name]))
-            raise RunError(f"the run in {folder.path} was begun with {name} {begun}, not {asked}; leave out --{name}")
+            raise RunError(f"the run in {folder.path} was started with {name} {begun}, not {asked}; leave out --{name}")
     return replace(run, **dict[str, Any](named))
 
 
@@ -289,14 +289,14 @@ def _last_parts(names: str | Sequence[str]) -> list[str]:
 
 
 def _refuse_another(folder: RunFolder, wanted: Run) -> None:
-    """Refuse a folder that holds another run; where things lie makes no other run of it."""
+    """Refuse a folder that holds another run. Runs that differ only in paths are the same."""
     recorded, asked = folder.recorded(), _to_record(wanted)
     if _with_moved(recorded, asked) != what(asked):
         raise RunError(f"{folder.path} holds a run of another configuration; remove it or choose another folder")
 
 
 def _with_moved(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is recorded, with the places of today for what has the same name and lies elsewhere now."""
+    """Return the record, with the present paths of files that have moved and kept their names."""
     moved = {
         name: asked[name]
         for name in NAMED
@@ -314,7 +314,7 @@ def _same_elsewhere(recorded: str | Sequence[str], asked: str | Sequence[str]) -
 
 
 def _to_record(run: Run) -> dict[str, Any]:
-    """Return what the folder of a resolved run would record: all of it, so that what is missing had no name yet."""
+    """Return the record of a resolved run. It has all fields, so a field that a record lacks did not exist yet."""
     return tomllib.loads(run.to_toml())
 
 
@@ -335,8 +335,8 @@ def _refuse_changed(record: ImageRecord, task: Task, folder: RunFolder) -> None:
     changes = record.changes(task)
     if changes:
         raise RunError(
-            f"the images of {task.name} are not those that the run in {folder.path} was begun with: {changes}. Restore "
-            "them, or choose another --out for a run of the new images"
+            f"the images of {task.name} are not those that the run in {folder.path} was started with: {changes}. "
+            "Restore them, or choose another --out for a run on the new images"
         )
 
 

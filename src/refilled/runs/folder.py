@@ -1,10 +1,10 @@
-"""The folder of a run: what lies in it, who may write to it, and what the run was begun as.
+"""The folder of a run: its files, its lock, and the configuration of the run.
 
-A run's folder explains itself: ``run.toml`` (the configuration, fully resolved), ``data.json`` and
+A run's folder contains ``run.toml`` (the configuration, fully resolved), ``data.json`` and
 ``images.safetensors`` (which images it uses), ``teacher.json`` (whether its teacher has anything to teach),
 ``log.jsonl``, ``result.json``, ``report.html``, ``README.md`` (the model card), the student (``model.safetensors``
 and ``model.json``), ``stages/`` (the student after each stage but the last), ``last.ckpt`` while unfinished, and
-``DONE`` when whole. A method that trains nothing leaves no student.
+``DONE`` when finished. A method that trains nothing leaves no student.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from typing import Any
 
 from refilled.config import YOUNGER, Run
 from refilled.errors import RunError
-from refilled.files import damaged, read_record, write_atomic
+from refilled.files import damaged, read_json_object, read_record, read_tensors, write_atomic
 from refilled.training.checkpoints import discard_leftovers, discard_states, hold
 
 _FILES = (
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run was begun in the folder."""
+        """Whether a run was started in the folder."""
         return (self.path / "run.toml").exists()
 
     @property
@@ -57,12 +57,12 @@ class RunFolder:
 
     @property
     def has_student(self) -> bool:
-        """Whether a model lies in the folder."""
+        """Whether the folder holds a model."""
         return (self.path / "model.json").exists()
 
     @property
     def trained_nothing(self) -> bool:
-        """Whether the finished run is one of a method that trains no network."""
+        """Whether the run is finished and its method trains no network."""
         return self.finished and not self.has_student and self.run().student is None
 
     def stage(self, name: str) -> Path:
@@ -82,7 +82,7 @@ class RunFolder:
             raise RunError(damaged(self.path / "run.toml", str(error))) from error
 
     def recorded(self) -> dict[str, Any]:
-        """Read the configuration as it is written; of what is missing, only :data:`YOUNGER` fields are filled in."""
+        """Read the configuration as written. Of the missing fields, only those in :data:`YOUNGER` are filled in."""
         text = self._read()
         try:
             return {**YOUNGER, **tomllib.loads(text)}
@@ -119,25 +119,25 @@ class RunFolder:
             )
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; choose another --out")
-        if self.path.exists() and any(not _is_leftover(entry) for entry in self.path.iterdir()):
+        if self.path.exists() and not _holds_only_leftovers(self.path):
             raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
 
     @contextmanager
     def new(self) -> Iterator[None]:
-        """Hold the folder for a new run, while this process works in it.
+        """Lock the folder for a new run while this process works in it.
 
         Raises:
             RunError: The folder holds something, or another process uses it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with hold(self.path):
-            self.refuse_used()  # again, since another process may have been quicker
+            self.refuse_used()  # again, because another process may have been faster
             discard_states(self.path)
             yield
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder of a run that was begun, while this process works in it; a finished one needs no hold.
+        """Lock the folder of a started run while this process works in it; a finished run needs no lock.
 
         Raises:
             RunError: The folder holds no run, or another process uses it.
@@ -150,7 +150,7 @@ class RunFolder:
             yield
 
     def overwrite(self) -> None:
-        """Remove a run from its folder, and nothing that is not the run's.
+        """Remove a run from its folder, but no other files.
 
         Raises:
             RunError: Another process uses the folder.
@@ -164,6 +164,19 @@ class RunFolder:
                 for name in reversed(_FILES):  # run.toml last: what is left of an interrupted removal is still a run
                     (self.path / name).unlink(missing_ok=True)
             discard_states(self.path)
+
+
+def _holds_only_leftovers(folder: Path) -> bool:
+    """Return whether a folder holds no more than a start that broke off before ``run.toml`` was written."""
+    names = {entry.name for entry in folder.iterdir() if not _is_leftover(entry)}
+    if not names <= {"data.json", "images.safetensors"}:
+        return False
+    try:
+        return all("train" in read_tensors(folder / name) for name in names if name == "images.safetensors") and (
+            "data.json" not in names or "fingerprint" in read_json_object(folder / "data.json")
+        )
+    except RunError:
+        return False  # files of someone else with these names
 
 
 def _is_leftover(entry: Path) -> bool:

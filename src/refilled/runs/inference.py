@@ -1,4 +1,4 @@
-"""What a finished run's network says about images."""
+"""Predictions, scores and embeddings by the network of a finished run."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,6 +12,7 @@ from refilled.config import Run
 from refilled.data import GreyRange, Task
 from refilled.errors import RefilledError, RunError
 from refilled.files import read_tensors
+from refilled.methods import load_method
 from refilled.models import Backbone, embedded_folder, load_model
 from refilled.models.weights import load_weights
 from refilled.runs.classifying import Classifier
@@ -21,6 +22,7 @@ from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import load_task_of, load_teacher_of, load_teachers_of
 from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
+from refilled.stages import Readout
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
 
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
@@ -32,8 +34,8 @@ _SHOWN = 5  # names in a message
 def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:
     """Score a student on the test part of its own task, or of another one whose classes it knows.
 
-    What belongs to the student comes from the student: its image size, its normalisation, and its classes in their
-    order, to which the labels are matched by name.
+    The image size, the normalisation, and the classes and their order are those of the student. Labels are matched to
+    its classes by name.
 
     Args:
         folder: The run's folder.
@@ -42,8 +44,8 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
 
     Returns:
         ``task``, ``images`` (how many were scored), ``accuracy`` (percent; None without images), ``balanced_accuracy``
-        (mean over classes), ``class_accuracies`` by name, and ``notes``: what a reader of these numbers should know,
-        such as images that were trained on.
+        (mean over classes), ``class_accuracies`` by name, and ``notes`` about these numbers, such as images that were
+        trained on.
 
     Raises:
         RunError: The folder holds no student, or the task has classes that the student does not know.
@@ -73,7 +75,7 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
 
 
 def _scored_run(run: Run, model: Backbone, task: str | None, data_root: str | None) -> Run:
-    """Describe the images to be scored; nothing of another task but its test part matters."""
+    """Describe the images to be scored. Of another task, only the test part matters."""
     run = replace(run, data_root=data_root or run.data_root, image_size=model.image_size)
     return run if task is None else replace(run, task=task, shots=None, val=0.0)
 
@@ -102,12 +104,13 @@ def _listed(names: list[str]) -> str:
 def teacher_accuracies(folder: Path) -> list[float]:
     """Score each teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
 
-    It says how much a teacher has to teach: its embedding knows the student's classes from the training images alone.
+    This measures how much a teacher can teach, because its embedding is used as it is, with training images only for
+    the class means.
     """
     task, found = task_of(folder), []
     for teacher in teachers_of(folder, task.image_size).values():
         train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
-        mean = train.mean(0)  # what all images share says nothing about them
+        mean = train.mean(0)  # the common part of all embeddings has no information
         found.append(nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels))
     return found
 
@@ -124,24 +127,24 @@ def teachers_of(folder: Path, image_size: int) -> dict[str, Backbone]:
 
 
 def teacher_task_of(folder: Path) -> Task | None:
-    """Load the images that a teacher of a run was trained on, the first of which they are known.
+    """Load the training images of the first teacher of a run for which they are known.
 
-    None if the run has no teacher, if nothing says what the teacher was trained on, or if those images are gone.
+    None if the run has no teacher, if no record names the images, or if they no longer exist.
     """
     for teacher in RunFolder(folder).run().teachers:
         trained = RunFolder(embedded_folder(teacher) or Path(teacher))
         try:
             if trained.begun:
                 return load_task_of(trained.run())
-        except RefilledError:  # a page is complete without a picture of them
+        except RefilledError:  # the page does not need them
             continue
     return None
 
 
 def network_of(folder: Path, stage: str | None = None) -> Backbone:
-    """Load the network that a finished run's result is about, as it was at the end or after an earlier stage.
+    """Load the network that a finished run scored, from the end or from after an earlier stage.
 
-    It is the run's student, or the teacher where the method trained none.
+    It is the run's student, or the teacher if the method trained no student.
 
     Raises:
         RunError: The run has no such stage.
@@ -159,6 +162,22 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
     return _placed(student)
 
 
+def readout_classes(folder: Path, task: Task, teacher: Backbone) -> Tensor:
+    """Classify the scored images by the readout of a run that trained nothing, to class ids ``(N,)``, as it did.
+
+    Args:
+        folder: The run's folder.
+        task: Its task.
+        teacher: Its teacher.
+    """
+    run = RunFolder(folder).run()
+    readout = load_method(run.method).build(None, teacher, run.settings)
+    assert isinstance(readout, Readout)  # or it would have a student
+    scored = task.test if run.score == "test" else task.val
+    train, embedding = (finite_embedding(teacher, split) for split in (task.train, scored))
+    return readout.classify(train, task.train.labels, embedding)
+
+
 def open_classifier(folder: Path) -> Classifier:
     """Load the student of a run's folder as a classifier of image files.
 
@@ -169,7 +188,7 @@ def open_classifier(folder: Path) -> Classifier:
 
 
 def classifier_of(model: Backbone) -> Classifier:
-    """Return a student that is loaded already as a classifier of image files."""
+    """Return a loaded student as a classifier of image files."""
     assert model.image_size is not None  # every model that can be saved has one
     assert model.class_names is not None  # every student has them
     return Classifier(
@@ -196,7 +215,7 @@ def classify(folder: Path, images: Iterable[Path]) -> Classified:
 
 
 def classify_by(classifier: Classifier, images: Iterable[Path]) -> Classified:
-    """Return what :func:`classify` returns, by a student that is loaded already."""
+    """Return what :func:`classify` returns, computed by a loaded student."""
     readable: list[tuple[Path, dict[str, float]]] = []
     unreadable: list[tuple[Path, str]] = []
     for batch in classifier.stream(images):
@@ -211,7 +230,7 @@ def _load_student(folder: Path) -> Backbone:
     if run_folder.trained_nothing:
         raise RunError(
             f"{folder} holds no student: '{run_folder.run().method}' reads the embedding of its teacher and trains "
-            "nothing; what it reached is in result.json"
+            "nothing; its accuracy is in result.json"
         )
     return _placed(load_model(folder))
 
@@ -222,5 +241,5 @@ def _grey_range_of(model: Backbone) -> GreyRange | None:
 
 
 def _placed(model: Backbone) -> Backbone:
-    """Bring a model to the accelerator, if there is one."""
+    """Move a model to the accelerator, if there is one."""
     return model.to(find_device("auto"))

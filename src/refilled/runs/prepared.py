@@ -1,4 +1,4 @@
-"""A run with everything that it names looked up and checked, before anything is trained."""
+"""A run whose images, networks and method are loaded and checked before training."""
 
 import os
 import re
@@ -35,10 +35,10 @@ from refilled.training.teacher_cache import fingerprint
 
 
 def resolve(run: Run) -> Run:
-    """Settle what the run leaves to the machine and to the method's defaults, so that its folder says what was done.
+    """Fill in what depends on the machine and on the method's defaults, so that the run's folder records it.
 
     Raises:
-        RefilledError: the device cannot be used here, or the method or a parameter of it does not exist.
+        RefilledError: The device cannot be used here, or the method or a parameter of it does not exist.
     """
     device = find_device(run.device)
     precision = resolve_precision(run.precision, device)
@@ -50,9 +50,9 @@ def resolve(run: Run) -> Run:
 
 
 def with_absolute_paths(run: Run) -> Run:
-    """Write the paths that a run names so that they mean the same in any working directory.
+    """Make the paths that a run names absolute.
 
-    Paths with variables of the environment stay as they are.
+    Paths with environment variables do not change.
 
     Raises:
         TaskError: There is no such data set.
@@ -69,7 +69,7 @@ def with_absolute_paths(run: Run) -> Run:
 
 
 def runs_code(name: str | Sequence[str] | None) -> bool:
-    """Return whether teachers, a student or a method are named by a Python file, which is run when it is loaded."""
+    """Return whether a name of teachers, a student or a method is a Python file, which loading executes."""
     return any(re.search(r"\.py(:|$)", each) for each in names_in(name))
 
 
@@ -95,7 +95,7 @@ def load_teacher_of(run: Run, image_size: int) -> Backbone:
         RunError: There are several.
     """
     name = run.only_teacher
-    assert name is not None  # whoever asks has checked it
+    assert name is not None  # checked by the caller
     return load_teacher(
         os.path.expandvars(name),
         mean=run.teacher_mean,
@@ -136,19 +136,19 @@ def _probed(images: Split) -> Tensor:
 
 
 def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[str, ...]:
-    """Look at what a teacher gives for a few of the images, before anything is done with all of them.
+    """Check the outputs of a teacher for a few of the images before all of them are embedded.
 
     Args:
         teacher: The teacher.
         images: The training images.
-        name: Its name in the run. If it is the folder of a run, a constant embedding is a warning: it was trained too
-            briefly, and whoever trained it may know.
+        name: Its name in the run. If it is the folder of a run, a constant embedding is only a warning, because
+            the run may have been too short on purpose.
 
     Returns:
-        What a user should know about the teacher: how it was loaded, and warnings.
+        Notes for the user: how the teacher was loaded, and warnings.
 
     Raises:
-        ModelError: it gives nothing that can be used.
+        ModelError: Its outputs are not usable.
     """
     rows = _probed(images)
     own = name is not None and Path(os.path.expandvars(name)).is_dir()
@@ -157,7 +157,7 @@ def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[
 
 
 def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
-    """Load the images that a run names; levels of grey are scaled as a student was trained with, if it is given."""
+    """Load the images that a run names. Grey levels are scaled as in the training of a student, if it is given."""
     return load_task(
         run.task,
         data_root=Path(run.data_root) if run.data_root else None,
@@ -173,10 +173,10 @@ def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
 
 
 class Prepared:
-    """A run with everything that it names looked up and checked."""
+    """A run whose images, networks and method are loaded and checked."""
 
     student: Backbone
-    """The network that is scored: what the stages train, or the frozen teacher itself for a readout."""
+    """The network that is scored: the one that the stages train, or the frozen teacher for a readout."""
 
     def __init__(self, run: Run, task: Task | None = None) -> None:
         use_machine(run.threads, run.device)
@@ -185,11 +185,12 @@ class Prepared:
             run = with_absolute_paths(run)
             task = load_task_of(run)
         self.task, self.run = task, run
+        self.found: Tensor | None = None  # class ids of the scored images (N,), once a readout has classified them
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
         self.teachers = load_teachers_of(run, self.task.image_size)
         self.ignored: tuple[bool, ...] = (False,) * len(self.teachers)
-        self.label_information: tuple[float | None, ...] = ()  # of each of several teachers, on a sample
+        self.label_information: tuple[float | None, ...] = ()  # one per teacher if there are several, on a sample
         self.notes: tuple[str, ...] = ()
         torch.manual_seed(run.seed)
         student = None if run.student is None else self._begin_with(run.student)
@@ -197,7 +198,7 @@ class Prepared:
         self.stages: list[Stage] = []
         self.readout: Readout | None = None
         if isinstance(plan, Readout):
-            assert self.teacher is not None  # the method has checked it, as what the assertions below say
+            assert self.teacher is not None  # checked by the method, as are the assertions below
             self.readout, self.student = plan, self.teacher
             self._balanced(())
         elif isinstance(plan, FineTuning):
@@ -226,28 +227,28 @@ class Prepared:
 
     @property
     def scored(self) -> Split:
-        """The images that the result is about."""
+        """The images that are scored."""
         return self.task.test if self.run.score == "test" else self.task.val
 
     def ignore_teachers(self, ignored: Sequence[bool]) -> None:
-        """Begin again as the run without some of the teachers does, or as ``vanilla`` does without any.
+        """Prepare again without some of the teachers, or as ``vanilla`` without any.
 
-        Stages, initial weights and random numbers are those of that run.
+        Stages, initial weights and random numbers are those of a run without them.
 
         Args:
             ignored: Whether each teacher is ignored.
         """
-        assert self.run.student is not None  # there are stages that need a teacher, so a student is trained
+        assert self.run.student is not None  # stages that need a teacher train a student
         notes = self.notes
         torch.manual_seed(self.run.seed)
         self.student = self._begin_with(self.run.student)
-        self.notes, self.ignored = notes, tuple(ignored)  # notes on the student's weights are there already
+        self.notes, self.ignored = notes, tuple(ignored)  # they have those on the student's weights already
         if self.ignores_teacher:
             self.stages = self._balanced(vanilla(self.student, None))
             return
         kept = {number: teacher for number, teacher in enumerate(self.teachers) if not ignored[number]}
         plan = load_method(self.run.method).build_for(self.student, kept, self.run.settings)
-        assert not isinstance(plan, Readout | FineTuning)  # it was not with all teachers
+        assert not isinstance(plan, Readout | FineTuning)  # nor was it with all teachers
         self.stages = self._balanced(plan)
 
     def _balanced(self, stages: Sequence[Stage]) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""What a finished run found: the content of ``result.json``."""
+"""The result of a finished run: the content of ``result.json``."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,19 +11,19 @@ from refilled.files import read_fields, require, write_atomic
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run found: the content of ``result.json``."""
+    """The result of a finished run: the content of ``result.json``."""
 
     accuracy: float
-    """Percent of the test images, or of the held-out ones where the run scores those, after the last epoch."""
+    """Percent of the test images, or of the held-out ones if the run scores those, after the last epoch."""
     ncm_accuracy: float
     """Percent by the nearest class mean of the training images, in the embedding of the network that is scored."""
     class_accuracies: dict[str, float | None]
     stages: dict[str, dict[str, float]]
     """Nearest-class-mean accuracy after each stage but the last."""
     seconds: float
-    """Of training and of loading, over all starts of the run."""
+    """Time for training and loading, over all starts of the run."""
     parameters: int
-    """Of the network that is scored: the student, or the teacher where its embedding is all there is."""
+    """Number of parameters of the network that is scored: the student, or the teacher for a readout."""
     data: dict[str, Any]
     teacher: dict[str, Any] | None
     versions: dict[str, str]

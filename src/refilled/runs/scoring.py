@@ -48,7 +48,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
         ncm_accuracy = accuracy(nearest, labels)
     else:
         train, scored = (finite_embedding(student, split, device, world) for split in (task.train, prepared.scored))
-        predicted = prepared.readout.classify(train, task.train.labels, scored)
+        predicted = prepared.found = prepared.readout.classify(train, task.train.labels, scored)
         ncm_accuracy = nearest_center_accuracy(train, task.train.labels, scored, labels)
     by_class = accuracy_by_class(task.classes, predicted, labels)
     return Result(
@@ -67,6 +67,9 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             "image_size": task.image_size,
             "grey_range": task.grey_range,
             "skipped": [list(pair) for pair in task.skipped],
+            "ignored": task.ignored.record(),
+            "copies": task.copies.record(),
+            "left_out": task.left_out.record(),
             "notes": [
                 *task.notes,
                 *prepared.notes,

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from refilled.models import licence_of
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
 from refilled.training.teacher_cache import fingerprint
 
 
 def about_teachers(prepared: Prepared) -> dict[str, Any] | None:
-    """Return what ``result.json`` says of the teacher; None without one.
+    """Return the entry of ``result.json`` for the teacher; None without one.
 
     For several teachers it is ``name`` (all names), ``ignored`` (whether all are) and ``teachers``, a list with the
     entries of each and its ``label_information`` on a sample of the training images, its ``weight`` (the factor of its
@@ -81,4 +82,5 @@ def _about(prepared: Prepared, number: int) -> dict[str, Any]:
         "image_size": teacher.input_size or prepared.task.image_size,
         "embedding": teacher.pooling,
         "embedding_dim": teacher.embedding_dim,
+        "licence": licence_of(prepared.run.teachers[number], teacher),
     }

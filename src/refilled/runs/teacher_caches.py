@@ -17,6 +17,7 @@ from refilled.models import Backbone
 from refilled.runs.determinism import use_machine
 from refilled.runs.prepared import Prepared, examine, load_task_of, load_teacher_of, resolve
 from refilled.training.distributed import ALONE, World
+from refilled.training.evaluation import forward_in_parts
 from refilled.training.loop import views_of
 from refilled.training.progress import Display
 from refilled.training.teacher_cache import TeacherCache, teacher_cache
@@ -41,13 +42,12 @@ def gap_of(prepared: Prepared, number: int, cache: TeacherCache, fabric: Fabric)
 
 
 def embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
-    """Return a function that embeds images by the teacher, as the training loop does."""
+    """Return a function that embeds images with the teacher, as the training loop does."""
     teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(images: Tensor) -> Tensor:
         with torch.no_grad(), fabric.autocast():
-            embedding: Tensor = teacher(images.to(fabric.device)).embedding
-        return embedding
+            return forward_in_parts(teacher, images.to(fabric.device)).embedding
 
     return embed
 
@@ -55,18 +55,18 @@ def embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
 def build_cache(
     run: Run, shards: Iterable[int] | None = None, say: Callable[[str], None] = lambda text: None
 ) -> TeacherCache:
-    """Embed the views that a run will ask its teacher for, or the part of them in some shards, before the run.
+    """Embed the views that a run will need with its teacher, or only those of some shards, before the run.
 
-    Only what decides the embeddings counts of the run: task, teacher, views, augmentation, precision, image size. All
-    that goes in can be sent to another process; any number of them, given the same run, share the work.
+    Only the settings that determine the embeddings matter: task, teacher, views, augmentation, precision, image size.
+    All arguments can be pickled, and any number of processes that build the cache of the same run share the work.
 
     Args:
         run: The run.
         shards: Numbers of shards, below ``find_cache(run).contents.shards``; None for all.
-        say: Told of every shard that is made.
+        say: Called with a message for every shard that is built.
 
     Raises:
-        RefilledError: the run has no teacher or no number of views, or names something that cannot be found.
+        RefilledError: The run has no teacher or no number of views, or names something that cannot be found.
     """
     run, teacher, task = _cacheable(run)
     for note in examine(teacher, task.train, run.only_teacher):
@@ -77,10 +77,10 @@ def build_cache(
 
 
 def find_cache(run: Run) -> TeacherCache:
-    """Find the cache that a run would use, whether or not anything of it is built yet.
+    """Return the cache that a run would use, even if none of it is built yet.
 
     Raises:
-        RefilledError: as :func:`build_cache`.
+        RefilledError: As for :func:`build_cache`.
     """
     return _cache_of(*_cacheable(run))
 
@@ -92,17 +92,17 @@ def list_caches() -> list[Path]:
 
 def _cacheable(run: Run) -> tuple[Run, Backbone, Task]:
     if run.views is None:
-        raise RunError("a cache holds a fixed number of views of each image; say how many with --views")
+        raise RunError("a cache holds a fixed number of views of each image; give the number with --views")
     run = resolve(run)
     use_machine(run.threads, run.device)
     if run.teacher is None:
-        raise RunError("a cache holds what a teacher says; name one with --teacher")
+        raise RunError("a cache holds the embeddings of a teacher; name one with --teacher")
     task = load_task_of(run)
     return run, load_teacher_of(run, task.image_size), task
 
 
 def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
-    assert run.views is not None  # whoever asks has checked it
+    assert run.views is not None  # checked by the caller
     return teacher_cache(
         cache_folder() / "teacher",
         teacher,
@@ -115,6 +115,6 @@ def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
 
 
 def fabric_of(run: Run, world: World = ALONE) -> Fabric:
-    """Return what runs the computations of a run on its device, in its precision."""
+    """Return the Fabric that computes on a run's device, in its precision."""
     devices = [world.local_rank] if run.device == "cuda" else 1
     return Fabric(accelerator=run.device, devices=devices, precision=run.precision)  # type: ignore[arg-type]

@@ -223,7 +223,7 @@ def run_in(folder: Path, changes: dict[str, Any]) -> Run:
     if run.teacher is not None and runs_code(run.teacher):
         raise RunError(
             f"the run in {folder} names a Python file, which would be executed. If you trust it, name it yourself: "
-            f"--teacher {run.teacher}"
+            f"--teacher {run.teachers[0]}"
         )
     verdict = Verdict.load(folder)
     if verdict is not None and verdict.ignored:

@@ -1,6 +1,5 @@
 """A sample of a task's training images, and a teacher's embedding of it."""
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -8,14 +7,13 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from refilled.config import Run
 from refilled.data import Split, Task, Views
 from refilled.data.task import fingerprint
 from refilled.errors import TaskError
 from refilled.files import cache_folder
-from refilled.models import Backbone
+from refilled.models import Backbone, multiplications_of
 from refilled.runs.prepared import runs_code
 from refilled.runs.scoring import finite_embedding
 from refilled.runs.teacher_caches import embedder, fabric_of
@@ -113,11 +111,8 @@ def cost_of(teacher: Backbone, sample: Task, device: torch.device | str) -> Cost
     """Measure the cost of embedding one image."""
     teacher.to(device)
     images = sample.train.pixels[torch.arange(min(_TIMED, len(sample.train)))].to(device)
-    multiplications = None
+    multiplications = multiplications_of(teacher, images[:1])
     with torch.no_grad():
-        with suppress(Exception), FlopCounterMode(display=False) as counter:  # compiled programs cannot be counted
-            teacher(images[:1])
-            multiplications = counter.get_total_flops() // 2
         taken = []
         for _ in range(_TIMES):
             start = perf_counter()

@@ -15,18 +15,18 @@ class WeightAverage:
     TensorFlow's ``ExponentialMovingAverage``). Integer buffers, which count, are copied.
 
     Args:
-        network: The network, whose weights are followed from now on.
+        network: The network; its present weights start the average.
         decay: d, at least 0 and below 1.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network, self.decay, self.updates = network, decay, 0
-        # In the memory layout of the weights, which the update walks together.
+        # In the memory layout of the weights, because the update reads both in the order of memory.
         self.values = {name: torch.empty_like(value).copy_(value) for name, value in network.state_dict().items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the network's present weights into the average."""
+        """Update the average with the network's present weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, value in self.network.state_dict().items():
@@ -37,7 +37,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the network the average for a while."""
+        """Give the network the averaged weights while the context is open."""
         own = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.give()
         try:
@@ -46,7 +46,7 @@ class WeightAverage:
             self.network.load_state_dict(own)
 
     def give(self) -> None:
-        """Give the network the average for good."""
+        """Copy the averaged weights to the network."""
         self.network.load_state_dict(self.values)
 
     def restore(self, values: Mapping[str, Tensor], updates: int) -> None:

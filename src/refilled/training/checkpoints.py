@@ -1,7 +1,7 @@
 """Training states that can be picked up exactly where they were put down.
 
 A state is one file: safetensors (so that loading it runs no code), followed by the SHA-256 digest of what
-stands before. The state before the last one is kept beside it and is used when the last one is damaged.
+stands before. The previous state is kept next to the last one and is used if the last one is damaged.
 """
 
 import json
@@ -68,7 +68,7 @@ def load_state(folder: Path) -> tuple[State | None, list[str]]:
     if problems:
         raise CheckpointError(
             f"no saved state in {folder} can be used: {'; '.join(problems)}. "
-            f"Start the run anew with --overwrite, or restore {LAST} from a backup."
+            f"Start the run again with --overwrite, or restore {LAST} from a backup."
         )
     return None, problems
 
@@ -100,7 +100,7 @@ def refusing_another_state() -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"the saved state belongs to another run: its content does not fit this one ({type(error).__name__}: "
-            f"{reason}). Restore last.ckpt of this run, or begin anew with --overwrite"
+            f"{reason}). Restore last.ckpt of this run, or start again with --overwrite"
         ) from error
 
 

@@ -13,6 +13,8 @@ from refilled.outputs import Outputs, not_computed
 from refilled.training.distributed import ALONE, World
 
 SCORING_BATCH = 256  # images at a time
+_PART_PIXELS = 2**20  # of a part: 20 images of 224 pixels (benchmarks/embedding.py)
+_LEAST_PART = 4  # images
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def outputs_by_batch(
         for start in range(0, max(len(pixels), 1), batch_size * world.size):
             block = pixels[start : start + batch_size * world.size]
             (images,) = block[world.part(len(block))].split(batch_size)
-            outputs = model(images.to(device)) if len(images) else _of_nothing(model)
+            outputs = forward_in_parts(model, images.to(device)) if len(images) else _of_nothing(model)
             logits, embedding = (
                 rows.float().cpu() if part in parts else not_computed(len(rows))
                 for part, rows in (("logits", outputs.logits), ("embedding", outputs.embedding))
@@ -52,6 +54,17 @@ def outputs_by_batch(
             yield world.gather_outputs(Outputs(logits, embedding), len(block), parts)
     finally:
         model.train(training)
+
+
+def forward_in_parts(model: Backbone, images: Tensor) -> Outputs:
+    """Return logits and embedding of images ``(N, 3, H, W)``, on a CPU in parts whose activations fit its caches."""
+    side = model.input_size or images.shape[-1]
+    parts = images.split(max(_LEAST_PART, _PART_PIXELS // side**2)) if images.device.type == "cpu" else (images,)
+    if len(parts) == 1:
+        outputs: Outputs = model(images)
+        return outputs
+    logits, embedding, _ = zip(*map(model, parts), strict=True)
+    return Outputs(torch.cat(logits), torch.cat(embedding))
 
 
 def _of_nothing(model: Backbone) -> Outputs:

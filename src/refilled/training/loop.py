@@ -34,12 +34,12 @@ from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
 from refilled.training.teaching import Teaching
 
 _FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
-"""By what factor the learning rate falls, and after what shares of a stage."""
+"""Factor by which the learning rate falls, and the shares of a stage after which it does."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: the next step to take, counted from 0 in its epoch, the epoch in its stage."""
+    """The position of training: the next step, counted from 0 in its epoch, and the epoch, counted in its stage."""
 
     stage: int = 0
     epoch: int = 0
@@ -47,7 +47,7 @@ class Position:
 
 
 class View(NamedTuple):
-    """The random view of the images that is used in a step."""
+    """The random view of the images in a step."""
 
     seed: int
     number: int
@@ -65,7 +65,7 @@ class Journal(Protocol):
         return False
 
     def save(self, state: State) -> None:
-        """Keep the state."""
+        """Save the state."""
         return
 
     def begin_stage(self, stage: Stage, epochs: int, steps: int, done: int) -> None:
@@ -80,12 +80,12 @@ class Journal(Protocol):
         return
 
     def end_stage(self, stage: Stage, student: Backbone) -> None:
-        """A stage, not the last, ended."""
+        """A stage ended that is not the last."""
         return
 
 
 def share_epochs(stages: Sequence[Stage], epochs: int) -> list[int]:
-    """Divide the epochs among the stages by their shares; the parts add up to the whole."""
+    """Divide the epochs among the stages in proportion to their shares."""
     total = sum(stage.share for stage in stages)
     if total <= 0:
         raise RunError(f"the shares of the stages must add up to more than 0, not {total}")
@@ -101,7 +101,7 @@ def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
     """Return the learning rate at ``time``, in epochs since its stage of ``epochs`` began."""
     warmup = min(recipe.warmup, epochs / 2)
     if time < warmup:
-        return recipe.lr * (time + 1e-2) / (warmup + 1e-2)  # not quite 0, or the first step would be lost
+        return recipe.lr * (time + 1e-2) / (warmup + 1e-2)  # above 0, because a first step of 0 would be lost
     if recipe.schedule in _FALLS:
         factor, milestones = _FALLS[recipe.schedule]
         return recipe.lr * factor ** sum(time >= milestone * epochs for milestone in milestones)
@@ -128,15 +128,15 @@ def fit(
     world: World = ALONE,
     cuda_graphs: bool = True,
 ) -> None:
-    """Train the student through the stages, from where the journal's state stands.
+    """Train the student through the stages, starting from the journal's state.
 
-    Of several processes each hands over the same, a journal of its own excepted; they take every step together. Of
+    Several processes pass the same arguments, except for a journal of their own, and take every step together. With
     several teachers, each may have a cache.
 
     Raises:
-        NonFiniteError: a loss or gradient is NaN or infinite; the step is not taken.
-        RunError: there are more processes than images in a batch.
-        RankError: another process has ended.
+        NonFiniteError: A loss or gradient is NaN or infinite; the step is not taken.
+        RunError: There are more processes than images in a batch.
+        RankError: Another process has ended.
     """
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, Backbone) else list(teacher)
     caches = list(cache) if isinstance(cache, Sequence) else [cache] * len(teachers)
@@ -148,7 +148,7 @@ def fit(
 
 
 class _Training:
-    """A student under way through its stages: what all stages share, and what belongs to the present one."""
+    """The training of a student: the state that all stages share, and that of the present stage."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class _Training:
     def _enter(self, number: int, stage: Stage, epochs: int, epochs_before: int) -> None:
         self.stage, self.epochs, self.epochs_before = stage, epochs, epochs_before
         self.position = Position(number)
-        self.sums: dict[str, Tensor] = {}  # of each value over the epoch so far, weighted by images
+        self.sums: dict[str, Tensor] = {}  # sums of each value in this epoch, weighted by images
         self.losses = nn.ModuleDict({name: term.loss for name, term in stage.terms.items()}).to(self.fabric.device)
         learned = [*self.student.parameters(), *self.losses.parameters()]
         self.optimizer = create_optimizer(learned, self.recipe, self.fabric.device)
@@ -235,7 +235,7 @@ class _Training:
             torch.manual_seed(int(keyed_bits(self.recipe.seed, "rank", self.world.rank, *keys)))
 
     def _batches(self, epoch: int) -> list[Tensor]:
-        """Return an epoch's batches: as many whether or not its stage sees unlabelled images, labelled ones first."""
+        """Return an epoch's batches, labelled images first. Unlabelled images do not change their number."""
         recipe = self.recipe
         unlabelled = self.unlabelled if self._sees_unlabelled(epoch) else 0
         return joined_batches(
@@ -283,7 +283,7 @@ class _Training:
             self._record(losses, len(batch), Position(self.position.stage, epoch, step + 1))
 
     def _view(self, epoch: int, step: int, steps: int) -> View:
-        """Which view a step sees: that of its epoch, or one of its own where it says how images are mixed."""
+        """Return the view of a step: that of its epoch, or one of its own if the step mixes images."""
         number = self.epochs_before + epoch
         if self.views.mixed:
             number = number * steps + step
@@ -299,7 +299,7 @@ class _Training:
         return self.images.labels[indices].to(self.fabric.device, non_blocking=True)
 
     def _learn(self, images: Tensor, count: int) -> Outputs:
-        """Run the student on this process's images; returns its outputs for the whole batch of ``count``."""
+        """Run the student on this process's images and return its outputs for the whole batch of ``count``."""
         parts = frozenset(term.student for term in self.stage.terms.values())
         if self.graphed_student is not None:
             return self.graphed_student(images, parts)
@@ -308,7 +308,7 @@ class _Training:
         return self.world.gather_outputs(seen, count, parts)
 
     def _mixed_in(self, batch: Tensor, view: View) -> tuple[float, Tensor]:
-        """Share that the images of a mixed batch keep of themselves, and the labels of what was mixed into them."""
+        """Return the share of each image in a mixed batch, and the labels of the images mixed into it."""
         pixels, place = self.images.pixels, {"seed": view.seed, "view": view.number}
         share = self.views.mixing(pixels.shape[-1], **place).share
         return share, self._labels(self.views.partners_in(pixels, batch, **place))
@@ -320,7 +320,7 @@ class _Training:
     def _check_finite(
         self, losses: Mapping[str, Tensor], taught: Sequence[Outputs | None], batch: Tensor, epoch: int, step: int
     ) -> None:
-        """Raise before a step that would spoil the weights."""
+        """Raise an error before a step that would make the weights useless."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm + sum(loss.detach() for loss in losses.values())):
@@ -355,7 +355,7 @@ class _Training:
             self.journal.save(self._state())
 
     def _entry(self, epoch: int) -> dict[str, Any]:
-        """Sum up an epoch for the log: only what a repeated run would give again, so no times."""
+        """Summarise an epoch for the log. Only values that a repeated run reproduces are included, so no times."""
         images = self.sums["images"].item()
         means = {name: (total / images).item() for name, total in self.sums.items() if name != "images"}
         entry = {"stage": self.stage.name, "epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **means}
@@ -392,14 +392,14 @@ class _Training:
             tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
             tensors["updates"] = torch.tensor(self.average.updates)
         lr = self.optimizer.param_groups[0]["lr"]
-        # The names of the sums are saved for their order, which a file of tensors does not keep and the log needs.
+        # The names of the sums are saved because the log needs their order, which a file of tensors does not keep.
         return State(tensors, {"position": vars(self.position), "lr": lr, "sums": list(self.sums)})
 
     def _restore(self, state: State) -> None:
         self.position = Position(**state.data["position"])
         self.student.load_state_dict(dict(_under("student/", state.tensors)))
         self.losses.load_state_dict(dict(_under("losses/", state.tensors)))
-        self.losses.to(self.fabric.device)  # what only the state knew the size of was made on the processor
+        self.losses.to(self.fabric.device)  # tensors whose size only the state determines were created on the CPU
         self.sums = {name: state.tensors[f"sums/{name}"] for name in state.data["sums"]}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, value in _under("optimizer/", state.tensors):

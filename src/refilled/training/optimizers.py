@@ -9,7 +9,7 @@ from refilled.config import Recipe
 
 
 def create_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """Create the recipe's optimiser, with the fused step where the device has one."""
+    """Create the recipe's optimiser, with a fused step if the device has one."""
     fused = device.type in ("cpu", "cuda")
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(

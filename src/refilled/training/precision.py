@@ -1,4 +1,4 @@
-"""Which number format training computes in."""
+"""The number format of training."""
 
 import torch
 
@@ -6,7 +6,7 @@ from refilled.config import Precision
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """Decide what ``auto`` means: bfloat16 only where the hardware multiplies in it."""
+    """Resolve ``auto``: bfloat16 only where the hardware multiplies in it."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

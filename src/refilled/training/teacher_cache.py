@@ -1,8 +1,8 @@
 """The teacher's embeddings of a fixed set of augmented views, computed once and kept on disk.
 
-A view is a pure function of its number and the image, so what lies in the cache is what the teacher would say about
-the very images that the student sees. Runs with other seeds, methods or students share a cache, since neither is part
-of what it holds.
+A view is a pure function of its number and the image, so the cache holds the teacher's embeddings of
+exactly the images that the student sees. Runs with other seeds, methods or students share a cache, because it depends
+on none of these.
 
 A cache is a folder of shards, each with one view of a range of the images. A shard is written whole or not at all and
 ends in a checksum of its contents and of its owner. A killed build therefore resumes, several processes can build one
@@ -29,18 +29,18 @@ from refilled.locks import lock, unlock
 from refilled.models import Backbone, refuse_non_finite
 from refilled.training.evaluation import nearest_center_accuracy
 
-VIEW_SEED = 0  # of the augmentation of cached views: not the run's, so that runs can share them
+VIEW_SEED = 0  # for the augmentation of cached views; not the run's seed, so that runs can share them
 SHARD_IMAGES = 16384
-"""Images of a shard: half a minute of a processor's work, and few enough files for a million images."""
+"""Images per shard: half a minute of work for a CPU, and few files for a million images."""
 
 _BATCH = 256
 _COMPARED = 256  # images
-_CENTERED = 16384  # images whose class means serve the comparison
+_CENTERED = 16384  # images for the class means of the comparison
 _DIGEST_SIZE = sha256().digest_size
 _ITEM_SIZE = np.dtype(np.float32).itemsize
 
 _OFF = {"auto_augment": "none", "color_jitter": 0.0, "random_erasing": 0.0}
-"""Values of younger fields that change nothing: caches from before them keep their keys."""
+"""Values at which fields added later have no effect; they are left out of the key, so old caches stay valid."""
 
 Embed = Callable[[Tensor], Tensor]
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contents:
-    """What a cache holds; every part of it decides the embeddings, or where they lie."""
+    """Description of a cache. Every field determines the embeddings or their place in the files."""
 
     teacher: str
     data: str
@@ -67,27 +67,27 @@ class Contents:
 
     @property
     def key(self) -> str:
-        """A short name for the folder."""
+        """A short name of the folder."""
         parts = {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
         return sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
     def each_view(self) -> Views:
-        """How each view is made."""
+        """How each view is drawn."""
         return Views(**{field.name: getattr(self, field.name) for field in fields(Views)})
 
     @property
     def shards_a_view(self) -> int:
-        """How many shards hold one view of all images."""
+        """Number of shards per view of all images."""
         return -(-self.images // self.shard_images)
 
     @property
     def shards(self) -> int:
-        """How many shards there are; they are numbered from 0, those of the first view first."""
+        """Number of shards. They are numbered from 0, those of the first view first."""
         return self.views * self.shards_a_view
 
     def part(self, shard: int) -> tuple[int, range]:
-        """Which view of which images a shard holds."""
+        """Return the view and the range of images in a shard."""
         view, place = divmod(shard, self.shards_a_view)
         start = place * self.shard_images
         return view, range(start, min(start + self.shard_images, self.images))
@@ -102,7 +102,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a cache is from the live teacher, on some of the training images and all views in turn."""
+    """Difference between a cache and the live teacher, on some of the training images and all views in turn."""
 
     images: int
     largest_difference: float
@@ -110,11 +110,11 @@ class Gap:
     live_accuracy: float
     """Percent of the images, as the live teacher embeds them, that are nearest to the mean of their own class."""
     cached_accuracy: float
-    """The same as they lie in the cache."""
+    """The same for the embeddings in the cache."""
 
 
 def fingerprint(model: Backbone) -> str:
-    """Identify a model by its weights, its normalisation and what its embedding is, as 16 hexadecimal digits."""
+    """Identify a model by its weights, its normalisation and its kind of embedding, as 16 hexadecimal digits."""
     digest = sha256(repr((model.input_size, model.mean.flatten().tolist(), model.std.flatten().tolist())).encode())
     if model.pooling != "pooled":
         digest.update(model.pooling.encode())
@@ -128,9 +128,9 @@ class TeacherCache:
     """Embeddings ``(V, N, d)`` of V views of the N training images, memory-mapped, float32.
 
     Args:
-        folder: Where the shards lie.
-        contents: What they hold.
-        of: The names of teacher and task, for people; they do not identify a cache.
+        folder: The folder of the shards.
+        contents: The description of the cache.
+        of: The names of teacher and task, for display only; they do not identify a cache.
     """
 
     def __init__(self, folder: Path, contents: Contents, of: tuple[str, str] = ("", "")) -> None:
@@ -142,25 +142,25 @@ class TeacherCache:
         """Open the cache in a folder as its manifest describes it.
 
         Raises:
-            RunError: there is none, or its manifest is damaged.
+            RunError: There is none, or its manifest is damaged.
         """
         try:
             manifest = TypeAdapter(_Manifest).validate_json((folder / "manifest.json").read_bytes())
         except (OSError, ValidationError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"].lower()
             raise RunError(
-                f"{folder} holds no teacher cache that can be read: manifest.json: {reason}; a run or 'refilled cache "
-                "build' that needs it mends it"
+                f"{folder} holds no readable teacher cache: manifest.json: {reason}; a run or 'refilled cache build' "
+                "that needs it repairs it"
             ) from error
         return cls(folder, manifest.contents, (manifest.teacher, manifest.task))
 
     @property
     def size(self) -> int:
-        """Bytes of the whole cache."""
+        """Size of the whole cache in bytes."""
         return sum(self._size(shard) for shard in range(self.contents.shards))
 
     def shards_on_disk(self) -> int:
-        """How many of the shards are there, unread."""
+        """Return the number of shards that exist; their content is not checked."""
         return sum(self.path(shard).exists() for shard in range(self.contents.shards))
 
     def __call__(self, view: int, indices: Tensor) -> Tensor:
@@ -174,15 +174,15 @@ class TeacherCache:
         return torch.from_numpy(embeddings)
 
     def problems(self) -> dict[int, str]:
-        """Read all of it, and say of each shard that cannot be used why not."""
+        """Check all shards, and return why each unusable one cannot be used."""
         found = ((shard, self.problem(shard)) for shard in range(self.contents.shards))
         return {shard: problem for shard, problem in found if problem is not None}
 
     def problem(self, shard: int) -> str | None:
-        """Read a shard, and say why it cannot be used, if it cannot."""
+        """Check a shard, and return why it cannot be used; None if it can."""
         path = self.path(shard)
         if not path.exists():
-            return "not there"
+            return "missing"
         if not path.is_file():
             return "not a file"
         size = path.stat().st_size
@@ -196,29 +196,29 @@ class TeacherCache:
     def build(
         self, task: Task, embed: Embed, shards: Iterable[int] | None = None, say: Say = lambda text: None
     ) -> None:
-        """Make what is missing or damaged of these shards, or of all, and leave what is whole as it is.
+        """Build those of these shards, or of all, that are missing or damaged; whole ones do not change.
 
-        Any number of processes may do so at once: each takes the shards that nobody is at, and in the end waits for
-        those of the others, or makes them where another died at it.
+        Any number of processes may call this at once. Each builds shards that no other process is building. Then it
+        waits for the rest, and builds a shard itself if the process that was building it died.
 
         Args:
             task: The task; views of its training images are embedded.
             embed: The teacher's embedding ``(B, d)`` of images ``(B, 3, S, S)``.
             shards: Numbers of shards.
-            say: Told of every shard that is made, and why.
+            say: Called with a message for every shard that is built, with the reason.
 
         Raises:
-            RunError: there is no room, or no right to write.
+            RunError: The disk is full, or writing is not permitted.
         """
         self._write_manifest()
         wanted = range(self.contents.shards) if shards is None else shards
         pending = [shard for shard in wanted if self.problem(shard)]
         with (self.folder / ".shards").open("w") as claims:
-            for wait in (False, True):  # first those that nobody is at, then those of the others
+            for wait in (False, True):  # first the free shards, then those of other processes
                 pending = [shard for shard in pending if not self._make(shard, task, embed, claims, wait, say)]
 
     def gap(self, task: Task, embed: Embed) -> Gap:
-        """Compare what the cache holds with what the teacher says now, on labelled images spread evenly.
+        """Compare the cache with the live teacher, on labelled images spread evenly.
 
         Both embeddings are classified by the same class means, those of the first view in the cache.
         """
@@ -243,7 +243,7 @@ class TeacherCache:
 
     def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say) -> bool:
         """Build a shard unless another process has; False if another process holds its lock and ``wait`` is False."""
-        # One byte of the file stands for each shard. The system lets go of a byte when its process ends.
+        # One byte of the file stands for each shard. The system unlocks a byte when the process ends.
         if not lock(claims, shard, wait=wait):
             return False
         try:
@@ -310,16 +310,16 @@ def teacher_cache(
     precision: str,
     names: tuple[str, str] = ("", ""),
 ) -> TeacherCache:
-    """Find the cache of a teacher and a task under ``root``, whether or not anything of it is built yet.
+    """Return the cache of a teacher and a task under ``root``, even if none of it is built yet.
 
     Args:
         root: Folder of all caches.
         teacher: The teacher.
         task: The task; its training images, labelled or not, are embedded.
-        number: How many views of each image.
-        views: What a view is.
-        precision: What the teacher computes in.
-        names: What people call the teacher and the task.
+        number: Number of views per image.
+        views: How a view is drawn.
+        precision: Precision of the teacher's computation.
+        names: The names of the teacher and the task, for display only.
     """
     contents = Contents(
         teacher=fingerprint(teacher),
@@ -334,5 +334,5 @@ def teacher_cache(
 
 
 def _spread(length: int, count: int) -> Tensor:
-    """At most ``count`` of the numbers 0 .. length - 1, evenly spread."""
+    """Return at most ``count`` of the numbers 0 .. length - 1, evenly spread."""
     return torch.linspace(0, length - 1, min(count, length)).round().long()

@@ -7,11 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from refilled.data.several import Several
 from refilled.data.source import Part, Picture, Rows, Source, part_called, stamp_of
-from refilled.data.walking import Listing, as_text, fold_name, has_images, list_folders, list_images, unread_notes
+from refilled.data.walking import (
+    Listing,
+    as_text,
+    fold_name,
+    has_images,
+    list_folders,
+    list_images,
+    loose_files,
+    unread_notes,
+)
 from refilled.errors import TaskError
 
 _SHOWN = 5  # names in a message
+_DESCRIPTIONS = frozenset({".json", ".txt", ".csv", ".md", ".toml", ".yaml", ".html", ""})
 
 
 def open_image_folder(root: Path) -> Source:
@@ -31,9 +42,11 @@ def open_image_folder(root: Path) -> Source:
         raise TaskError(f"{root} has no class folders; put the images of each class into a folder named after it")
     _refuse_collisions(classes, root)
     unread: Counter[str] = Counter()
+    ignored = _loose(root, layout)
     parts = {}
     for part, folders in layout.items():
         listings = {name: list_images(folder) for name, folder in folders.items()}
+        ignored += [path for listing in listings.values() for path in listing.ignored]
         unread.update(sum((listing.unread for listing in listings.values()), Counter()))
         parts[part] = _part_of(listings, classes, root)
     if not len(parts["train"].labels):
@@ -44,7 +57,15 @@ def open_image_folder(root: Path) -> Source:
         parts.get("val"),
         parts.get("test"),
         notes=(*notes, *unread_notes(unread)),
+        ignored=Several.of(ignored, lambda path: as_text(path.relative_to(root))),
     )
+
+
+def _loose(root: Path, layout: Mapping[str, Mapping[str, Path]]) -> list[Path]:
+    """Return the files beside the class folders, which belong to no class, but not those that describe a data set."""
+    folders = {root, *(folder.parent for folders in layout.values() for folder in folders.values())}
+    found = [path for folder in sorted(folders) for path in loose_files(folder)]
+    return [path for path in found if path.suffix.lower() not in _DESCRIPTIONS]
 
 
 def _part_of(listings: Mapping[str, Listing], classes: list[str], root: Path) -> Part:

@@ -1,0 +1,67 @@
+"""The page of a run in a real browser: skipped where playwright or Chromium is not installed."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from refilled.cli.app import app
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+COMPLETE = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """A student of 30 classes with long names, in two stages, and a readout."""
+    root = tmp_path_factory.mktemp("data")
+    chance = np.random.default_rng(0)
+    for number in range(30):
+        name = root / f"<img src=x onerror=alert({number})> {'long' * 12} 文字"
+        name.mkdir()
+        color = chance.integers(0, 255, 3)
+        for index in range(8):
+            pixels = (color + chance.normal(0, 50, (12, 12, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(name / f"{index}.png")
+    found = []
+    for words in ("--student wrn_10_1 --epochs 2", "--method nearest_neighbour"):
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        words = f"--teacher refilled/letters --threads 1 --quiet {words} --out {folder}"
+        result = CliRunner().invoke(app, ["distill", str(root), *words.split()])
+        assert result.exit_code == 0, result.output
+        assert "warning" not in result.output
+        found.append(folder)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_is_whole_fits_and_asks_for_nothing(folders, width, scheme):
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for folder in folders:
+            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            complaints, requests = [], []
+            page.on("console", lambda message, to=complaints: to.append(message.text))
+            page.on("pageerror", lambda error, to=complaints: to.append(str(error)))
+            page.on("dialog", lambda dialog, to=complaints: to.append(dialog.message))
+            page.on("request", lambda request, to=requests: to.append(request.url))
+            address = (folder / "report.html").as_uri()
+            page.goto(address)
+            page.wait_for_function(COMPLETE)
+            assert page.locator(".drawing svg g").count() > 0
+            assert page.locator(".panels svg").count() == (3 if (folder / "model.json").exists() else 1)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("document.body.scrollWidth") <= width
+            assert not complaints
+            assert not [url for url in requests if url != address and not url.startswith("data:")]
+            page.close()
+        browser.close()
