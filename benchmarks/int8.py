@@ -80,7 +80,7 @@ def random_images(size: int) -> Split:
 
 def trained(folder: Path, epochs: int) -> Path:
     """Train a WRN-16-1 on digits."""
-    distill(Run("digits", student="wrn_16_1", method="vanilla", epochs=epochs, threads=1), folder)
+    distill(Run(task="digits", student="wrn_16_1", method="vanilla", epochs=epochs, threads=1), folder)
     return folder
 
 
