@@ -6,7 +6,7 @@ This module has no heavy imports, so that ``refilled --help`` is quick.
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
@@ -31,6 +31,11 @@ YOUNGER: Mapping[str, Any] = {
 
 _SGD_ONLY_LR = 0.05
 _MOST_GIB = 2**30
+
+
+def names_in(teacher: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names in a field that holds one name, several, or none."""
+    return () if teacher is None else (teacher,) if isinstance(teacher, str) else tuple(teacher)
 
 
 def what(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +184,7 @@ class Run(Recipe):
             if the method trains no student.
         teacher: A student folder, ``refilled/letters``, ``timm/<name>``, ``hf:<folder or name>``,
             ``architecture:weights``, or ``file.py:function``; environment variables are expanded, as in
-            ``$REFILLED_DATA/teacher.py:load``.
+            ``$REFILLED_DATA/teacher.py:load``. In a file, a list names several teachers.
         method: Name of a method, or path of a file that defines one.
         settings: The method's own parameters.
         guard: Ignore a teacher whose embedding tells the classes apart no better than chance or than the plain pixels,
@@ -210,7 +215,7 @@ class Run(Recipe):
 
     task: str
     student: str | None = None
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     method: str = "vanilla"
     settings: Mapping[str, Any] = field(default_factory=dict)
     guard: bool = False
@@ -238,6 +243,28 @@ class Run(Recipe):
             raise RunError(f"image_memory = {self.image_memory} is out of range; give GiB, 0 or more")
         if not 0 <= self.val < 1:
             raise RunError(f"val = {self.val} is out of range; give a share of 0 or more and below 1")
+        names = self.teachers
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise RunError(f"the teacher {twice[0]} is named twice; name different teachers, or leave one out")
+        object.__setattr__(self, "teacher", names[0] if len(names) == 1 else names or None)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of the teachers."""
+        return names_in(self.teacher)
+
+    @property
+    def only_teacher(self) -> str | None:
+        """The name of the teacher, where at most one makes sense.
+
+        Raises:
+            RunError: There are several.
+        """
+        if isinstance(self.teacher, tuple):
+            raise RunError(
+                f"this works with one teacher at a time, but {len(self.teacher)} are named: {', '.join(self.teacher)}"
+            )
+        return self.teacher
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""

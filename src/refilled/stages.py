@@ -6,12 +6,13 @@ and the parts of the :class:`~refilled.outputs.Outputs` that each loss reads. Tw
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
+from refilled.errors import MethodError
 from refilled.outputs import Outputs
 
 Part = Literal["logits", "embedding", "features"]
@@ -48,6 +49,11 @@ class Prepares(Protocol):
         """
 
 
+def needs_training_set(loss: object) -> TypeGuard[Prepares]:
+    """Return whether a loss must see the teacher's embedding of the whole training set before its stage starts."""
+    return isinstance(loss, Prepares) and loss.needs_training_set
+
+
 @runtime_checkable
 class Reports(Protocol):
     """A loss that reports statistics of its last batch in addition to its value."""
@@ -68,6 +74,8 @@ class Term:
     weight: Weight = field(default_factory=lambda: constant(1.0))
     student: Part = "logits"
     teacher: Part | None = None
+    of: int = 0
+    """Number of the teacher whose outputs are read, from 0."""
 
     @property
     def reads_labels(self) -> bool:
@@ -136,6 +144,11 @@ class Stage:
         """Whether any term reads an output of the teacher."""
         return any(term.teacher is not None for term in self.terms.values())
 
+    def taught_by(self, number: int) -> "Stage":
+        """Return the stage with only the terms of one teacher; those that read no teacher count as the first's."""
+        own = {name: term for name, term in self.terms.items() if term.of == number}
+        return replace(self, terms=own)
+
     @property
     def embedding_suffices(self) -> bool:
         """Whether the teacher outputs that terms read follow from its embedding, which can be cached; logits do."""
@@ -161,3 +174,45 @@ class FineTuning:
 
 Plan = Sequence[Stage] | Readout | FineTuning
 """The return type of a method's function."""
+
+
+def numbered(name: str, number: int) -> str:
+    """Return the name of a term or figure of a teacher, which is counted from 0: ``name``, ``name@2``, ``name@3``."""
+    return name if number == 0 else f"{name}@{number + 1}"
+
+
+def of_several(plans: Mapping[int, Sequence[Stage]]) -> list[Stage]:
+    """Join the stages that a method has with each of several teachers.
+
+    Each teacher keeps its own terms, with their own projectors and trust. Terms that read no teacher, such as
+    cross-entropy, occur once. The terms of K teachers have 1 / K of their weight, so that settings found with one
+    teacher keep their weight against cross-entropy, and the learning rate need not change.
+
+    AM-RADIO (Ranzinger et al., CVPR 2024) also has one projector per teacher and adds the balanced losses.
+
+    Args:
+        plans: By number of the teacher, the stages that the method has with it alone.
+
+    Raises:
+        MethodError: The numbers or names of the stages differ between teachers.
+    """
+    outlines = {
+        tuple((stage.name, stage.share, stage.classifier, stage.rate) for stage in plan) for plan in plans.values()
+    }
+    if len(outlines) > 1:
+        raise MethodError("the method has other stages for another teacher, so it takes one teacher only")
+    joined = []
+    for stages in zip(*plans.values(), strict=True):
+        terms: dict[str, Term] = {}
+        for number, stage in zip(plans, stages, strict=True):
+            for name, term in stage.terms.items():
+                if term.teacher is None:
+                    terms.setdefault(name, term)
+                else:
+                    terms[numbered(name, number)] = replace(term, weight=_divided(term.weight, len(plans)), of=number)
+        joined.append(replace(stages[0], terms=terms))
+    return joined
+
+
+def _divided(weight: Weight, by: int) -> Weight:
+    return weight if by == 1 else lambda epoch: weight(epoch) / by

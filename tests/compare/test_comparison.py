@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from refilled.errors import RunError
 from refilled.presets import PRESETS
 from refilled.report.pictures import examples
 from refilled.runs.experiment import complete
-from refilled.runs.inference import teacher_accuracy
+from refilled.runs.inference import teacher_accuracies
 from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 
@@ -136,7 +137,7 @@ def test_a_comparison_may_be_moved_with_the_teacher_that_it_trained(page, tmp_pa
     try:
         assert complete(run, folder) == Result.load(folder)
         assert Run.from_toml((folder / "run.toml").read_text()).teacher == str(away / "teacher")
-        assert teacher_accuracy(folder) is not None
+        assert teacher_accuracies(folder)
         (away / "teacher").rename(away / "teacher2")
         with pytest.raises(RunError, match="another configuration"):  # one of another name
             complete(replace(run, teacher=str(away / "teacher2")), folder)
@@ -176,7 +177,8 @@ def test_a_folder_of_an_earlier_version_is_refused(page):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_leaves_no_worker_and_resumes(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_comparison_leaves_no_worker_and_resumes(tmp_path, number):
     (tmp_path / "c.toml").write_text(TEXT.replace("epochs = 2", "epochs = 200"))
     command = [sys.executable, "-W", "ignore", "-c", "from refilled.cli.app import main; main()"]
     arguments = ["compare", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out")]
@@ -184,7 +186,9 @@ def test_a_killed_comparison_leaves_no_worker_and_resumes(tmp_path):
         log = tmp_path / "out" / "teacher" / "log.jsonl"
         while not (log.exists() and log.stat().st_size) and process.poll() is None:
             time.sleep(0.1)
-        process.kill()
+        process.send_signal(number)
+        process.wait(timeout=60)  # and not for the run
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
     for _ in range(200):
         try:
             with hold(log.parent):

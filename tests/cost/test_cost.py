@@ -76,7 +76,7 @@ def test_what_passes_between_ranks_is_what_the_losses_read():
 
     def bytes_of(**reads: str | None) -> float:
         stage = Stage("stage", {"term": Term(nn.Identity(), **reads)})
-        return communication(student, teacher, stage, batch, 2, network)
+        return communication(student, [teacher], stage, batch, 2, network)
 
     gathered = 0.5 * 4 * batch  # bytes of a number of the embedding or the logits: half of them come from elsewhere
     least = bytes_of(student="logits", teacher=None)
@@ -85,7 +85,7 @@ def test_what_passes_between_ranks_is_what_the_losses_read():
     summed = sum(p.numel() for p in student.parameters())  # gradients, and mean and variance there and back
     summed += 2 * 2 * sum(m.num_features for m in student.modules() if isinstance(m, nn.BatchNorm2d))
     assert least == pytest.approx(gathered * 5 + 4 * summed)
-    assert communication(student, teacher, Stage("stage", {}), batch, 1, network) == 0
+    assert communication(student, [teacher], Stage("stage", {}), batch, 1, network) == 0
 
 
 @pytest.mark.usefixtures("known")

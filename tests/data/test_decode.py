@@ -2,8 +2,13 @@
 
 import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +16,9 @@ import torch
 from PIL import Image
 
 from refilled.data import decode as decode_module
+from refilled.data import picture_memory
 from refilled.data.decode import FORMATS, decode, keep, read_pixels, short_side
+from refilled.data.picture_memory import square_of_large
 from refilled.errors import TaskError
 
 RAMP = (7 * np.indices((16, 16, 3)).sum(0)).astype(np.uint8)  # (16, 16, 3), all channels different
@@ -193,11 +200,89 @@ def test_too_little_memory_is_said(monkeypatch):
         read_pixels([], 1000, 500)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "CMYK"])
+@pytest.mark.parametrize(("width", "height", "size"), [(301, 200, 64), (200, 333, 224), (500, 101, 7), (640, 480, 480)])
+def test_a_picture_scaled_in_bands_is_what_it_is_scaled_at_once(monkeypatch, mode, width, height, size):
+    levels = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    image = Image.fromarray(levels[..., :3]) if mode == "CMYK" else Image.fromarray(levels)
+    monkeypatch.setattr(picture_memory, "_BAND", 20_000)
+    for orientation in (1, 6, 4):
+        picture = image.convert(mode)
+        picture.getexif()[0x0112] = orientation
+        in_bands = square_of_large(picture, size).astype(int)
+        at_once = decode_module._upright_square(picture, size).astype(int)
+        assert abs(in_bands - at_once).max() <= (1 if orientation == 1 else 2)
+
+
 def test_large_pictures_wait_for_each_other_and_come_out_alike(monkeypatch):
-    picture = encoded(Image.fromarray(RAMP))
-    usual = decode(picture, 8)
-    monkeypatch.setattr(decode_module, "_LARGE", 10)
-    assert np.array_equal(decode(picture, 8), usual)
+    pictures = [encoded(Image.fromarray(RAMP + number)) for number in range(8)]
+    usual = [decode(picture, 8) for picture in pictures]
+    taken, most = 0, 0
+
+    def entered(image, size):
+        nonlocal taken, most
+        taken += 1
+        most = max(most, taken)
+        time.sleep(0.01)
+        taken -= 1
+        return square_of_large(image, size)
+
+    monkeypatch.setattr(picture_memory, "_SMALL_BYTES", 10)
+    monkeypatch.setattr(picture_memory, "_LARGE_PIXELS", 10)
+    monkeypatch.setattr(picture_memory, "_MAX_BYTES", RAMP.shape[0] * RAMP.shape[1] * 4)  # room for one of them
+    monkeypatch.setattr(decode_module, "square_of_large", entered)
+    with ThreadPoolExecutor(4) as pool:
+        assert np.array_equal(list(pool.map(lambda picture: decode(picture, 8), pictures)), usual)
+    assert most == 1
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from refilled.data.decode import decode, describe
+from refilled.data.grey import FULL
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1000
+for path in map(Path, sys.argv[1:]):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = memory("VmRSS")
+    try:
+        decode(path, 64, FULL)
+        said = "read"
+    except Exception as error:
+        said = describe(error)
+    print(path.stem, memory("VmHWM") - before, said, sep="|")
+"""
+
+LYING = Image.Exif()
+LYING[0x0112] = 6
+HUGE = {
+    "png": ("RGB", (8000, 6000), "png", {}, "read"),
+    "transparent": ("RGBA", (6400, 5000), "png", {}, "read"),
+    "palette": ("P", (8900, 8900), "png", {}, "read"),
+    "lying": ("RGB", (8000, 6000), "png", {"exif": LYING}, "read"),
+    "strip": ("RGB", (5200, 5200), "tif", {"compression": "tiff_lzw", "strip_size": 2**30}, "read"),
+    "webp": ("RGB", (4000, 3000), "webp", {"method": 0, "quality": 1}, "read"),
+    "sixteen": ("I;16", (4900, 4900), "png", {}, "read"),
+    "bomb": ("RGB", (10_000, 10_000), "png", {}, "too large: 10000x10000"),
+    "webp bomb": ("RGB", (8000, 8000), "webp", {"method": 0, "quality": 1}, "too large: 8000x8000"),
+    "progressive": ("L", (9000, 9000), "jpg", {"progressive": True}, "too large: 9000x9000"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux")
+def test_a_huge_picture_raises_the_peak_of_memory_by_less_than_200_mb(tmp_path):
+    files = []
+    for kind, (mode, size, suffix, options, _) in HUGE.items():
+        files.append(tmp_path / f"{kind}.{suffix}")
+        Image.new(mode, size).save(files[-1], **options)
+    run = [sys.executable, "-c", PEAK, *map(str, files)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=300)
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert [kind for kind, _, _ in lines] == list(HUGE)
+    assert all(said.startswith(HUGE[kind][-1]) for kind, _, said in lines), lines
+    assert max(float(megabytes) for _, megabytes, _ in lines) < 200, lines
 
 
 def test_keeping_some_images_needs_no_second_copy():

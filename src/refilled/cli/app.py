@@ -17,6 +17,7 @@ from refilled.cli.embed import embed
 from refilled.cli.ending import Terminated, ending_by_signal, explain, what_was_left
 from refilled.cli.export import export
 from refilled.cli.fewshot import fewshot, meta_train
+from refilled.cli.labels import labels
 from refilled.cli.report import push, report
 from refilled.cli.reproduce import reproduce
 from refilled.cli.serve import serve
@@ -71,6 +72,7 @@ for _command in (
     meta_train,
     tune,
     teachers,
+    labels,
     demo,
     reproduce,
     report,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from refilled.cli.options import Cpus, Executor, Gpus, Preset, configure, descriptions, run_flags, run_name
+from refilled.cli.options import Cpus, Executor, Gpus, Preset, Teachers, configure, descriptions, run_flags, run_name
 from refilled.cli.show import console
 from refilled.errors import RefilledError, RunError
 from refilled.presets import with_preset
@@ -34,6 +34,7 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs per method.", min=1)] = 3,
+    teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(help="Number of concurrent runs; use --threads 1 with it.", min=1)] = 1,
@@ -56,7 +57,7 @@ def compare(
         out = out or Path("runs") / Path(task).stem
     else:
         # All rows use the preset's training; only the row that names the preset uses its settings.
-        run = replace(configure(preset, {"task": task, "student": student, **flags}), settings={})
+        run = replace(configure(preset, {"task": task, "teacher": teacher, "student": student, **flags}), settings={})
         names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
         rows = {name: _row(name) for name in names.split(",")}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))

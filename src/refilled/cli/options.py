@@ -75,7 +75,7 @@ def run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], 
 
 def _flag(setting: Field[Any], of: type) -> inspect.Parameter:
     """Return the flag of a field. Its default is None, so that a preset can set the field."""
-    hint = get_type_hints(of)[setting.name]
+    hint = str if setting.name == "teacher" else get_type_hints(of)[setting.name]  # one, unless a command takes more
     default = setting.default if setting.default is not MISSING else None
     description = descriptions(of)[setting.name] + (f" [default: {default}]" if default is not None else "")
     panel = "Training" if of is Run and setting.name in {f.name for f in fields(Recipe)} else "Data, models, machine"
@@ -90,6 +90,16 @@ def descriptions(of: type = Run) -> dict[str, str]:
     text = "\n".join(base.__doc__ or "" for base in reversed(of.__mro__[:-1]))
     lines = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in lines}
+
+
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--teacher",
+        help=escape(f"{descriptions()['teacher'].partition(' In a file,')[0]} May be repeated, for several teachers."),
+        show_default=False,
+    ),
+]
 
 
 def configure(preset: str | None, values: dict[str, Any]) -> Run:

@@ -86,13 +86,20 @@ def _print_result(result: "Result", folder: Path) -> None:
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
     table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
-    cached = (result.teacher or {}).get("cache")
-    if cached:
-        accuracies = f"{cached['cached_accuracy']:.2f} % cached, {cached['live_accuracy']:.2f} % live"
-        difference = f"largest difference {cached['largest_difference']:.1g} of the root mean square"
-        table.add_row(
-            "teacher cache", f"{accuracies}, of {cached['images']} training images by class mean; {difference}"
-        )
+    about = result.teacher or {}
+    several: Sequence[Mapping[str, Any]] = about.get("teachers", ())
+    for number, each in enumerate(several or [about], start=1):
+        if several:
+            from refilled.runs.several import in_words
+
+            table.add_row(f"teacher {number}", escape(printable(f"{each['name']}: {in_words(each)}")))
+        if cached := each.get("cache"):
+            accuracies = f"{cached['cached_accuracy']:.2f} % cached, {cached['live_accuracy']:.2f} % live"
+            difference = f"largest difference {cached['largest_difference']:.1g} of the root mean square"
+            table.add_row(
+                f"  cache of teacher {number}" if several else "teacher cache",
+                f"{accuracies}, of {cached['images']} training images by class mean; {difference}",
+            )
     table.add_row("network", f"{result.parameters:,} parameters")
     table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
     if result.data["skipped"]:

@@ -17,6 +17,7 @@ from refilled.cli.options import (
     Preset,
     Quiet,
     Ranks,
+    Teachers,
     TimeLimit,
     Tracker,
     configure,
@@ -69,7 +70,7 @@ def distill(
     task: Annotated[
         str | None, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
+    teacher: Teachers = None,
     teacher_size: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +110,7 @@ def distill(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a student with a teacher, whose classes may differ from the student's."""
+    """Train a student with a teacher or several, whose classes may differ from the student's."""
     if resume is not None:
         _resume(context, resume, no_report, quiet, as_json, tracker or ())
         return
@@ -142,6 +143,11 @@ def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
         raise RunError(
             f"--teacher-size {_AUTO} measures in one process; find the size by 'refilled teachers --sizes ...' first, "
             "and give it to torchrun"
+        )
+    if len(run.teachers) > 1:
+        raise RunError(
+            f"--teacher-size {_AUTO} measures one teacher; measure each by 'refilled teachers --candidates ... --sizes "
+            "...', and give a number of pixels that suits all"
         )
     from refilled.selection.ranking import settle_size
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from refilled.cli.options import (
     AsJson,
     Preset,
+    Teachers,
     configure,
     descriptions,
     key_value,
@@ -38,7 +39,7 @@ def tune(
             show_default=False,
         ),
     ],
-    teacher: Annotated[str | None, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)] = None,
+    teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")

@@ -1,7 +1,7 @@
 """Commands that train nothing: ``evaluate``, ``predict`` and ``list``."""
 
 import json
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +14,9 @@ from refilled.cli.options import (
     DataRoot,
     Folder,
 )
-from refilled.cli.show import console, err, printable, say
+from refilled.cli.predictions import CsvRows, JsonRows, TableRows
+from refilled.cli.show import console, printable, say
 from refilled.errors import RunError, unknown
-from refilled.files import spreadsheet_cell
 
 
 def evaluate(
@@ -54,30 +54,19 @@ def predict(
 ) -> None:
     """Print the class of each image, with probabilities."""
     if folder.suffix == ".onnx" and not folder.is_dir():
-        from refilled.export.onnx_file import classify_file
+        from refilled.export.onnx_file import open_classifier_file
 
-        predictions, unreadable = classify_file(folder, images)
+        classifier = open_classifier_file(folder)
     else:
-        from refilled.runs.inference import classify
+        from refilled.runs.inference import open_classifier
 
-        predictions, unreadable = classify(folder, images)
-    if as_csv:
-        _print_csv(predictions)
-    elif as_json:
-        for image, probabilities in predictions:
-            best = max(probabilities, key=probabilities.__getitem__)
-            print(json.dumps({"image": str(image), "class": best, "probabilities": probabilities}))
-    else:
-        table = Table("image", "class", "probability")
-        for image, probabilities in predictions:
-            ranked = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
-            for row, (name, probability) in enumerate(ranked):
-                shown = "" if row else escape(printable(str(image)))
-                table.add_row(shown, escape(printable(name)), f"{100 * probability:.1f} %")
-        console.print(table)
-    for image, reason in unreadable:
-        line = f"skipped {printable(str(image))}: {printable(reason)}"
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
+        classifier = open_classifier(folder)
+    rows = CsvRows(classifier.classes) if as_csv else JsonRows(classifier.classes) if as_json else None
+    unreadable = 0
+    with closing(rows or TableRows(classifier.classes, top)) as output:
+        for batch in classifier.stream(images):
+            output.add(batch)
+            unreadable += len(batch.unreadable)
     if unreadable:
         raise typer.Exit(1)
 
@@ -90,19 +79,6 @@ def list_(
     if what not in kinds:
         raise RunError(unknown("list", what, kinds))
     console.print(kinds[what]())
-
-
-def _print_csv(predictions: list[tuple[Path, dict[str, float]]]) -> None:
-    import csv
-
-    writer = csv.writer(sys.stdout)
-    names = list(predictions[0][1]) if predictions else []
-    writer.writerow(["image", "class", *map(spreadsheet_cell, names)])
-    for image, probabilities in predictions:
-        best = max(probabilities, key=probabilities.__getitem__)
-        writer.writerow(
-            [spreadsheet_cell(str(image)), spreadsheet_cell(best), *(f"{p:.6f}" for p in probabilities.values())]
-        )
 
 
 def _methods() -> Table:

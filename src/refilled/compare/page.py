@@ -28,7 +28,7 @@ from refilled.report.pictures import (
     tsne,
 )
 from refilled.runs.folder import RunFolder
-from refilled.runs.inference import network_of, task_of, teacher_accuracy, teacher_of, teacher_task_of
+from refilled.runs.inference import network_of, task_of, teacher_accuracies, teacher_task_of, teachers_of
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
 
@@ -108,9 +108,14 @@ def verdict(row: RowResults, baseline: RowResults) -> str:
 
 def on_the_teacher(row: RowResults, baseline: RowResults) -> str:
     """Return a sentence on the accuracy of the teacher's embedding alone on the same images."""
-    accuracy = teacher_accuracy(row.folders[0])
-    if accuracy is None:
+    found = teacher_accuracies(row.folders[0])
+    if not found:
         return f"{row.name} has no teacher."
+    if len(found) > 1:
+        names = _run(row.folders[0]).teachers
+        each = "; ".join(f"{name}: {accuracy:.1f} %" for name, accuracy in zip(names, found, strict=True))
+        return f"Test images that nearest class mean classifies correctly in the teachers' embeddings: {each}."
+    (accuracy,) = found
     compared = "less" if accuracy < mean(baseline.accuracies) else "more"
     return (
         f"Nearest class mean in the teacher's embedding classifies {accuracy:.1f} % of the test images correctly, "
@@ -247,8 +252,8 @@ def embeddings(baseline: RowResults, shown: RowResults, task: Task, rows: Tensor
     for stage in sorted(path.stem for path in (folder / "stages").glob("*.safetensors")):
         networks[f"student, {shown.name}, after stage “{stage}”"] = network_of(folder, stage)
     networks[f"student, {shown.name}"] = network_of(folder)
-    if (teacher := teacher_of(folder, task.image_size)) is not None:
-        networks["teacher"] = teacher
+    teachers = list(teachers_of(folder, task.image_size).values())
+    networks |= {"teacher" if len(teachers) == 1 else f"teacher {n}": each for n, each in enumerate(teachers, start=1)}
     pixels = task.test.pixels[rows]
     return {name: embed(network, pixels) for name, network in networks.items()}
 

@@ -68,7 +68,8 @@ def _trainings(grid: Grid, missing: Mapping[str, Job]) -> list[_Kind]:
     kept = set()  # teachers' embeddings, computed once for all runs
     for name, run in trainings.items():
         size = _size_of(run)
-        teacher = None if run.teacher is None else _network(grid, run.teacher)
+        named = run.only_teacher
+        teacher = None if named is None else _network(grid, named)
         # A method without a student trains the teacher's network or nothing, which costs no more.
         network, taught_by = (run.student, teacher) if run.student else (teacher, None)
         assert network is not None  # every run has one of the two
@@ -117,7 +118,8 @@ def _few_shot(grid: Grid, missing: Mapping[str, Job]) -> list[_Kind]:
 
 def left_to_embed(run: Run) -> float:
     """Return the share of the teacher's embeddings that is not yet on disk; 1 if the teacher is not trained yet."""
-    if run.teacher is None or not (Path(run.teacher) / "DONE").exists():
+    teacher = run.only_teacher
+    if teacher is None or not (Path(teacher) / "DONE").exists():
         return 1.0
     cache = find_cache(run)
     return 1 - cache.shards_on_disk() / cache.contents.shards

@@ -18,7 +18,7 @@ from refilled.data import TaskSize, free_memory, task_size
 from refilled.files import cache_folder
 from refilled.models import Backbone
 from refilled.runs.prepared import Prepared, resolve
-from refilled.stages import Prepares, Stage
+from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import share_epochs, views_of
 
@@ -111,24 +111,27 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     run, network = resolve(run), network or Network()
     size = _size_of(run)
     prepared = Prepared(run, made_up_task(size, _IMAGES))
-    student, teacher, stages = prepared.student, prepared.teacher, prepared.stages
+    student, teachers, stages = prepared.student, prepared.teachers, prepared.stages
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
     batch = _largest_batch(stages, run, size, ranks)
     batches = probe_batches(run.device, batch)
     costs = _Costs(
         student=scoring_cost(student, size, run, fabric, fully=True),
         validation=scoring_cost(student, size, run, fabric),
-        teacher=None if teacher is None else scoring_cost(teacher, size, run, fabric),
-        steps=tuple(step_cost(student, teacher, stage, size, run, fabric, batches) for stage in stages),
+        teachers=tuple(scoring_cost(teacher, size, run, fabric) for teacher in teachers),
+        steps=tuple(step_cost(student, teachers, stage, size, run, fabric, batches) for stage in stages),
     )
-    passes = _passes_of_the_teacher(stages, run)
-    embedder = student if prepared.readout is not None else teacher if _preparing_stages(stages) else None
+    passes = [_passes_of_a_teacher(stages, number, run) for number in range(len(teachers))]
+    widths = [teacher.embedding_dim for number, teacher in enumerate(teachers) if _preparing_stages(stages, number)]
+    width = student.embedding_dim if prepared.readout is not None else max(widths, default=0)
     predicted = []
     budget = share_epochs(stages, run.epochs_over(size.train, size.unlabelled)) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
         own = _largest_batch([stage], run, size, ranks)
-        spared = costs.teacher.seconds(own) if costs.teacher is not None and _is_cached(stage, run) else 0.0
-        messages = communication(student, teacher, stage, run.batch_size, ranks, network)
+        spared = sum(
+            cost.seconds(own) for number, cost in enumerate(costs.teachers) if _is_cached(stage.taught_by(number), run)
+        )
+        messages = communication(student, teachers, stage, run.batch_size, ranks, network)
         seconds = max(step.seconds(own) - spared, 0.0) + messages
         steps = run.steps_over(size.train, size.unlabelled)
         predicted.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
@@ -138,7 +141,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
         stages=tuple(predicted),
         seconds=_seconds(run, size, costs, predicted, passes, ranks),
-        memory=_memory(run, size, costs, batch, passes, 0 if embedder is None else embedder.embedding_dim),
+        memory=_memory(run, size, costs, batch, any(passes), width),
         ranks=ranks,
     )
 
@@ -150,13 +153,15 @@ class _Costs:
     student: Cost
     """In float32, as for the result."""
     validation: Cost
-    teacher: Cost | None
+    teachers: tuple[Cost, ...]
     steps: tuple[Cost, ...]
 
     def rates(self) -> dict[str, float]:
         """Return the images per second of each network, without gradients."""
-        networks = {"student, scoring": self.student, "teacher": self.teacher}
-        return {name: 1 / _each(cost) for name, cost in networks.items() if cost is not None}
+        of_teachers = {f"teacher {number}": cost for number, cost in enumerate(self.teachers, start=1)}
+        if len(self.teachers) == 1:
+            of_teachers = {"teacher": self.teachers[0]}
+        return {name: 1 / _each(cost) for name, cost in {"student, scoring": self.student, **of_teachers}.items()}
 
 
 def _largest_batch(stages: Sequence[Stage], run: Run, size: TaskSize, ranks: int) -> int:
@@ -173,42 +178,41 @@ def _is_cached(stage: Stage, run: Run) -> bool:
     return run.views is not None and stage.embedding_suffices
 
 
-def _preparing_stages(stages: Sequence[Stage]) -> int:
-    """Return the number of stages with a loss that uses the teacher's embedding of the whole training set."""
-    return sum(
-        any(isinstance(term.loss, Prepares) and term.loss.needs_training_set for term in stage.terms.values())
-        for stage in stages
-    )
+def _preparing_stages(stages: Sequence[Stage], number: int) -> int:
+    """Return the number of stages with a loss that uses a teacher's embedding of the whole training set."""
+    own = [stage.taught_by(number).terms.values() for stage in stages]
+    return sum(any(needs_training_set(term.loss) for term in terms) for terms in own)
 
 
-def _passes_of_the_teacher(stages: Sequence[Stage], run: Run) -> int:
-    """Return how often the teacher embeds each training image outside the steps, for the cache and for losses."""
+def _passes_of_a_teacher(stages: Sequence[Stage], number: int, run: Run) -> int:
+    """Return how often a teacher embeds each training image outside the steps, for the cache and for losses."""
     views = run.views or 0
-    return _preparing_stages(stages) + views * any(_is_cached(stage, run) for stage in stages)
+    cached = any(_is_cached(stage.taught_by(number), run) for stage in stages)
+    return _preparing_stages(stages, number) + views * cached
 
 
 def _seconds(
-    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], passes: int, ranks: int
+    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], passes: Sequence[int], ranks: int
 ) -> dict[str, float]:
     score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
-    teach = 0.0 if costs.teacher is None else _each(costs.teacher) / ranks
+    teach = sum(count * _each(cost) for count, cost in zip(passes, costs.teachers, strict=True)) / ranks
     scored = size.test if run.score == "test" else size.val
     return {
         "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
-        "embedding by the teacher": passes * (size.train + size.unlabelled) * teach,
+        "embedding by the teacher": (size.train + size.unlabelled) * teach,
         "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }
 
 
-def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, passes: int, width: int) -> float | None:
+def _memory(run: Run, size: TaskSize, costs: _Costs, batch: int, passes: bool, width: int) -> float | None:
     """Return the higher peak of training and scoring, plus the data that stays in memory.
 
     This data is the images, and the embeddings of dimension ``width`` of the training images, once in batches and once
     in one tensor, for readouts and for losses that use the whole training set.
     """
     scored = min(SCORING_BATCH, size.train)
-    scoring = [costs.student] + ([costs.teacher] if costs.teacher is not None and passes else [])
+    scoring = [costs.student] + (list(costs.teachers) if passes else [])
     peaks = [cost.memory(batch) for cost in costs.steps if cost.memory is not None]
     peaks += [cost.memory(scored) for cost in scoring if cost.memory is not None]
     if not peaks:
@@ -228,21 +232,20 @@ def _image_limit(run: Run) -> float:
 
 
 def communication(
-    student: Backbone, teacher: Backbone | None, stage: Stage, batch: int, ranks: int, network: Network
+    student: Backbone, teachers: Sequence[Backbone], stage: Stage, batch: int, ranks: int, network: Network
 ) -> float:
     """Return the modelled seconds per step of communication between ranks.
 
     The outputs that the losses read are gathered; feature maps are not counted. The statistics of batch norm are
     summed in the forward and backward pass. The gradients are also summed.
     """
+    pairs: list[tuple[Backbone, set[Part | None]]] = [(student, {term.student for term in stage.terms.values()})]
+    for number, teacher in enumerate(teachers):
+        pairs.append((teacher, {term.teacher for term in stage.taught_by(number).terms.values()}))
     read = 0
-    for model, parts in (
-        (student, {term.student for term in stage.terms.values()}),
-        (teacher, {term.teacher for term in stage.terms.values()}),
-    ):
-        if model is not None:
-            widths = {"logits": model.num_classes, "embedding": model.embedding_dim}
-            read += sum(width for part, width in widths.items() if part in parts)
+    for model, parts in pairs:
+        widths: dict[Part, int] = {"logits": model.num_classes, "embedding": model.embedding_dim}
+        read += sum(width for part, width in widths.items() if part in parts)
     norms = [module.num_features for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     gradient = sum(parameter.numel() for parameter in student.parameters())
     return (

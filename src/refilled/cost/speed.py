@@ -49,7 +49,7 @@ def _reads_maps(method: str, settings: tuple[tuple[str, Any], ...], student: str
     learner, master = (create_model(network, len(_CLASSES), image_size=32) for network in (student, teacher))
     learner.class_names = master.class_names = _CLASSES
     plan = load_method(method).build(learner, master, dict(settings))
-    return isinstance(plan, Sequence) and any(stage.reads("features") for stage in plan)
+    return isinstance(plan, Sequence) and any(stage.needs_teacher and not stage.embedding_suffices for stage in plan)
 
 
 def images_per_second(work: Work, device: str = "auto") -> float:

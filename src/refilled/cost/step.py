@@ -7,7 +7,7 @@ estimated in the same way. Communication between processes cannot be timed in on
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -88,7 +88,7 @@ class Network:
 
 def step_cost(
     student: Backbone,
-    teacher: Backbone | None,
+    teacher: Backbone | Sequence[Backbone] | None,
     stage: Stage,
     size: TaskSize,
     run: Run,
@@ -99,7 +99,7 @@ def step_cost(
 
     Args:
         student: The student.
-        teacher: The frozen teacher; None if the stage needs none.
+        teacher: The frozen teacher, or several; None if the stage needs none.
         stage: The stage.
         size: The task's classes and image size.
         run: The run, resolved.

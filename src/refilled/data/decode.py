@@ -4,17 +4,15 @@ A picture that cannot be read is left out with a reason and never stops the run.
 listed formats are tried, and the number of pixels is read from the header before any pixel is decoded.
 """
 
-import os
 import re
 import stat
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -35,8 +33,9 @@ from refilled.data.grey import (
     range_of,
     to_bytes,
 )
+from refilled.data.picture_memory import is_large, refuse_large, refuse_large_file, room_for, square_of_large, to_rgb
 from refilled.data.source import Crop, Picture
-from refilled.errors import RunError, TaskError
+from refilled.errors import TaskError
 
 _ALWAYS = {
     "PNG": {".png"},
@@ -69,16 +68,9 @@ FORMATS = tuple(_FORMATS)
 SUFFIXES = frozenset().union(*_FORMATS.values())
 """File suffixes of the formats."""
 
-MAX_MEGAPIXELS = "REFILLED_MAX_MEGAPIXELS"
-"""Environment variable that raises the limit on the size of a picture, in millions of pixels."""
-
-_MAX_PIXELS = 80_000_000  # to decode: 240 MB
-_MAX_JPEG_PIXELS = 800_000_000  # of the file, which is decoded at a fraction of its size
 _FIRST_BYTES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)
 
 _BATCH = 128  # encoded pictures held in memory at a time
-_LARGE = 4_000_000  # pixels; larger pictures are decoded one at a time, to bound the memory
-_large_picture = Lock()
 
 
 class _Unreadable(Exception):
@@ -104,20 +96,17 @@ def decode(picture: Picture, size: int, grey: GreyRange | None = None) -> NDArra
     box, picture = (picture.box, picture.path) if isinstance(picture, Crop) else (None, picture)
     with _open(picture) as file, _identify(file) as opened:
         image: Image.Image = opened
-        if image.format == "JPEG":
-            _refuse_large(image, _MAX_JPEG_PIXELS)
+        refuse_large_file(image)
         if box is None:
             # JPEG only: decode at a fraction of the picture's size, but at least twice the target.
             image.draft(None, (2 * size, 2 * size))
-        _refuse_large(image)
-        if is_deep(image):
-            image = _to_8_bits(image, file, grey)
-        if box is not None:
-            return _crop(image, box, size)
-        if image.width * image.height <= _LARGE:
-            return _upright_square(image, size)
-        with _large_picture:
-            return _upright_square(image, size)
+        refuse_large(image)
+        with room_for(image):
+            if is_deep(image):
+                image = _to_8_bits(image, file, grey)
+            if box is not None:
+                return _crop(image, box, size)
+            return square_of_large(image, size) if is_large(image) else _upright_square(image, size)
 
 
 def find_grey_range(pictures: Iterable[Picture]) -> GreyRange | None:
@@ -153,8 +142,9 @@ def _extremes(picture: Picture) -> Extremes | None:
     if not _has_unknown_range(picture) or isinstance(picture, np.ndarray):
         return None
     with suppress(Exception), _open(_file_of(picture)) as file, _identify(file) as image:
-        _refuse_large(image)
-        return extremes(levels_of(image, file)[0])
+        refuse_large(image)
+        with room_for(image):
+            return extremes(levels_of(image, file)[0])
     return None  # decode() will give the reason
 
 
@@ -270,23 +260,6 @@ def _identify(file: IO[bytes]) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
-def _refuse_large(image: Image.Image, limit: int = _MAX_PIXELS) -> None:
-    text = os.environ.get(MAX_MEGAPIXELS)
-    if text is not None:
-        limit = max(limit, _whole_million(text))
-    if image.width * image.height > limit:
-        raise _Unreadable(
-            f"too large: {image.width}x{image.height}, over {limit // 10**6} million pixels; {MAX_MEGAPIXELS} raises "
-            "the limit"
-        )
-
-
-def _whole_million(text: str) -> int:
-    if not text.isdecimal():
-        raise RunError(f"{MAX_MEGAPIXELS}={text} must be a whole number of millions of pixels")
-    return int(text) * 10**6
-
-
 def _file_of(picture: bytes | Path | Crop) -> bytes | Path:
     return picture.path if isinstance(picture, Crop) else picture
 
@@ -313,7 +286,7 @@ def _upright_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    image = _rgb(image)
+    image = to_rgb(image)
     side = min(image.size)
     if image.size != (size, size):
         left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -327,16 +300,7 @@ def _crop(image: Image.Image, box: tuple[float, float, float, float], size: int)
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise _Unreadable(f"its box ({left}, {top}, {right}, {bottom}) lies outside the picture")
     # Crop before scaling: resize() with a box would mix in pixels from outside the box.
-    return np.asarray(_rgb(image).crop(inside).resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return np.asarray(to_rgb(image).crop(inside).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _to_8_bits(image: Image.Image, file: IO[bytes], grey: GreyRange | None) -> Image.Image:
@@ -344,9 +308,8 @@ def _to_8_bits(image: Image.Image, file: IO[bytes], grey: GreyRange | None) -> I
     scale = FULL if image.format in FORMATS_SCALED_BY_PILLOW else grey
     if scale is None:
         raise _Unreadable(NO_RANGE)
-    with _large_picture if image.width * image.height > _LARGE else nullcontext():
-        levels, opacity = levels_of(image, file)
-        scaled = Image.fromarray(to_bytes(levels, scale))
+    levels, opacity = levels_of(image, file)
+    scaled = Image.fromarray(to_bytes(levels, scale))
     if opacity is not None:
         scaled.putalpha(Image.fromarray(opacity))
     scaled.getexif().update(image.getexif())  # for the orientation tag

@@ -23,6 +23,7 @@ NO_RANGE = (
 """The reason to leave out a picture with more than 8 bits per channel where the range of levels is not known."""
 
 _BITS = (8, 10, 12, 14, 16)  # usual bit depths of sensors
+_ROWS = 64  # of a picture, scaled at a time
 Arguments = tuple[Any, ...] | str | None
 """Arguments of a decoder of Pillow: the name of a raw mode, or a tuple that begins with it."""
 
@@ -113,10 +114,14 @@ def to_bytes(levels: NDArray[np.generic], scale: GreyRange) -> NDArray[np.uint8]
         raise ValueError(
             f"its levels range from {lowest:g} to {highest:g}, but those of the training images from {scale}"
         )
-    if np.issubdtype(levels.dtype, np.integer) and scale.bits is not None:
-        return (levels.astype(np.int64) * 255 // int(scale.white)).astype(np.uint8)
-    shares = (levels.astype(np.float64) - scale.black) / width
-    scaled: NDArray[np.uint8] = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+    scaled = np.empty(levels.shape, dtype=np.uint8)
+    for start in range(0, len(levels), _ROWS):  # the wider numbers of a whole photograph would fill the memory
+        rows = slice(start, start + _ROWS)
+        if np.issubdtype(levels.dtype, np.integer) and scale.bits is not None:
+            scaled[rows] = levels[rows].astype(np.int64) * 255 // int(scale.white)
+        else:
+            shares = (levels[rows].astype(np.float64) - scale.black) / width
+            scaled[rows] = np.rint(shares.clip(0, 1) * 255)
     return scaled
 
 

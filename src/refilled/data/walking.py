@@ -8,6 +8,7 @@ format that cannot be read here are counted, so that none disappears unnoticed.
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,17 +71,34 @@ def list_images(folder: Path) -> Listing:
     Raises:
         TaskError: A folder cannot be listed.
     """
+    listing = Listing()
+    for path in _walk(folder):
+        suffix = path.suffix.lower()
+        if _is_picture(path):
+            listing.images.append(path)
+        elif suffix in _UNREAD_SUFFIXES:
+            listing.unread[suffix] += 1
+    return listing
 
+
+def walk_images(folder: Path) -> Iterator[Path]:
+    """Give the pictures that :func:`list_images` lists, in the same order, while it walks.
+
+    Raises:
+        TaskError: A folder cannot be listed; the pictures before it are given first.
+    """
+    return filter(_is_picture, _walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise _unlistable(error)
 
-    listing = Listing()
     for place, folders, files in os.walk(folder, onerror=refuse):
         here = [*(name for name in folders if Path(name).suffix.lower() in SUFFIXES), *files]
         for name in sorted(name for name in here if not is_hidden(name)):
-            _sort_in(listing, Path(place) / name)
+            yield Path(place) / name
         folders[:] = sorted(f for f in folders if Path(f).suffix.lower() not in SUFFIXES and not is_hidden(f))
-    return listing
 
 
 def unread_notes(unread: Counter[str]) -> list[str]:
@@ -111,12 +129,9 @@ def has_images(folder: Path) -> bool:
         raise _unlistable(error) from None
 
 
-def _sort_in(listing: Listing, path: Path) -> None:
+def _is_picture(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES or (not suffix and is_encoded_picture(path)):
-        listing.images.append(path)
-    elif suffix in _UNREAD_SUFFIXES:
-        listing.unread[suffix] += 1
+    return suffix in SUFFIXES or (not suffix and is_encoded_picture(path))
 
 
 def _unlistable(error: OSError) -> TaskError:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from refilled.errors import TaskError
 from refilled.export.student import open_student
 from refilled.models import Backbone
-from refilled.runs.inference import classify_by
+from refilled.runs.inference import classifier_of, classify_by
 
 
 class LoadedStudent(nn.Module):
@@ -40,7 +40,7 @@ class LoadedStudent(nn.Module):
             TaskError: An image cannot be read, or there is none.
         """
         given = [paths] if isinstance(paths, str | PathLike) else paths
-        found, unreadable = classify_by(self.model, [Path(path) for path in given])
+        found, unreadable = classify_by(classifier_of(self.model), [Path(path) for path in given])
         if unreadable:
             path, reason = unreadable[0]
             more = f", and {len(unreadable) - 1} more cannot be read" if len(unreadable) > 1 else ""

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterable
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +14,7 @@ from refilled.data import GreyRange
 from refilled.errors import ModelError, RunError
 from refilled.export.student import Deployed, as_texts, check_parity, metadata_of
 from refilled.models import Backbone
-from refilled.runs.inference import Classified, classify_with
+from refilled.runs.classifying import Classifier
 
 _INSTALL = "ONNX files need further packages: pip install 'refilled[export]'"
 
@@ -113,13 +112,13 @@ class OnnxStudent:
 _KEYS = {"classes", "size", "mean", "std", "preprocess", "grey_range"}
 
 
-def classify_file(path: Path, images: Iterable[Path]) -> Classified:
-    """Return what :func:`refilled.runs.inference.classify` returns, computed by onnxruntime.
+def open_classifier_file(path: Path) -> Classifier:
+    """Open an ONNX file as a classifier of image files, computed by onnxruntime.
 
     Raises:
-        RefilledError: The file holds no student, or there is no image.
+        RefilledError: The file holds no student.
     """
     student = OnnxStudent(path)
     said = student.metadata
     grey = None if said["grey_range"] is None else GreyRange(*said["grey_range"])
-    return classify_with(lambda pixels: student(student.prepare(pixels)), said["classes"], said["size"], grey, images)
+    return Classifier(lambda pixels: student(student.prepare(pixels)), tuple(said["classes"]), said["size"], grey)

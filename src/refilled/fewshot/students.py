@@ -27,7 +27,7 @@ from refilled.losses.distances import at_least_float32
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs, not_computed
-from refilled.stages import Prepares, Stage
+from refilled.stages import Stage, needs_training_set
 from refilled.training.loop import learning_rate, share_epochs
 from refilled.training.optimizers import create_optimizer
 from refilled.training.precision import resolve_precision
@@ -353,7 +353,7 @@ class _Group:
         labels = self.episodes.labels.to(self.bank.device)
         for task, stage in enumerate(stages):
             for term in stage.terms.values():
-                if isinstance(term.loss, Prepares) and term.loss.needs_training_set:
+                if needs_training_set(term.loss):
                     embedding = self.bank.embedding(self.episodes.support[task])
                     term.loss.prepare(embedding.to(self.bank.device), labels)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +62,13 @@ def processes(jobs: int) -> Iterator[Pool]:
     """
     # spawn, because torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
+    # Nothing is ever sent: the workers stop when the sending end is closed, by this process or by its end.
+    stop, keep_going = context.Pipe(duplex=False)
+    with (
+        keep_going,
+        stop,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(stop,)) as pool,
+    ):
         try:
             yield pool
         except BrokenProcessPool as error:
@@ -70,6 +77,7 @@ def processes(jobs: int) -> Iterator[Pool]:
                 "--jobs if necessary"
             ) from error
         except BaseException:
+            keep_going.close()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -140,16 +148,14 @@ def _import_ray() -> Any:
     return ray
 
 
-def _begin_worker() -> None:
+def _begin_worker(stop: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which has not happened yet
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_grid, args=(stop,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Save the current run and exit when the parent exits; otherwise a killed grid would leave its workers running."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
+def _end_with_grid(stop: Connection) -> None:
+    """Save the current run and exit when the grid ends early, or its process does, which may have been killed."""
+    wait([stop])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_SECONDS_TO_SAVE)
     os._exit(128 + signal.SIGTERM)

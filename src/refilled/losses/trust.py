@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from refilled.errors import MethodError
 from refilled.losses.distances import at_least_float32, class_centers, squared_distances, unit_rows
 from refilled.losses.mining import check_batch
-from refilled.stages import Prepares
+from refilled.stages import needs_training_set
 
 _SHUFFLES = 19  # the labels beat all of them by chance once in 20 times, so the level is 5 %
 
@@ -181,7 +181,7 @@ class Trusted(nn.Module):
         if self.worth is not None:
             of_a_class = known.sum().item() / labels[known].unique().numel()
             self.prior.fill_(min(1.0, self.worth * share / max(1 - share, 1e-6) / of_a_class))
-        if isinstance(self.loss, Prepares) and self.loss.needs_training_set:
+        if needs_training_set(self.loss):
             self.loss.prepare(teacher_embedding, labels)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

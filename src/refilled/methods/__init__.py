@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from refilled.errors import MethodError, unknown
 from refilled.losses.feature_maps import check_feature_maps
 from refilled.outputs import ModelShape
-from refilled.stages import FineTuning, Plan, Readout
+from refilled.stages import FineTuning, Plan, Readout, Stage, of_several
 
 MethodFunction = Callable[..., Plan]
 """``function(student, teacher, *, ...)``, as a method's file defines it."""
@@ -105,6 +105,32 @@ class Method:
         if teacher is not None and any(stage.reads("features") for stage in stages):
             check_feature_maps(student, teacher)
         return stages
+
+    def build_for(
+        self, student: ModelShape | None, teachers: Mapping[int, ModelShape], settings: Mapping[str, Any]
+    ) -> Plan:
+        """Build the plan with any number of teachers, each with its number; see :func:`~refilled.stages.of_several`.
+
+        Raises:
+            MethodError: As :meth:`build`, or there are several teachers and the method takes only one.
+        """
+        if not teachers:
+            return self.build(student, None, settings)
+        plans: dict[int, Sequence[Stage]] = {}
+        for number, teacher in teachers.items():
+            try:
+                plan = self.build(student, teacher, settings)
+            except MethodError as error:
+                raise MethodError(f"teacher {number + 1}: {error}" if len(teachers) > 1 else str(error)) from error
+            if isinstance(plan, Readout | FineTuning):
+                if len(teachers) == 1:
+                    return plan
+                raise MethodError(
+                    f"'{self.name}' works in the network of one teacher, but {len(teachers)} are named; name one "
+                    "--teacher, or take a method that trains a student by its terms, such as refilled or regression"
+                )
+            plans[number] = plan
+        return of_several(plans)
 
     def _no_teacher(self) -> MethodError:
         return MethodError(f"'{self.name}' learns from a teacher; name one with --teacher, or use vanilla")

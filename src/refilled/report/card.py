@@ -48,11 +48,13 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
     part = result.data.get("scored", "test")
-    teacher = (result.teacher or {}).get("name")
+    about = result.teacher or {}
+    names_of_teachers = [each["name"] for each in about.get("teachers", [about] if about else [])]
+    teacher = ", ".join(markdown(_last(name)) for name in names_of_teachers)
     return (
         f"---\n{front}---\n\n# {markdown(run.student or 'teacher')} for {len(names)} classes\n\n"
         f"Trained with [refilled](https://pypi.org/project/refilled/) by the method {markdown(run.method)}"
-        f"{f', teacher {markdown(_last(teacher))}' if teacher else ', without a teacher'}.\n\n"
+        f"{f', teacher {teacher}' if teacher else ', without a teacher'}.\n\n"
         f"Classes: {', '.join(markdown(name[:80]) for name in names[:_SHOWN])}{more}.\n\n"
         f"| figure, on {result.data['images'][part]} {part} images | |\n|---|---|\n{rows}\n"
         f"Images: {markdown(_last(run.task))}, {result.data['images']['train']} for training, "

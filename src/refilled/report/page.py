@@ -22,6 +22,7 @@ from refilled.models import Backbone
 from refilled.report.card import model_card
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
+from refilled.report.several import teacher_rows
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, task_of
 from refilled.runs.prepared import Prepared
@@ -61,6 +62,8 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
     pictures: dict[str, str] = {}
     if curves := _curves(folder):
         pictures["Learning curves: all terms of the loss, and accuracies"] = address(svg(curves))
+    if several := (result.teacher or {}).get("teachers"):
+        tables["What each teacher brought"] = teacher_rows(several, folder / "log.jsonl")
     worst: list[dict[str, str]] = []
     calibration = None
     if network is not None and len(scored) and int(scored.labels.min()) >= 0:
@@ -92,8 +95,8 @@ def _write(folder: Path, task: Task, network: Backbone | None, against: Path | N
         provenance={
             "command": _command(run),
             "data fingerprint": result.data["fingerprint"],
-            "teacher": _listed(result.teacher or {}) or "none",
-            "network": f"{run.student or run.teacher}, {result.parameters:,} parameters",
+            **_teachers(result.teacher),
+            "network": f"{run.student or run.only_teacher}, {result.parameters:,} parameters",
             "time": f"{result.seconds:.0f} seconds",
             "hardware": _listed(result.hardware),
             "versions": _listed(result.versions),
@@ -125,7 +128,9 @@ def _command(run: Run, compare: bool = False) -> str:
         if field.name in left_out or (value == default and field.name != "epochs"):
             continue
         flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
+        if field.name == "teacher":
+            words += [word for name in run.teachers for word in ("--teacher", name)]
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else [value])]
@@ -135,6 +140,17 @@ def _command(run: Run, compare: bool = False) -> str:
     else:
         words += [word for name, value in run.settings.items() for word in ("--set", f"{name}={value}")]
     return shlex.join(words)
+
+
+def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the lines of provenance about no teacher, one, or each of several."""
+    if not about:
+        return {"teacher": "none"}
+    if "teachers" not in about:
+        return {"teacher": _listed(about)}
+    shown = ("name", "ignored", "fingerprint", "image_size", "embedding", "embedding_dim")
+    each = ({name: teacher[name] for name in shown} for teacher in about["teachers"])
+    return {f"teacher {number}": _listed(teacher) for number, teacher in enumerate(each, start=1)}
 
 
 def _compared(folder: Path, against: Path, ours: Result, theirs: Result) -> tuple[list[str], list[list[str]]]:
@@ -215,7 +231,7 @@ def _heat_map(confusion: Tensor) -> str:
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     grey = (255 * (1 - shares.sqrt())).round().to(torch.uint8)
     step = max(2, 480 // len(grey))
-    return _png(Image.fromarray(grey.repeat_interleave(step, 0).repeat_interleave(step, 1).numpy()))
+    return png(Image.fromarray(grey.repeat_interleave(step, 0).repeat_interleave(step, 1).numpy()))
 
 
 def _worst(
@@ -228,28 +244,29 @@ def _worst(
     images = pixels[rows].cpu().permute(0, 2, 3, 1).contiguous().numpy() if len(rows) else []
     return [
         {
-            "picture": _png(Image.fromarray(image)),
-            "source": _shown(sources[row]),
-            "said": f"{_shown(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
-            "true": _shown(task.classes[int(labels[row])]),
+            "picture": png(Image.fromarray(image)),
+            "source": shown(sources[row]),
+            "said": f"{shown(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
+            "true": shown(task.classes[int(labels[row])]),
         }
         for row, image in zip(rows.tolist(), images, strict=True)
     ]
 
 
-def _png(image: Image.Image) -> str:
+def png(image: Image.Image) -> str:
+    """Return an image as a ``data:`` URL."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Write control characters and marks of direction visibly."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _visible(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[_shown(cell) for cell in row] for row in rows]
+    return [[shown(cell) for cell in row] for row in rows]
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Embeddings of image files, by a run's student or by any teacher, written to a table as they are computed.
 
-Memory holds one batch, whatever the number of images, and the list of their paths.
+Memory holds three batches of images, whatever their number.
 """
 
 import csv
@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refilled.data import GreyRange
-from refilled.data.decode import read_pixels
+from refilled.data.streaming import decode_ahead
 from refilled.data.walking import as_text
 from refilled.errors import ModelError, RunError, TaskError
 from refilled.files import spreadsheet_cell, sync_folder
 from refilled.models import Backbone, load_teacher, refuse_non_finite
 from refilled.models.backbone import Pooling
+from refilled.runs.classifying import named_images
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
-from refilled.runs.inference import images_in, network_of
+from refilled.runs.inference import network_of
 from refilled.training.evaluation import predict
 
 FORMATS = (".parquet", ".csv", ".npz")
@@ -96,23 +97,20 @@ def embed_images(model: Backbone, images: Iterable[Path]) -> Iterator[Rows]:
         TaskError: There is no image.
         ModelError: An embedding is not finite.
     """
-    paths = [path for image in images for path in images_in(image)]
-    if not paths:
-        raise TaskError("no images were found; name image files, or folders that hold some")
     assert model.image_size is not None  # open_network has seen to it
     grey = None if model.grey_range is None else GreyRange(*model.grey_range)
-    for start in range(0, len(paths), _BATCH):
-        batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), model.image_size, grey)
-        kept = [path for position, path in enumerate(batch) if position not in reasons]
+    empty = True
+    for kept, pixels, unreadable in decode_ahead(named_images(images), model.image_size, grey, _BATCH):
+        empty = False
         outputs = predict(model, pixels)
         refuse_non_finite(outputs.embedding, list(map(str, kept)))
         classes = probabilities = None
         if model.class_names is not None:
             probabilities, best = outputs.logits.softmax(1).max(1)
             classes = [model.class_names[place] for place in best.tolist()]
-        unreadable = [(batch[position], reason) for position, reason in reasons.items()]
         yield Rows(kept, outputs.embedding, classes, probabilities, unreadable)
+    if empty:
+        raise TaskError("no images were found; name image files, or folders that hold some")
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,19 @@ class Verdict:
     """The result of the examination of a teacher. A resumed run keeps it.
 
     Attributes:
-        ignored: Whether the student is trained without the teacher.
+        ignored: Whether the student is trained without any teacher.
         notes: Messages for the user.
+        of_each: Of several teachers, whether each is ignored and its label information on the sample. Empty for one.
     """
 
     ignored: bool
     notes: tuple[str, ...]
+    of_each: tuple[tuple[bool, float | None], ...] = ()
+
+    @property
+    def ignores(self) -> tuple[bool, ...]:
+        """Whether each teacher is ignored."""
+        return tuple(ignored for ignored, _ in self.of_each) or (self.ignored,)
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -48,7 +55,8 @@ class Verdict:
 
     def save(self, folder: Path) -> None:
         """Write the verdict to a run's folder."""
-        write_atomic(folder / "teacher.json", (json.dumps(asdict(self), indent=2) + "\n").encode())
+        content = {name: value for name, value in asdict(self).items() if name != "of_each" or value}
+        write_atomic(folder / "teacher.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def verdict_on(prepared: Prepared, folder: Path, device: torch.device) -> Verdict:
@@ -65,29 +73,41 @@ def judge(prepared: Prepared, device: torch.device) -> Verdict:
 
     The verdict is negative if the teacher's embedding separates the classes no better than chance, less well than the
     pixels, or only on training images. A run with ``guard`` then ignores the teacher; otherwise there is a warning. The
-    test images are not used.
+    test images are not used. Of several teachers, each is judged alone.
 
     Args:
         prepared: The run.
-        device: The device that the teacher runs on.
+        device: The device that the teachers run on.
     """
-    fault = None if prepared.teacher is None else _fault(prepared.teacher, prepared, device)
-    if fault is None:
-        return Verdict(ignored=False, notes=())
-    ignored = prepared.run.guard and any(stage.needs_teacher for stage in prepared.stages)
-    ending = ": it will be ignored" if ignored else ". Such a teacher can hardly help"
-    return Verdict(ignored, (f"the teacher tells your classes apart {fault}{ending}",))
+    can_ignore = prepared.run.guard and any(stage.needs_teacher for stage in prepared.stages)
+    ending = ": it will be ignored" if can_ignore else ". Such a teacher can hardly help"
+    several = len(prepared.teachers) > 1
+    notes, of_each = [], []
+    for name, teacher in zip(prepared.run.teachers, prepared.teachers, strict=False):
+        teacher.to(device)
+        fault, known = _fault(teacher, prepared, device)
+        if fault is not None:
+            notes.append(f"the teacher{f' {name}' if several else ''} tells your classes apart {fault}{ending}")
+        of_each.append((can_ignore and fault is not None, known))
+    ignored = len(of_each) > 0 and all(out for out, _ in of_each)
+    return Verdict(ignored, tuple(notes), tuple(of_each) if several else ())
 
 
-def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> str | None:
+def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> tuple[str | None, float | None]:
+    """Return why a teacher has nothing to teach, if so, and its label information on the sample."""
     train = _sample(prepared.task.train)
     if len(train) < _FEWEST or train.labels.unique().numel() < 2:
-        return None
+        return None, None
     embedding, labels = finite_embedding(teacher, train, device), train.labels
-    fault = fault_in(embedding, pixels_of(train), labels)
-    if fault is not None:
-        return fault
     known = label_information(embedding, labels)
+    fault = fault_in(embedding, pixels_of(train), labels)
+    return fault or _fault_beyond(embedding, labels, known, teacher, prepared, device), known
+
+
+def _fault_beyond(
+    embedding: Tensor, labels: Tensor, known: float, teacher: Backbone, prepared: Prepared, device: torch.device
+) -> str | None:
+    """Return how badly an embedding of the sample tells the classes apart in the held-out images, if it does."""
     held_out = _sample(prepared.task.val, labels.unique())
     if known < _WELL_KNOWN or len(held_out) < _FEWEST_HELD_OUT:
         return None

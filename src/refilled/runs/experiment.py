@@ -2,13 +2,13 @@
 
 import logging
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refilled.config import WHERE, Run, what
+from refilled.config import WHERE, Run, names_in, what
 from refilled.data import Task, task_stamp
 from refilled.errors import RunError
 from refilled.models import save_model
@@ -20,6 +20,7 @@ from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import Prepared, load_task_of, resolve, runs_code, with_absolute_paths
 from refilled.runs.result import Result
 from refilled.runs.scoring import measure
+from refilled.runs.several import brought_by_each, with_gap
 from refilled.runs.teacher_caches import cache_for, fabric_of, gap_of
 from refilled.training.distributed import ALONE, World, joined
 from refilled.training.journal import RunJournal
@@ -74,7 +75,7 @@ def resume(
     folder: Path,
     *,
     where: Mapping[str, Any] | None = None,
-    named: Mapping[str, str] | None = None,
+    named: Mapping[str, str | Sequence[str]] | None = None,
     display: Display | None = None,
     seconds_between_saves: float = 60.0,
     after: After | None = None,
@@ -181,31 +182,36 @@ def carry_out(
     after: After | None = None,
 ) -> Result:
     """Train from the newest saved state, or from the beginning, and score."""
-    run, teacher = prepared.run, prepared.teacher
+    run, teachers = prepared.run, prepared.teachers
     fabric = fabric_of(run, world)
     prepared.task = task = prepared.task.near(fabric.device)
     if world.size > 1:
-        models = {"teacher": teacher and fingerprint(teacher), "student": fingerprint(prepared.student)}
+        models = {"teacher": list(map(fingerprint, teachers)), "student": fingerprint(prepared.student)}
         world.check_same(images=task.seen_fingerprint, **models)
     journal = RunJournal(folder.path, display, seconds_between_saves, world)
-    if teacher is not None:
-        teacher.to(fabric.device)
+    if teachers:
+        for teacher in teachers:
+            teacher.to(fabric.device)
         verdict = world.lead(lambda: verdict_on(prepared, folder.path, fabric.device))
         prepared.notes += verdict.notes
-        if verdict.ignored:
-            prepared.ignore_teacher()
+        if any(verdict.ignores):
+            prepared.ignore_teachers(verdict.ignores)
+        prepared.label_information = tuple(known for _, known in verdict.of_each)
     student = prepared.student
     for note in prepared.notes:
         display.message(f"note: {note}")
+    for line in brought_by_each(prepared):
+        display.message(line)
     try:
         if prepared.readout is None:
-            cache = cache_for(prepared, fabric, display)
+            caches = [cache_for(prepared, number, fabric, display) for number in range(len(teachers))]
             with journal.catching_signals():
-                fit(student, teacher, task, prepared.stages, run, fabric, journal, cache, world, run.cuda_graphs)
+                fit(student, teachers, task, prepared.stages, run, fabric, journal, caches, world, run.cuda_graphs)
             give_memory_back()  # which scoring would ask for in other pieces
             result = measure(prepared, folder, journal.seconds, world, journal.warnings)
-            if cache is not None:
-                result = replace(result, teacher={**(result.teacher or {}), "cache": gap_of(prepared, cache, fabric)})
+            for number, cache in enumerate(caches):
+                if cache is not None:
+                    result = with_gap(result, number, gap_of(prepared, number, cache, fabric))
         else:
             journal.restore()  # nothing; but there is a log, if an empty one
             student.to(fabric.device)
@@ -228,7 +234,7 @@ def _conclude(prepared: Prepared, folder: RunFolder, result: Result, after: Afte
 def _resume(
     folder: RunFolder,
     where: Mapping[str, Any],
-    named: Mapping[str, str],
+    named: Mapping[str, str | Sequence[str]],
     display: Display,
     seconds_between_saves: float,
     world: World = ALONE,
@@ -244,7 +250,7 @@ def _resume(
     return carry_out(prepared, folder, display, seconds_between_saves, world, after)
 
 
-def _load_unfinished(folder: RunFolder, where: Mapping[str, Any], named: Mapping[str, str]) -> Run:
+def _load_unfinished(folder: RunFolder, where: Mapping[str, Any], named: Mapping[str, str | Sequence[str]]) -> Run:
     run = resolve(_with_named(replace(folder.run(), **where), folder, named))
     recorded = folder.recorded()
     new = _unrecorded(_to_record(run), recorded)
@@ -261,21 +267,25 @@ def _unrecorded(wanted: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[
     return sorted((what(wanted).keys() - recorded.keys()) | settings)
 
 
-def _with_named(run: Run, folder: RunFolder, named: Mapping[str, str]) -> Run:
+def _with_named(run: Run, folder: RunFolder, named: Mapping[str, str | Sequence[str]]) -> Run:
     """Return the run with the fields that were named again; refuse a Python file that was not named again."""
     for name in NAMED:
         recorded = getattr(run, name)
         if name not in named:
             if runs_code(recorded):
+                again = " ".join(f"--{name} {each}" for each in names_in(recorded))
                 raise RunError(
                     f"the run in {folder.path} names a Python file, which resuming would execute. If you trust it, "
-                    f"name it yourself: --resume {folder.path} --{name} {recorded}"
+                    f"name it yourself: --resume {folder.path} {again}"
                 )
-        elif recorded is None or Path(recorded).name != Path(named[name]).name:
-            raise RunError(
-                f"the run in {folder.path} was begun with {name} {recorded}, not {named[name]}; leave out --{name}"
-            )
+        elif recorded is None or _last_parts(recorded) != _last_parts(named[name]):
+            begun, asked = (", ".join(names_in(value)) or None for value in (recorded, named[name]))
+            raise RunError(f"the run in {folder.path} was begun with {name} {begun}, not {asked}; leave out --{name}")
     return replace(run, **dict[str, Any](named))
+
+
+def _last_parts(names: str | Sequence[str]) -> list[str]:
+    return [Path(name).name for name in names_in(names)]
 
 
 def _refuse_another(folder: RunFolder, wanted: Run) -> None:
@@ -295,11 +305,12 @@ def _with_moved(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[s
     return what({**recorded, **moved})
 
 
-def _same_elsewhere(recorded: str, asked: str) -> bool:
+def _same_elsewhere(recorded: str | Sequence[str], asked: str | Sequence[str]) -> bool:
     if recorded == asked:
         return True
-    there = Path(recorded.rpartition(":")[0] if runs_code(recorded) else recorded)
-    return Path(recorded).name == Path(asked).name and not there.exists()
+    there = [Path(name.rpartition(":")[0] if runs_code(name) else name) for name in names_in(recorded)]
+    pairs = zip(there, names_in(recorded), names_in(asked), strict=False)
+    return _last_parts(recorded) == _last_parts(asked) and all(a == b or not path.exists() for path, a, b in pairs)
 
 
 def _to_record(run: Run) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a finished run's network says about images."""
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import GreyRange, Task
-from refilled.data.decode import read_pixels
-from refilled.data.walking import list_images
-from refilled.errors import RefilledError, RunError, TaskError
+from refilled.errors import RefilledError, RunError
 from refilled.files import read_tensors
 from refilled.models import Backbone, embedded_folder, load_model
 from refilled.models.weights import load_weights
+from refilled.runs.classifying import Classifier
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
-from refilled.runs.prepared import load_task_of, load_teacher_of
+from refilled.runs.prepared import load_task_of, load_teacher_of, load_teachers_of
 from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
@@ -28,7 +26,6 @@ from refilled.training.evaluation import accuracy, nearest_center_accuracy, pred
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
 """Each image's probability of each class, and for images that cannot be read the reason."""
 
-_BATCH = 256
 _SHOWN = 5  # names in a message
 
 
@@ -102,19 +99,17 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def teacher_accuracy(folder: Path) -> float | None:
-    """Score the teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
+def teacher_accuracies(folder: Path) -> list[float]:
+    """Score each teacher of a run as a nearest-class-mean classifier of the run's own images, in percent.
 
-    It says how much the teacher has to teach: its embedding knows the student's classes from the training images alone.
-    None for a run without a teacher.
+    It says how much a teacher has to teach: its embedding knows the student's classes from the training images alone.
     """
-    task = task_of(folder)
-    teacher = teacher_of(folder, task.image_size)
-    if teacher is None:
-        return None
-    train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
-    mean = train.mean(0)  # what all images share says nothing about them
-    return nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels)
+    task, found = task_of(folder), []
+    for teacher in teachers_of(folder, task.image_size).values():
+        train, test = (finite_embedding(teacher, split) for split in (task.train, task.test))
+        mean = train.mean(0)  # what all images share says nothing about them
+        found.append(nearest_center_accuracy(train - mean, task.train.labels, test - mean, task.test.labels))
+    return found
 
 
 def task_of(folder: Path) -> Task:
@@ -122,25 +117,25 @@ def task_of(folder: Path) -> Task:
     return load_task_of(RunFolder(folder).run())
 
 
-def teacher_of(folder: Path, image_size: int) -> Backbone | None:
-    """Load the teacher of a run, for images of this size in pixels; None for a run without a teacher."""
+def teachers_of(folder: Path, image_size: int) -> dict[str, Backbone]:
+    """Load the teachers of a run by name, for images of this size in pixels."""
     run = RunFolder(folder).run()
-    return None if run.teacher is None else _placed(load_teacher_of(run, image_size))
+    return dict(zip(run.teachers, map(_placed, load_teachers_of(run, image_size)), strict=True))
 
 
 def teacher_task_of(folder: Path) -> Task | None:
-    """Load the images that the teacher of a run was trained on.
+    """Load the images that a teacher of a run was trained on, the first of which they are known.
 
     None if the run has no teacher, if nothing says what the teacher was trained on, or if those images are gone.
     """
-    teacher = RunFolder(folder).run().teacher
-    if teacher is None:
-        return None
-    trained = RunFolder(embedded_folder(teacher) or Path(teacher))
-    try:
-        return load_task_of(trained.run()) if trained.begun else None
-    except RefilledError:  # a page is complete without a picture of them
-        return None
+    for teacher in RunFolder(folder).run().teachers:
+        trained = RunFolder(embedded_folder(teacher) or Path(teacher))
+        try:
+            if trained.begun:
+                return load_task_of(trained.run())
+        except RefilledError:  # a page is complete without a picture of them
+            continue
+    return None
 
 
 def network_of(folder: Path, stage: str | None = None) -> Backbone:
@@ -164,8 +159,31 @@ def network_of(folder: Path, stage: str | None = None) -> Backbone:
     return _placed(student)
 
 
+def open_classifier(folder: Path) -> Classifier:
+    """Load the student of a run's folder as a classifier of image files.
+
+    Raises:
+        RefilledError: The folder holds no student.
+    """
+    return classifier_of(_load_student(folder))
+
+
+def classifier_of(model: Backbone) -> Classifier:
+    """Return a student that is loaded already as a classifier of image files."""
+    assert model.image_size is not None  # every model that can be saved has one
+    assert model.class_names is not None  # every student has them
+    return Classifier(
+        lambda pixels: predict(model, pixels, parts=("logits",)).logits,
+        tuple(model.class_names),
+        model.image_size,
+        _grey_range_of(model),
+    )
+
+
 def classify(folder: Path, images: Iterable[Path]) -> Classified:
     """Return each image's probability of each class, and for images that cannot be read the reason.
+
+    All are held in memory; :meth:`Classifier.stream` gives them batch by batch.
 
     Args:
         folder: A student's folder.
@@ -174,52 +192,18 @@ def classify(folder: Path, images: Iterable[Path]) -> Classified:
     Raises:
         RefilledError: The folder holds no student, or there is no image.
     """
-    return classify_by(_load_student(folder), images)
+    return classify_by(open_classifier(folder), images)
 
 
-def classify_by(model: Backbone, images: Iterable[Path]) -> Classified:
+def classify_by(classifier: Classifier, images: Iterable[Path]) -> Classified:
     """Return what :func:`classify` returns, by a student that is loaded already."""
-    assert model.image_size is not None  # every model that can be saved has one
-    assert model.class_names is not None  # every student has them
-    return classify_with(
-        lambda pixels: predict(model, pixels).logits, model.class_names, model.image_size, _grey_range_of(model), images
-    )
-
-
-def classify_with(
-    logits: Callable[[Tensor], Tensor],
-    classes: Sequence[str],
-    size: int,
-    grey: GreyRange | None,
-    images: Iterable[Path],
-) -> Classified:
-    """Return what :func:`classify` returns, by any function from uint8 images ``(N, 3, S, S)`` to logits ``(N, C)``."""
-    paths = [path for image in images for path in images_in(image)]
-    if not paths:
-        raise TaskError("no images were found; name image files, or folders that hold some")
     readable: list[tuple[Path, dict[str, float]]] = []
     unreadable: list[tuple[Path, str]] = []
-    for start in range(0, len(paths), _BATCH):
-        batch = paths[start : start + _BATCH]
-        pixels, reasons = read_pixels(batch, len(batch), size, grey)
-        probabilities = logits(pixels).softmax(1).tolist() if len(pixels) else []
-        kept = [path for position, path in enumerate(batch) if position not in reasons]
-        readable += [(p, dict(zip(classes, row, strict=True))) for p, row in zip(kept, probabilities, strict=True)]
-        unreadable += [(batch[position], reason) for position, reason in reasons.items()]
+    for batch in classifier.stream(images):
+        rows = (dict(zip(classifier.classes, row, strict=True)) for row in batch.probabilities.tolist())
+        readable += zip(batch.images, rows, strict=True)
+        unreadable += batch.unreadable
     return readable, unreadable
-
-
-def images_in(path: Path) -> list[Path]:
-    """Return the image files that a path names: those of a folder, at any depth, or the file itself.
-
-    Raises:
-        TaskError: A folder cannot be listed, or the text is the address of a download.
-    """
-    if path.is_dir():
-        return list_images(path).images
-    if re.match(r"[a-z]+:/|-$", str(path)):
-        raise TaskError(f"{path} is not a file; download what it names, and give the file or its folder")
-    return [path]
 
 
 def _load_student(folder: Path) -> Backbone:

@@ -4,12 +4,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from refilled.config import Run
+from refilled.config import Run, names_in
 from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
 from refilled.errors import RunError
 from refilled.losses.imbalance import BalancedCrossEntropyLoss, counts_of
@@ -28,7 +29,9 @@ from refilled.models import (
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import find_device
 from refilled.stages import FineTuning, Readout, Stage
+from refilled.training.evaluation import embed
 from refilled.training.precision import resolve_precision
+from refilled.training.teacher_cache import fingerprint
 
 
 def resolve(run: Run) -> Run:
@@ -59,15 +62,15 @@ def with_absolute_paths(run: Run) -> Run:
         run,
         task=absolute_task_text(run.task, data_folder(root)),
         data_root=None if root is None else str(root),
-        teacher=None if run.teacher is None else _absolute(run.teacher),
+        teacher=tuple(map(_absolute, run.teachers)),
         student=_absolute(run.student) if run.student is not None and starts_from_weights(run.student) else run.student,
         method=_absolute(run.method) if runs_code(run.method) else run.method,
     )
 
 
-def runs_code(name: str | None) -> bool:
-    """Return whether a teacher, a student or a method is named by a Python file, which is run when it is loaded."""
-    return name is not None and re.search(r"\.py(:|$)", name) is not None
+def runs_code(name: str | Sequence[str] | None) -> bool:
+    """Return whether teachers, a student or a method are named by a Python file, which is run when it is loaded."""
+    return any(re.search(r"\.py(:|$)", each) for each in names_in(name))
 
 
 def _absolute(name: str) -> str:
@@ -86,16 +89,50 @@ def _absolute(name: str) -> str:
 
 
 def load_teacher_of(run: Run, image_size: int) -> Backbone:
-    """Load the teacher that a run names, for images of this size."""
-    assert run.teacher is not None  # whoever asks has checked it
+    """Load the only teacher that a run names, for images of this size.
+
+    Raises:
+        RunError: There are several.
+    """
+    name = run.only_teacher
+    assert name is not None  # whoever asks has checked it
     return load_teacher(
-        os.path.expandvars(run.teacher),
+        os.path.expandvars(name),
         mean=run.teacher_mean,
         std=run.teacher_std,
         input_size=run.teacher_size,
         image_size=image_size,
         pooling=run.teacher_embedding,
     )
+
+
+def load_teachers_of(run: Run, image_size: int) -> list[Backbone]:
+    """Load all teachers that a run names, for images of this size."""
+    return [load_teacher_of(replace(run, teacher=name), image_size) for name in run.teachers]
+
+
+def refuse_twins(run: Run, teachers: Sequence[Backbone], images: Split) -> None:
+    """Refuse a run that names one network twice, under two names.
+
+    Networks without weights of their own, from Python files, are compared by what they return for a few images.
+
+    Raises:
+        RunError: Two teachers are the same network, or have caches that could not be told apart.
+    """
+    pixels = images.pixels[_probed(images)]
+    for (name, one), (other_name, other) in combinations(zip(run.teachers, teachers, strict=True), 2):
+        if one.embedding_dim != other.embedding_dim or fingerprint(one) != fingerprint(other):
+            continue
+        both = f"the teachers {name} and {other_name}"
+        if embed(one, pixels).equal(embed(other, pixels)):
+            raise RunError(f"{both} are the same network; leave one out")
+        if run.views is not None:
+            raise RunError(f"{both} have the same weights, so their caches cannot be told apart; leave out --views")
+
+
+def _probed(images: Split) -> Tensor:
+    """Return the indices of a few images, spread evenly."""
+    return torch.linspace(0, len(images) - 1, min(PROBE_IMAGES, len(images))).round().long()
 
 
 def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[str, ...]:
@@ -113,7 +150,7 @@ def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[
     Raises:
         ModelError: it gives nothing that can be used.
     """
-    rows = torch.linspace(0, len(images) - 1, min(PROBE_IMAGES, len(images))).round().long()
+    rows = _probed(images)
     own = name is not None and Path(os.path.expandvars(name)).is_dir()
     sources = [images.sources[row] for row in rows.tolist()]
     return (*teacher.notes, *probe(teacher, images.pixels[rows], sources, constant_allowed=own))
@@ -150,12 +187,13 @@ class Prepared:
         self.task, self.run = task, run
         if run.score == "val" and len(self.task.val) == 0:
             raise RunError("score = 'val' needs images that are held out; give --val above 0")
-        self.teacher = None if run.teacher is None else load_teacher_of(run, self.task.image_size)
+        self.teachers = load_teachers_of(run, self.task.image_size)
+        self.ignored: tuple[bool, ...] = (False,) * len(self.teachers)
+        self.label_information: tuple[float | None, ...] = ()  # of each of several teachers, on a sample
         self.notes: tuple[str, ...] = ()
         torch.manual_seed(run.seed)
         student = None if run.student is None else self._begin_with(run.student)
-        plan = method.build(student, self.teacher, run.settings)
-        self.ignores_teacher = False
+        plan = method.build_for(student, dict(enumerate(self.teachers)), run.settings)
         self.stages: list[Stage] = []
         self.readout: Readout | None = None
         if isinstance(plan, Readout):
@@ -169,23 +207,48 @@ class Prepared:
             assert student is not None
             self.stages, self.student = self._balanced(plan), student
             if not any(stage.needs_teacher for stage in plan):
-                self.teacher = None
-        if self.teacher is not None:
-            self.notes += examine(self.teacher, self.task.train, run.teacher)
+                self.teachers, self.ignored = [], ()
+        for name, teacher in zip(run.teachers, self.teachers, strict=False):
+            found = examine(teacher, self.task.train, name)
+            self.notes += tuple(f"{name}: {note}" for note in found) if len(self.teachers) > 1 else found
+        if len(self.teachers) > 1:
+            refuse_twins(run, self.teachers, self.task.train)
+
+    @property
+    def teacher(self) -> Backbone | None:
+        """The first teacher; None if the run has none."""
+        return self.teachers[0] if self.teachers else None
+
+    @property
+    def ignores_teacher(self) -> bool:
+        """Whether every teacher is ignored, so that the student is trained as ``vanilla`` does."""
+        return len(self.ignored) > 0 and all(self.ignored)
 
     @property
     def scored(self) -> Split:
         """The images that the result is about."""
         return self.task.test if self.run.score == "test" else self.task.val
 
-    def ignore_teacher(self) -> None:
-        """Begin anew as ``vanilla`` does: with its stage, its initial weights and its random numbers."""
+    def ignore_teachers(self, ignored: Sequence[bool]) -> None:
+        """Begin again as the run without some of the teachers does, or as ``vanilla`` does without any.
+
+        Stages, initial weights and random numbers are those of that run.
+
+        Args:
+            ignored: Whether each teacher is ignored.
+        """
         assert self.run.student is not None  # there are stages that need a teacher, so a student is trained
         notes = self.notes
         torch.manual_seed(self.run.seed)
         self.student = self._begin_with(self.run.student)
-        self.notes, self.ignores_teacher = notes, True  # those on the student's weights are there already
-        self.stages = self._balanced(vanilla(self.student, None))
+        self.notes, self.ignored = notes, tuple(ignored)  # notes on the student's weights are there already
+        if self.ignores_teacher:
+            self.stages = self._balanced(vanilla(self.student, None))
+            return
+        kept = {number: teacher for number, teacher in enumerate(self.teachers) if not ignored[number]}
+        plan = load_method(self.run.method).build_for(self.student, kept, self.run.settings)
+        assert not isinstance(plan, Readout | FineTuning)  # it was not with all teachers
+        self.stages = self._balanced(plan)
 
     def _balanced(self, stages: Sequence[Stage]) -> list[Stage]:
         """Replace the cross-entropy of each stage by a balanced one if the run asks for it."""

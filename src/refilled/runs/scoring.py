@@ -17,6 +17,7 @@ from refilled.runs.environment import device_name, versions
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
+from refilled.runs.several import about_teachers
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import (
     accuracy,
@@ -25,7 +26,6 @@ from refilled.training.evaluation import (
     nearest_center_accuracy,
     predict_classes_twice,
 )
-from refilled.training.teacher_cache import fingerprint
 
 _FEW_STEPS = 300  # of optimisation; fewer are noted
 _IMBALANCED = 5  # times as many images in the largest class as in the smallest
@@ -41,7 +41,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
         world: The processes of the run.
         notes: Messages about training for a reader of the result.
     """
-    run, task, student, teacher = prepared.run, prepared.task, prepared.student, prepared.teacher
+    run, task, student = prepared.run, prepared.task, prepared.student
     device, labels = torch.device(run.device), prepared.scored.labels
     if prepared.readout is None:
         predicted, nearest = predict_classes_twice(student, task.train, prepared.scored.pixels, device, world)
@@ -77,7 +77,7 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             ],
             **_unlabelled(run, task),
         },
-        teacher=None if teacher is None else _about_teacher(prepared, teacher),
+        teacher=about_teachers(prepared),
         versions=versions(),
         hardware={
             "device": device_name(device),
@@ -86,17 +86,6 @@ def measure(prepared: Prepared, folder: RunFolder, seconds: float, world: World,
             "precision": run.precision,
         },
     )
-
-
-def _about_teacher(prepared: Prepared, teacher: Backbone) -> dict[str, Any]:
-    return {
-        "name": prepared.run.teacher,
-        "ignored": prepared.ignores_teacher,
-        "fingerprint": fingerprint(teacher),
-        "image_size": teacher.input_size or prepared.task.image_size,
-        "embedding": teacher.pooling,
-        "embedding_dim": teacher.embedding_dim,
-    }
 
 
 def _measure_stages(prepared: Prepared, folder: RunFolder, world: World) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The teacher's caches of runs: found, built, compared with the live teacher."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,22 @@ from refilled.training.progress import Display
 from refilled.training.teacher_cache import TeacherCache, teacher_cache
 
 
-def cache_for(prepared: Prepared, fabric: Fabric, display: Display) -> TeacherCache | None:
-    """Build the cache of a run, if it uses one."""
-    run, teacher, task = prepared.run, prepared.teacher, prepared.task
-    if run.views is None or teacher is None or not any(stage.embedding_suffices for stage in prepared.stages):
+def cache_for(prepared: Prepared, number: int, fabric: Fabric, display: Display) -> TeacherCache | None:
+    """Build the cache of one of a run's teachers, if the run uses one."""
+    teacher, task = prepared.teachers[number], prepared.task
+    run = replace(prepared.run, teacher=prepared.run.teachers[number])
+    if run.views is None or not any(stage.taught_by(number).embedding_suffices for stage in prepared.stages):
         return None
     cache = _cache_of(run, teacher, task)
-    cache.build(task, embedder(teacher, fabric), say=display.message)
+    of = f"{run.teacher}: " if len(prepared.teachers) > 1 else ""
+    cache.build(task, embedder(teacher, fabric), say=lambda text: display.message(f"{of}{text}"))
     return cache
 
 
-def gap_of(prepared: Prepared, cache: TeacherCache, fabric: Fabric) -> dict[str, Any]:
-    """Return how far the cache of a run is from its live teacher."""
-    assert prepared.teacher is not None  # or there would be no cache
-    return {"views": cache.contents.views, **asdict(cache.gap(prepared.task, embedder(prepared.teacher, fabric)))}
+def gap_of(prepared: Prepared, number: int, cache: TeacherCache, fabric: Fabric) -> dict[str, Any]:
+    """Return how far the cache of one of a run's teachers is from the live teacher."""
+    gap = cache.gap(prepared.task, embedder(prepared.teachers[number], fabric))
+    return {"views": cache.contents.views, **asdict(gap)}
 
 
 def embedder(teacher: Backbone, fabric: Fabric) -> Callable[[Tensor], Tensor]:
@@ -67,7 +69,7 @@ def build_cache(
         RefilledError: the run has no teacher or no number of views, or names something that cannot be found.
     """
     run, teacher, task = _cacheable(run)
-    for note in examine(teacher, task.train, run.teacher):
+    for note in examine(teacher, task.train, run.only_teacher):
         say(f"note: {note}")
     cache = _cache_of(run, teacher, task)
     cache.build(task, embedder(teacher, fabric_of(run)), shards, say)
@@ -108,7 +110,7 @@ def _cache_of(run: Run, teacher: Backbone, task: Task) -> TeacherCache:
         number=run.views,
         views=views_of(run, task),
         precision=run.precision,
-        names=(run.teacher or "", task.name),
+        names=(run.only_teacher or "", task.name),
     )
 
 

@@ -155,7 +155,8 @@ class _MLflow:
             mlflow.log_params(config)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
+        named = {name.replace("@", " "): value for name, value in values.items()}  # MLflow refuses an @
+        self._mlflow.log_metrics(named, step=step)
 
     def end(self) -> None:
         self._mlflow.end_run()

@@ -61,13 +61,28 @@ def folds_of(images: Split, seed: int = 0) -> Tensor:
         Number of the fold of each image, ``(N,)``.
     """
     _, groups = np.unique(images.digests, return_inverse=True)
-    _, first = np.unique(groups, return_index=True)  # a copy counts where its first image stands
-    labels = images.labels.numpy()[first]
-    _, counts = np.unique(labels, return_counts=True)
+    return deal_folds(images.labels, groups, seed)
+
+
+def deal_folds(labels: Tensor, groups: NDArray[np.int64], seed: int = 0) -> Tensor:
+    """Assign images to folds as :func:`folds_of` does; images of a group share a fold.
+
+    Args:
+        labels: Class ids ``(N,)``.
+        groups: Number of the group of each image ``(N,)``, such as of its copies.
+        seed: Seed of the order within a class.
+
+    Returns:
+        Number of the fold of each image, ``(N,)``.
+    """
+    # A group counts where its first image stands.
+    _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
+    ids = labels.numpy()[first]
+    _, counts = np.unique(ids, return_counts=True)
     folds = int(np.clip(np.median(counts), 2, FOLDS))
     chance = np.random.default_rng(seed).random(len(first))
     dealt = np.empty(len(first), dtype=np.int64)
-    dealt[np.lexsort((chance, labels))] = np.arange(len(first)) % folds
+    dealt[np.lexsort((chance, ids))] = np.arange(len(first)) % folds
     return torch.from_numpy(dealt[groups])
 
 

@@ -244,18 +244,19 @@ def settle_size(run: Run, sizes: Sequence[int] = (), images: int = 1000) -> tupl
         RunError: The run has no teacher.
         ModelError: The teacher takes only one size, or training would refuse it.
     """
-    if run.teacher is None:
+    name = run.only_teacher
+    if name is None:
         raise RunError("--teacher-size auto measures the teacher; name one with --teacher")
     bench = Bench(replace(run, teacher_size=None), images)
-    teacher = bench.load(run.teacher, None)
-    examine(teacher, bench.task.train, run.teacher)
+    teacher = bench.load(name, None)
+    examine(teacher, bench.task.train, name)
     if teacher.required_size is not None:
         raise ModelError(f"the teacher takes images of {teacher.required_size} pixels only; leave out --teacher-size")
     chosen = sizes or _sizes_for(bench.task.image_size, teacher)
     found = []
     for size in chosen:
-        teacher = bench.load(run.teacher, size)
-        found.append(bench.probe(bench.embed(teacher, run.teacher, size)))
+        teacher = bench.load(name, size)
+        found.append(bench.probe(bench.embed(teacher, name, size)))
     best = smallest_within_one_error(chosen, found)
     accuracies = ", ".join(f"{size}: {one.percent:.1f} %" for size, one in zip(chosen, found, strict=True))
     return best, f"teacher size {best} pixels, by the linear probe on {len(bench.labels)} images ({accuracies})"

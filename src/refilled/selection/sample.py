@@ -103,7 +103,7 @@ def embedding_of(teacher: Backbone, sample: Task, run: Run) -> Tensor:
         number=1,
         views=Views("none"),
         precision=run.precision,
-        names=(run.teacher or "", f"{sample.name}, a sample of {len(sample.train)} images"),
+        names=(run.only_teacher or "", f"{sample.name}, a sample of {len(sample.train)} images"),
     )
     cache.build(sample, embedder(teacher, fabric_of(run)))
     return cache(0, torch.arange(len(sample.train)))

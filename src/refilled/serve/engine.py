@@ -18,7 +18,7 @@ from refilled.models import Backbone
 from refilled.runs.environment import find_device
 from refilled.runs.folder import RunFolder
 from refilled.runs.images import ImageRecord
-from refilled.runs.inference import network_of, teacher_of
+from refilled.runs.inference import network_of, teachers_of
 from refilled.runs.prepared import load_task_of
 from refilled.runs.scoring import finite_embedding
 from refilled.training.evaluation import embed, predict
@@ -74,7 +74,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class TeacherMeans:
-    """The nearest class mean in a teacher's embedding, as :func:`~refilled.runs.inference.teacher_accuracy` scores."""
+    """Nearest class mean in a teacher's embedding, as in :func:`~refilled.runs.inference.teacher_accuracies`."""
 
     teacher: Backbone
     mean: Tensor
@@ -146,7 +146,7 @@ class Engine:
         if nearest:
             self.neighbours = Neighbours(task.train, task.classes, normalize(embed(self.model, task.train.pixels)))
         if teacher:
-            network = teacher_of(folder, task.image_size)
+            network = next(iter(teachers_of(folder, task.image_size).values()), None)  # the first of several
             if network is None:
                 raise RunError(f"the run in {folder} has no teacher; leave out --teacher")
             self.teacher = TeacherMeans.of(network, task.train, task.classes)

@@ -20,17 +20,18 @@ from refilled.config import Recipe
 from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
 from refilled.errors import NonFiniteError, RunError
-from refilled.models import Backbone, refuse_non_finite
+from refilled.models import Backbone
 from refilled.outputs import Outputs
-from refilled.stages import Prepares, Reports, Stage, Term
+from refilled.stages import Reports, Stage, Term, numbered
 from refilled.training.averaging import WeightAverage
 from refilled.training.checkpoints import State, refusing_another_state
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
-from refilled.training.evaluation import accuracy, embed, predict_classes
+from refilled.training.evaluation import accuracy, predict_classes
 from refilled.training.optimizers import create_optimizer
 from refilled.training.precision import resolve_precision
 from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
+from refilled.training.teaching import Teaching
 
 _FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
 """By what factor the learning rate falls, and after what shares of a stage."""
@@ -117,26 +118,33 @@ def views_of(recipe: Recipe, task: Task) -> Views:
 
 def fit(
     student: Backbone,
-    teacher: Backbone | None,
+    teacher: Backbone | Sequence[Backbone] | None,
     task: Task,
     stages: Sequence[Stage],
     recipe: Recipe,
     fabric: Fabric,
     journal: Journal,
-    cache: TeacherCache | None = None,
+    cache: TeacherCache | Sequence[TeacherCache | None] | None = None,
     world: World = ALONE,
     cuda_graphs: bool = True,
 ) -> None:
     """Train the student through the stages, from where the journal's state stands.
 
-    Of several processes each hands over the same, a journal of its own excepted; they take every step together.
+    Of several processes each hands over the same, a journal of its own excepted; they take every step together. Of
+    several teachers, each may have a cache.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the step is not taken.
         RunError: there are more processes than images in a batch.
         RankError: another process has ended.
     """
-    _Training(student, teacher, task, recipe, fabric, journal, cache, world, cuda_graphs).run(stages)
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, Backbone) else list(teacher)
+    caches = list(cache) if isinstance(cache, Sequence) else [cache] * len(teachers)
+    teaching = [
+        Teaching(number, each, own, fabric, world)
+        for number, (each, own) in enumerate(zip(teachers, caches, strict=True))
+    ]
+    _Training(student, teaching, task, recipe, fabric, journal, world, cuda_graphs).run(stages)
 
 
 class _Training:
@@ -145,16 +153,15 @@ class _Training:
     def __init__(
         self,
         student: Backbone,
-        teacher: Backbone | None,
+        teaching: Sequence[Teaching],
         task: Task,
         recipe: Recipe,
         fabric: Fabric,
         journal: Journal,
-        cache: TeacherCache | None,
         world: World,
         cuda_graphs: bool,
     ) -> None:
-        self.student, self.teacher, self.cache, self.world = student, teacher, cache, world
+        self.student, self.teaching, self.world = student, teaching, world
         self.task, self.recipe, self.fabric, self.journal = task, recipe, fabric, journal
         self.images = task.seen
         self.labelled = len(task.train)
@@ -162,8 +169,6 @@ class _Training:
         self.views = views_of(recipe, task)
         student.to(memory_format=torch.channels_last)
         self.learner = fabric.setup_module(student)
-        if teacher is not None:
-            teacher.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.cuda_graphs = cuda_graphs and world.size == 1
 
     def run(self, stages: Sequence[Stage]) -> None:
@@ -194,11 +199,13 @@ class _Training:
         learned = [*self.student.parameters(), *self.losses.parameters()]
         self.optimizer = create_optimizer(learned, self.recipe, self.fabric.device)
         self.average: WeightAverage | None = None
-        self.graphed_student, self.graphed_teacher = self._graphed(self.student), self._graphed(self.teacher)
+        self.graphed_student = self._graphed(self.student)
+        for teaching in self.teaching:
+            teaching.enter(stage, self._graphed)
 
-    def _graphed(self, network: Backbone | None) -> GraphedNetwork | None:
+    def _graphed(self, network: Backbone) -> GraphedNetwork | None:
         device, precision = self.fabric.device, resolve_precision(self.recipe.precision, self.fabric.device)
-        if network is None or not (self.cuda_graphs and can_be_graphed(network, device, precision)):
+        if not (self.cuda_graphs and can_be_graphed(network, device, precision)):
             return None
         return GraphedNetwork(network, precision)
 
@@ -253,14 +260,16 @@ class _Training:
             batch = batches[step]
             view = self._view(epoch, step, len(batches))
             images, labels = self._load(batch, view)  # of this process's part, and of the whole batch
-            taught = self._teach(images, batch, view)
+            taught = [teaching(images, batch, view.number) for teaching in self.teaching]
             seen = self._learn(images, len(batch))
             labelled = int((batch < self.labelled).sum())
-            losses = {name: term(seen, taught, labels, labelled) for name, term in terms.items()}
+            losses = {name: term(seen, _read_by(term, taught), labels, labelled) for name, term in terms.items()}
             if self.views.mixed:
                 share, others = self._mixed_in(batch, view)
                 of_others = {
-                    name: term(seen, taught, others, labelled) for name, term in terms.items() if term.reads_labels
+                    name: term(seen, _read_by(term, taught), others, labelled)
+                    for name, term in terms.items()
+                    if term.reads_labels
                 }
                 losses |= {name: torch.lerp(loss, losses[name], share) for name, loss in of_others.items()}
             self.optimizer.zero_grad()
@@ -289,22 +298,6 @@ class _Training:
     def _labels(self, indices: Tensor) -> Tensor:
         return self.images.labels[indices].to(self.fabric.device, non_blocking=True)
 
-    def _teach(self, images: Tensor, batch: Tensor, view: View) -> Outputs | None:
-        if self.teacher is None or not self.stage.needs_teacher:
-            return None
-        if self.cache is not None and self.stage.embedding_suffices:
-            embedding = self.cache(view.number, batch).to(self.fabric.device)
-            if not self.stage.reads("logits"):
-                return Outputs(embedding.new_empty(len(batch), 0), embedding)
-            with torch.no_grad(), self.fabric.autocast():
-                return Outputs(self.teacher.classifier(embedding), embedding)
-        parts = frozenset(term.teacher for term in self.stage.terms.values() if term.teacher is not None)
-        if self.graphed_teacher is not None:
-            return self.graphed_teacher(images, parts)
-        with torch.no_grad(), self.fabric.autocast():
-            taught = cast(Outputs, self.teacher(images, features="features" in parts))
-        return self.world.gather_outputs(taught, len(batch), parts)
-
     def _learn(self, images: Tensor, count: int) -> Outputs:
         """Run the student on this process's images; returns its outputs for the whole batch of ``count``."""
         parts = frozenset(term.student for term in self.stage.terms.values())
@@ -325,14 +318,14 @@ class _Training:
             group["lr"] = self.stage.rate * learning_rate(self.recipe, self.epochs, time)
 
     def _check_finite(
-        self, losses: Mapping[str, Tensor], taught: Outputs | None, batch: Tensor, epoch: int, step: int
+        self, losses: Mapping[str, Tensor], taught: Sequence[Outputs | None], batch: Tensor, epoch: int, step: int
     ) -> None:
         """Raise before a step that would spoil the weights."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm + sum(loss.detach() for loss in losses.values())):
             return
-        self._refuse_sick_teacher(taught, batch)
+        self._refuse_sick_teachers(taught, batch)
         values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
         raise NonFiniteError(
             f"stage '{self.stage.name}', epoch {epoch + 1}, step {step + 1}: the loss or its gradient is not finite "
@@ -340,22 +333,19 @@ class _Training:
             "A lower --lr usually mends it; so can --precision 32-true or a smaller weight of the loss that grew"
         )
 
-    def _refuse_sick_teacher(self, taught: Outputs | None, batch: Tensor) -> None:
-        """Blame the teacher, and name the images, where it is its outputs that are not finite."""
-        if taught is None:
-            return
-        sources = [self.task.train.sources[row] for row in batch.tolist()]
+    def _refuse_sick_teachers(self, taught: Sequence[Outputs | None], batch: Tensor) -> None:
         hint = "" if self.recipe.precision == "32-true" else ". Its numbers may be too large for --precision bf16-mixed"
-        refuse_non_finite(taught.embedding, sources, "embedding", hint)
-        for what, rows in (("logits", taught.logits), *(("feature map", maps) for maps in taught.features)):
-            if len(rows) == len(sources):
-                refuse_non_finite(rows, sources, what, hint)
+        for teaching, outputs in zip(self.teaching, taught, strict=True):
+            if outputs is not None:
+                sources = [self.task.source_of(row) for row in batch.tolist()]
+                teaching.refuse_sick(outputs, sources, hint)
 
     def _record(self, losses: Mapping[str, Tensor], images: int, position: Position) -> None:
         values = {name: loss.detach() for name, loss in losses.items()}
         for term in self.stage.terms.values():
             if isinstance(term.loss, Reports):
-                values.update(term.loss.statistics())
+                figures = term.loss.statistics()
+                values.update({numbered(name, term.of): value for name, value in figures.items()})
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + images * value.double()
         self.sums["images"] = self.sums.get("images", torch.zeros(())) + images
@@ -382,18 +372,8 @@ class _Training:
             generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.position.stage)
             self.student.reset_classifier(generator)
         self._follow_weights()
-        losses = [term.loss for term in self.stage.terms.values()]
-        curious = [loss for loss in losses if isinstance(loss, Prepares) and loss.needs_training_set]
-        if curious and self.teacher is not None:
-            with self.fabric.autocast():
-                parts = [self.task.train, *([self.task.unlabelled] if self.task.unlabelled is not None else [])]
-                found = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
-            for part, embedding in zip(parts, found, strict=True):
-                refuse_non_finite(embedding, part.sources)
-            embedding, labels = torch.cat(found).to(self.fabric.device), self.images.labels.to(self.fabric.device)
-            for loss in curious:
-                shown = len(labels) if _sees_unlabelled(loss) else self.labelled
-                loss.prepare(embedding[:shown], labels[:shown])
+        for teaching in self.teaching:
+            teaching.prepare(self.task)
 
     def _follow_weights(self) -> None:
         if self.recipe.ema > 0:
@@ -440,8 +420,8 @@ class _Training:
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
 
 
-def _sees_unlabelled(loss: nn.Module) -> bool:
-    return Term(loss).sees_unlabelled
+def _read_by(term: Term, taught: Sequence[Outputs | None]) -> Outputs | None:
+    return None if term.teacher is None else taught[term.of]
 
 
 def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
