@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -85,8 +86,9 @@ def hub() -> Iterator[str | None]:
 
 def _switch(offline: bool) -> bool:
     """Tell the libraries that are imported, which have read the environment already; return what they had."""
-    constants, datasets = (sys.modules.get(name) for name in ("huggingface_hub.constants", "datasets.config"))
-    before = bool(getattr(constants, "HF_HUB_OFFLINE", forbidden_by_hub()))
+    constants: Any = sys.modules.get("huggingface_hub.constants")
+    datasets: Any = sys.modules.get("datasets.config")
+    before = bool(getattr(constants, "HF_HUB_OFFLINE", _forbidden_by_hub()))
     if constants is not None:
         setattr(constants, "HF_HUB_OFFLINE", offline)  # noqa: B010
     if datasets is not None:
@@ -95,6 +97,6 @@ def _switch(offline: bool) -> bool:
     return before
 
 
-def forbidden_by_hub() -> bool:
+def _forbidden_by_hub() -> bool:
     """Return whether the libraries of the hub will find downloads forbidden when they are imported."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
