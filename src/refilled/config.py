@@ -8,20 +8,25 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from refilled.errors import RunError, unknown
 
+_Crops = Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"]
+_Policy = Literal["none", "trivial", "rand"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "64-true"]
 
 WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 """Fields that determine where and how a run is executed. They change its result only by rounding."""
 
 
-YOUNGER: Mapping[str, Any] = {"optimizer": "sgd", "ema": 0.0, "balance": "off", "guard": False}
+YOUNGER: Mapping[str, Any] = {
+    **{"optimizer": "sgd", "ema": 0.0, "balance": "off", "guard": False},
+    **{"auto_augment": "none", "color_jitter": 0.0, "random_erasing": 0.0},
+}
 """Fields that are missing from older records, and their implicit values in those runs."""
 
 _SGD_ONLY_LR = 0.05
@@ -60,6 +65,13 @@ class Recipe:
             inverse of that share. Both raise the balanced accuracy and may lower the accuracy.
         augmentation: ``auto`` chooses by the data; ``crop`` pads and crops; ``crop-flip`` also mirrors;
             ``resized-crop-flip`` enlarges a random part, for long runs with few images.
+        auto_augment: ``trivial``: one random operation per image, such as a rotation by up to 135 degrees or a change
+            of contrast (TrivialAugment, ICCV 2021); ``rand``: two moderate ones (RandAugment, NeurIPS 2020). The
+            teacher sees the same image, as it does with the two options below.
+        color_jitter: Change brightness, contrast and saturation by factors between 1 - J and 1 + J; J is 0 to 1, often
+            0.4. The saturation of grey images is left as it is. 0: off.
+        random_erasing: Probability that a rectangle of 2 to 33 % of an image is replaced by noise (Zhong et al., AAAI
+            2020), for student and teacher alike. 0: off.
         views: Number of augmented views per image to cycle through; the teacher's embeddings of them are computed once
             and cached on disk. None: a new view in every epoch, with the teacher run live.
         mixup: Blend each image and its label with another image, with a share drawn from Beta(mixup, mixup). The
@@ -89,7 +101,10 @@ class Recipe:
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     images_per_class: int = 4
     balance: Literal["off", "weights", "logits"] = "off"
-    augmentation: Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"] = "auto"
+    augmentation: _Crops = "auto"
+    auto_augment: _Policy = "none"
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
     views: int | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -119,6 +134,12 @@ class Recipe:
         for name, holds in rules.items():
             if not holds:
                 raise RunError(f"{name} = {getattr(self, name)} is out of range")
+        for name, choices in (("augmentation", get_args(_Crops)), ("auto_augment", get_args(_Policy))):
+            if getattr(self, name) not in choices:
+                raise RunError(unknown(name, str(getattr(self, name)), choices))
+        for name in ("color_jitter", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RunError(f"{name} = {getattr(self, name)} is out of range; give a number from 0 to 1")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise RunError("nesterov needs a momentum above 0")
         if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:

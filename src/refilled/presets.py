@@ -48,6 +48,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """The fields that ``--preset`` sets; flags override them."""
 
+# For unlabelled images that are known to be of the task's own classes: the class means are refined by them. Among
+# images of other classes this does harm (docs/unlabelled.md).
+_OF_THE_SAME_CLASSES: Mapping[str, Any] = {"kd_refine": 3}
+
 
 def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a preset, overridden by the given values; their settings are merged.
@@ -62,7 +66,8 @@ def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS[name]
     fields_ = {**preset, **values}
     if fields_.get("method") == preset.get("method"):
-        fields_["settings"] = {**preset.get("settings", {}), **values.get("settings", {})}
+        refined = _OF_THE_SAME_CLASSES if values.get("unlabelled") == "rest" and "settings" in preset else {}
+        fields_["settings"] = {**preset.get("settings", {}), **refined, **values.get("settings", {})}
         return fields_
     of_the_method = {"settings", "guard"} - values.keys()  # another method has other parameters
     return {name: value for name, value in fields_.items() if name not in of_the_method}

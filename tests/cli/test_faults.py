@@ -234,8 +234,22 @@ NUMBERS = {
     "-1": [
         *("epochs", "batch_size", "lr", "threads", "shots", "image_size", "teacher_size", "views", "val", "seed"),
         *("least_steps", "weight_decay", "warmup", "momentum", "ema", "mixup", "cutmix", "image_memory"),
+        *("color_jitter", "random_erasing"),
     ],
-    "nan": ["lr", "weight_decay", "warmup", "momentum", "ema", "mixup", "cutmix", "image_memory", "val"],
+    "40": ["color_jitter", "random_erasing"],
+    "nan": [
+        "color_jitter",
+        "random_erasing",
+        "lr",
+        "weight_decay",
+        "warmup",
+        "momentum",
+        "ema",
+        "mixup",
+        "cutmix",
+        "image_memory",
+        "val",
+    ],
     "inf": ["lr", "weight_decay", "warmup", "momentum", "ema", "mixup", "cutmix", "image_memory", "val"],
     "1e308": ["momentum", "ema", "image_memory", "val"],
 }

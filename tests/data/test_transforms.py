@@ -205,7 +205,10 @@ def test_mixing_neither_way_is_refused():
         Views("none").mixing(8, seed=0, view=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+ALTERED = {"auto_augment": "trivial", "color_jitter": 0.4, "random_erasing": 0.5}
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixup": 0.4}, {"cutmix": 1.0}, ALTERED, {"cutmix": 1.0, **ALTERED}], ids=str)
 def test_what_a_view_shows_of_an_image_does_not_depend_on_the_batch(changes):
     pixels, views = images(30, 16), Views("crop-flip", **changes)
     whole = views.load(pixels, torch.arange(30), seed=5, view=2)
@@ -215,7 +218,7 @@ def test_what_a_view_shows_of_an_image_does_not_depend_on_the_batch(changes):
 
 
 def test_a_mixed_view_is_made_of_the_same_view_of_both_images():
-    pixels, plain, mixed = images(30, 16), Views("crop-flip"), Views("crop-flip", mixup=1.0)
+    pixels, plain, mixed = images(30, 16), Views("crop-flip", **ALTERED), Views("crop-flip", mixup=1.0, **ALTERED)
     order = {"seed": 5, "view": 2}
     partner = mixed.partners(torch.arange(30), 30, **order)
     assert len(set(partner.tolist())) > 15

@@ -70,6 +70,28 @@ def test_refined_means_come_nearer_to_those_of_all_images():
     assert gaps[1] < 0.5 * gaps[0]
 
 
+def test_refined_means_are_those_of_a_loop():
+    generator = torch.Generator().manual_seed(2)
+    embedding, labels = torch.randn(40, 6, generator=generator), torch.full((40,), -1)
+    labels[:8] = torch.arange(8) % 4
+    means = [embedding[labels == c].mean(0) for c in range(4)]
+    for _ in range(2):
+        sums, weights = [torch.zeros(6) for _ in range(4)], [0.0] * 4
+        shares = []
+        for row in embedding[8:]:
+            unnormalised = [math.exp(-(row - mean).square().sum().item() / (0.25 * 2.0)) for mean in means]
+            shares.append([value / sum(unnormalised) for value in unnormalised])
+        for c in range(4):
+            for row in embedding[labels == c]:
+                sums[c], weights[c] = sums[c] + row, weights[c] + 1
+            for row, share in zip(embedding[8:], shares, strict=True):
+                sums[c], weights[c] = sums[c] + share[c] * max(share) * row, weights[c] + share[c] * max(share)
+        means = [total / weight for total, weight in zip(sums, weights, strict=True)]
+    loss = LocalKDLoss(centers="global", temperature=2.0, refine=2)
+    loss.prepare(embedding, labels)
+    torch.testing.assert_close(loss.class_centers, torch.stack(means), atol=1e-5, rtol=1e-5)
+
+
 def test_trust_is_measured_on_labelled_images():
     _, embedding, labels = batch()
     shares = []

@@ -65,6 +65,14 @@ def test_presets_are_valid_runs():
         Run(task="digits", student="wrn_10_1", **values)
 
 
+def test_class_means_are_refined_by_unlabelled_images_of_the_same_classes_only():
+    assert with_preset("good", {"unlabelled": "rest"})["settings"]["kd_refine"] == 3
+    assert "kd_refine" not in with_preset("good", {"unlabelled": "heap/"})["settings"]
+    assert "kd_refine" not in with_preset("good", {})["settings"]
+    assert with_preset("good", {"unlabelled": "rest", "settings": {"kd_refine": 0}})["settings"]["kd_refine"] == 0
+    assert not with_preset("paper", {"unlabelled": "rest"})["settings"]
+
+
 def test_what_is_given_wins_over_the_preset_and_joins_its_settings():
     good = PRESETS["good"]["settings"]
     assert with_preset(None, {"epochs": 3}) == {"epochs": 3}

@@ -206,6 +206,7 @@ def test_two_processes_train_as_one_does(two, method):
         ({}, {"mixup": 0.5}),
         ({}, {"cutmix": 1.0}),
         ({}, {"views": 2}),
+        ({}, {"auto_augment": "trivial", "color_jitter": 0.4, "random_erasing": 0.5}),
         ({}, {"sampler": "balanced", "batch_size": 12}),
         ({}, {"batch_size": 5, "epochs": 4}),  # parts of one image and of two
     ],

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,12 @@ def test_the_size_of_the_shards_does_not_matter(tmp_path, shard_images):
     assert cache.size == sum(path.stat().st_size for path in tmp_path.glob("*.f32"))
 
 
-@pytest.mark.parametrize("mixing", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
-def test_it_says_what_the_live_teacher_says_about_mixtures(tmp_path, mixing):
+@pytest.mark.parametrize(
+    "mixing",
+    [{"mixup": 0.4}, {"cutmix": 1.0}, {"auto_augment": "rand", "color_jitter": 0.4, "random_erasing": 0.5}],
+    ids=str,
+)
+def test_it_says_what_the_live_teacher_says_about_mixed_and_altered_images(tmp_path, mixing):
     task = made_up()
     cache = TeacherCache(tmp_path, replace(empty_cache(tmp_path).contents, **mixing))
     cache.build(task, colours)
@@ -107,11 +112,21 @@ def test_whatever_decides_the_embeddings_has_a_cache_of_its_own(run, teacher, tm
     changes = [
         {}, {"teacher": str(other)}, {"views": 2}, {"shots": 7}, {"augmentation": "none"}, {"precision": "bf16-mixed"},
         {"teacher_mean": (0.1, 0.2, 0.3)}, {"image_size": 8}, {"mixup": 0.4}, {"cutmix": 1.0},
+        {"auto_augment": "trivial"}, {"auto_augment": "rand"}, {"color_jitter": 0.4}, {"color_jitter": 0.3},
+        {"random_erasing": 0.4},
     ]  # fmt: skip
     folders = [find_cache(replace(run, **change)).folder for change in changes]
     assert len(set(folders)) == len(changes)
     same = [{"method": "refilled"}, {"epochs": 9}, {"lr": 0.01}, {"student": "wrn_16_1"}]
     assert {find_cache(replace(run, **change)).folder for change in same} == {folders[0]}
+
+
+def test_caches_from_before_an_option_are_those_of_runs_without_it():
+    cache = Contents("t", "d", 50, 3, 2, "crop-flip", "32-true")
+    old = {"teacher": "t", "data": "d", "images": 50, "embedding_dim": 3, "views": 2, "augmentation": "crop-flip"}
+    old |= {"precision": "32-true", "shard_images": 16384, "mixup": 0.0, "cutmix": 0.0, "schema": 3}
+    assert cache.key == sha256(json.dumps(old).encode()).hexdigest()[:16]
+    assert Contents(**old) == cache
 
 
 DAMAGE = {

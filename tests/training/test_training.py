@@ -122,7 +122,15 @@ class _Stopping(Display):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"views": 2, "cutmix": 1.0, "settings": {"centers": "global"}}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"views": 2, "cutmix": 1.0, "settings": {"centers": "global"}},
+        {"auto_augment": "trivial", "color_jitter": 0.4, "random_erasing": 0.5},
+    ],
+    ids=str,
+)
 def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatch, changes):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = refilled(teacher, **changes)

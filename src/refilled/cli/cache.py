@@ -20,6 +20,9 @@ _NOT_CACHED = {f.name for f in fields(Recipe)} - {
     "augmentation",
     "mixup",
     "cutmix",
+    "auto_augment",
+    "color_jitter",
+    "random_erasing",
     "precision",
     "seed",
 }  # these do not affect an embedding

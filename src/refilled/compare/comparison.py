@@ -149,7 +149,7 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
         if name not in vars(run) and name != "preset":
             raise RunError(unknown("key", name, ["preset", *vars(run)]))
     given = {name: value for name, value in changes.items() if name != "preset"}
-    changed = replace(run, **with_preset(changes.get("preset"), given))
+    changed = replace(run, **with_preset(changes.get("preset"), {"unlabelled": run.unlabelled, **given}))
     if not load_method(changed.method).ignores_teacher:
         return changed
     # The run does not depend on the teacher, so it need not be repeated for another one.

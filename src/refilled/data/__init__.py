@@ -5,6 +5,7 @@ from refilled.data.episodes import Episodes, queries_left, sample_episodes
 from refilled.data.grey import GreyRange
 from refilled.data.loading import load_task, task_stamp
 from refilled.data.opening import data_folder, list_datasets
+from refilled.data.policies import AutoAugment, alter
 from refilled.data.pool import load_pool
 from refilled.data.samplers import Sampler, epoch_batches, joined_batches
 from refilled.data.statistics import channel_statistics
@@ -17,6 +18,7 @@ from refilled.data.views import Mixing, Views
 
 __all__ = [
     "Augmentation",
+    "AutoAugment",
     "Episodes",
     "GreyRange",
     "Mixing",
@@ -28,6 +30,7 @@ __all__ = [
     "TaskSize",
     "Views",
     "absolute_task_text",
+    "alter",
     "augment",
     "channel_statistics",
     "data_folder",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from refilled.data.keyed import keyed_bits, keyed_integers
+from refilled.data.policies import AutoAugment, alter
 from refilled.data.store import JoinedImages, SeenPixels
 from refilled.data.transforms import Augmentation, augment
 from refilled.errors import TaskError
@@ -42,11 +43,17 @@ class Views:
         mixup: If above 0, images are blended with a share drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018).
         cutmix: If above 0, a square patch is replaced by that of the partner. The share of the area outside it is drawn
             from Beta(cutmix, cutmix) (Yun et al., ICCV 2019). With both above 0, each applies to half of the views.
+        auto_augment: With the two below, changes of each image before it is mixed: see :func:`alter`.
+        color_jitter: Strength of changes in brightness, contrast and saturation.
+        random_erasing: Probability that a rectangle is replaced by noise.
     """
 
     augmentation: Augmentation
     mixup: float = 0.0
     cutmix: float = 0.0
+    auto_augment: AutoAugment = "none"
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
 
     @property
     def mixed(self) -> bool:
@@ -58,7 +65,16 @@ class Views:
 
         def augmented(chosen: Tensor) -> Tensor:
             images = pixels.index_select(0, chosen.to(pixels.device))
-            return augment(images, chosen, seed=seed, view=view, kind=self.augmentation)
+            images = augment(images, chosen, seed=seed, view=view, kind=self.augmentation)
+            return alter(
+                images,
+                chosen,
+                seed=seed,
+                view=view,
+                auto_augment=self.auto_augment,
+                color_jitter=self.color_jitter,
+                random_erasing=self.random_erasing,
+            )
 
         if not self.mixed:
             return augmented(indices)

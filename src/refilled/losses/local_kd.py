@@ -21,6 +21,8 @@ Centers = Literal["batch", "leave-one-out", "global"]
 Classes = Literal["batch", "all"]
 Average = Literal["images", "elements"]
 
+_SHARPER = 0.25  # refined means come from surer shares than those that are distilled (docs/log.md)
+
 
 def local_kd(
     student_logits: Tensor,
@@ -160,8 +162,8 @@ class LocalKDLoss(nn.Module):
         average: ``"images"`` or ``"elements"``.
         doubt: Power of the weight that reduces the loss of unlabelled images on which the teacher is unsure.
         refine: Number of times that the global class means are recomputed with the unlabelled images, each weighted by
-            its share in every class (soft k-means; Ren et al., ICLR 2018). No effect if :meth:`prepare` gets no
-            unlabelled images.
+            its share in every class at a quarter of the temperature (soft k-means; Ren et al., ICLR 2018). For
+            unlabelled images of the same classes only. No effect if :meth:`prepare` gets no unlabelled images.
 
     Raises:
         MethodError: A parameter is out of range, or (on a call) shapes or labels do not fit, or the global class means
@@ -249,7 +251,7 @@ class LocalKDLoss(nn.Module):
             return means
         own = (labels[:, None] == classes).to(rows.dtype)[labels >= 0]
         for _ in range(self.refine):
-            share = F.softmax(-squared_distances(unlabelled, means) / self.temperature, dim=1)
+            share = F.softmax(-squared_distances(unlabelled, means) / (_SHARPER * self.temperature), dim=1)
             share = torch.cat([own, share * share.amax(1, keepdim=True)])  # an unsure image has less weight
             means = share.T @ torch.cat([rows[labels >= 0], unlabelled]) / share.sum(0)[:, None]
         return means

@@ -110,7 +110,9 @@ def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
 def views_of(recipe: Recipe, task: Task) -> Views:
     """Return the augmentation of a task's training images; ``auto`` is the task's own."""
     augmentation = task.augmentation if recipe.augmentation == "auto" else recipe.augmentation
-    return Views(augmentation, recipe.mixup, recipe.cutmix)
+    return Views(
+        augmentation, recipe.mixup, recipe.cutmix, recipe.auto_augment, recipe.color_jitter, recipe.random_erasing
+    )
 
 
 def fit(

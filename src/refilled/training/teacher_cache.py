@@ -11,7 +11,7 @@ cache, and a shard that is torn, or was made for something else, is detected and
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Self
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refilled.data import Augmentation, Task, Views
+from refilled.data import Augmentation, AutoAugment, Task, Views
 from refilled.errors import RunError
 from refilled.files import write_atomic
 from refilled.locks import lock, unlock
@@ -37,6 +37,9 @@ _COMPARED = 256  # images
 _CENTERED = 16384  # images whose class means serve the comparison
 _DIGEST_SIZE = sha256().digest_size
 _ITEM_SIZE = np.dtype(np.float32).itemsize
+
+_OFF = {"auto_augment": "none", "color_jitter": 0.0, "random_erasing": 0.0}
+"""Values of younger fields that change nothing: caches from before them keep their keys."""
 
 Embed = Callable[[Tensor], Tensor]
 Say = Callable[[str], None]
@@ -57,11 +60,20 @@ class Contents:
     mixup: float = 0.0
     cutmix: float = 0.0
     schema: int = 3
+    auto_augment: AutoAugment = "none"
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
 
     @property
     def key(self) -> str:
         """A short name for the folder."""
-        return sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        parts = {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
+        return sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
+    def each_view(self) -> Views:
+        """How each view is made."""
+        return Views(**{field.name: getattr(self, field.name) for field in fields(Views)})
 
     @property
     def shards_a_view(self) -> int:
@@ -242,9 +254,7 @@ class TeacherCache:
         self._mapped.pop(shard, None)
 
     def _embed(self, task: Task, embed: Embed, view: int, indices: Tensor) -> Tensor:
-        contents = self.contents
-        views = Views(contents.augmentation, contents.mixup, contents.cutmix)
-        pixels = views.load(task.seen.pixels, indices, seed=VIEW_SEED, view=view)
+        pixels = self.contents.each_view.load(task.seen.pixels, indices, seed=VIEW_SEED, view=view)
         embedding = embed(pixels).float().cpu()
         refuse_non_finite(embedding, [task.source_of(row) for row in indices.tolist()])
         return embedding
