@@ -46,11 +46,7 @@ def measure(cell: Cell, run: Path, kept: Path) -> float | None:
     try:
         recorded: float | None = TypeAdapter(float | None).validate_json(read_record(path))
     except ValidationError as error:
-<<<<<<< HEAD
         raise RunError(f"{path} is damaged: it is not a number; remove it, and it is computed again") from error
-=======
-        raise RunError(f"{path} is damaged: it is not a number; remove it to compute it again") from error
->>>>>>> hostile
     return recorded
 
 
