@@ -23,6 +23,7 @@ from refilled.methods import list_methods, load_method
 from refilled.models import embedded_folder
 from refilled.outputs import Outputs
 from refilled.presets import with_preset
+from refilled.runs.examination import SAMPLE_IMAGES
 from refilled.runs.experiment import complete, distill, resume
 from refilled.runs.teacher_caches import list_caches
 from refilled.stages import Stage, Term, constant, of_several
@@ -293,7 +294,8 @@ def test_a_forecast_counts_each_teacher(file, tmp_path):
     assert {name for name in found[0]["rates"] if "teacher" in name} == {"teacher"}
     assert {name for name in found[1]["rates"] if "teacher" in name} == {"teacher 1", "teacher 2"}
     seen = found[1]["size"]["train"]
-    each = sum(3 * seen / found[1]["rates"][name] for name in ("teacher 1", "teacher 2"))  # 2 views, and for the losses
+    images = 3 * seen + min(seen, SAMPLE_IMAGES)  # two views, for the losses, and to judge the teacher
+    each = sum(images / found[1]["rates"][name] for name in ("teacher 1", "teacher 2"))
     assert found[1]["seconds"]["embedding by the teacher"] == pytest.approx(each)
 
 
