@@ -240,3 +240,13 @@ def test_the_only_image_of_a_class_is_left_out():
     assert share > 0.9
     more = torch.cat([embedding, 3 * embedding[:1]]), torch.cat([labels, torch.tensor([99])])
     assert label_information(*more) == pytest.approx(share, rel=1e-9)
+
+
+def test_classes_of_two_images_count_and_lone_images_do_not():
+    embedding = 10 * torch.eye(4)[[0, 0, 1, 1, 2, 2]] + 0.1 * torch.arange(24.0).view(6, 4).sin()
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    known = label_information(embedding, labels)
+    assert known > 0.9
+    centred = embedding - embedding.mean(0)
+    with_lone = torch.cat([centred, torch.zeros(1, 4)])  # at the mean, which it therefore does not move
+    assert label_information(with_lone, torch.tensor([0, 0, 1, 1, 2, 2, 3])) == pytest.approx(known, abs=1e-5)

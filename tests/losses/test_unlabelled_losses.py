@@ -187,3 +187,24 @@ def test_a_batch_of_unlabelled_images_has_weight_one_without_doubt():
     q, log_p = F.softmax(-(embedding[:, None] - means).square().sum(2) / 2, 1), F.log_softmax(logits, 1)
     expected = (q * (q.log() - log_p)).sum(1)[KNOWN:].mean()
     torch.testing.assert_close(local_kd(logits[KNOWN:], embedding[KNOWN:], labels[KNOWN:], centers=means), expected)
+
+
+def test_a_centred_loss_is_that_of_the_centred_embedding():
+    logits, embedding, labels = batch()
+    embedding = embedding + 5
+    loss = LocalKDLoss(centers="global", centered=True, normalize=True, temperature=0.5)
+    loss.prepare(embedding, labels)
+    moved = embedding - embedding.mean(0)
+    plain = LocalKDLoss(centers="global", normalize=True, temperature=0.5)
+    plain.prepare(moved, labels)
+    torch.testing.assert_close(loss(logits, embedding, labels), plain(logits, moved, labels))
+
+
+def test_an_unsure_teacher_counts_fully_by_default():
+    logits, embedding, labels = batch()
+    values = []
+    for options in ({}, {"doubt": 0.0}, {"doubt": 1.0}):
+        loss = LocalKDLoss(centers="global", temperature=5.0, **options)
+        loss.prepare(embedding, labels)
+        values.append(loss(logits, embedding, labels).item())
+    assert values[0] == values[1] != values[2]
