@@ -40,8 +40,8 @@ second call resumes; `python benchmarks/mutants.py --summary` prints the counts 
 | `distances` | 62 | 44 | 1 | 42 | 1 | 97.7 % |
 | all | 820 | 583 | 41 | 528 | 14 | 97.4 % |
 
-`benchmarks/mutants.toml` gives the reason for each equivalent mutant. 583 of 820 mutants were run, in random order. Some
-of those that survived have tests since; the others are not known to matter.
+`benchmarks/mutants.toml` gives the reason for each equivalent mutant. 583 of 820 mutants were run, in random order.
+Some of those that survived have tests since; the others are not known to matter.
 
 ## Promised
 """
