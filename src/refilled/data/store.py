@@ -11,13 +11,11 @@ is decoded again.
 
 import json
 import mmap
-import multiprocessing
 import os
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from refilled.data.source import Part, Rows
 from refilled.errors import TaskError
 from refilled.files import cache_folder, write_atomic
 from refilled.locks import lock
+from refilled.workers import worker_processes
 
 _SHARD_BYTES = 2**27
 _CGROUP = Path("/sys/fs/cgroup")
@@ -281,14 +280,11 @@ class _Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab") as file:
-            os.truncate(
-                file.fileno(), len(self.part.labels) * self._image_bytes
-            )  # a sparse file: shards that are not decoded take no room
+            # A sparse file: shards that are not decoded take no room.
+            os.truncate(file.fileno(), len(self.part.labels) * self._image_bytes)
         workers = min(torch.get_num_threads(), len(shards))
         if workers > 1:
-            # Spawned: torch's threads do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, context, _begin_worker, (self,)) as executor:
+            with suppress(BrokenProcessPool), worker_processes(workers, _begin_worker, self) as executor:
                 list(executor.map(_make_shard, shards))
         for shard, record in zip(shards, self._whole(shards), strict=True):
             if record is None:  # with one worker: all; else the shards of a worker that was killed
@@ -302,9 +298,8 @@ class _Store:
         digests[readable] = pixel_digests(pixels)
         start, length = (count * self._image_bytes for count in (int(rows[0]), len(rows)))
         with self._file.open("r+b") as file:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # reserve the room: a write to a mapped file on a full disk would kill the process
+            # Reserve the room: a write to a mapped file on a full disk would kill the process.
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), start, length)
             target = np.memmap(file, np.uint8, "r+", start, (len(rows), self.size, self.size, 3))
             target[readable] = pixels.permute(0, 2, 3, 1).numpy()
@@ -353,16 +348,7 @@ def _begin_worker(store: _Store) -> None:
     global _store
     _store = store
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _make_shard(shard: int) -> None:
     _store.make(shard)
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent ends. A worker would wait forever for a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # only workers call this
-    parent.join()
-    os._exit(1)

@@ -3,25 +3,19 @@
 An executor is a function that opens a :class:`Pool` for a given number of concurrent runs. Ray is imported on demand.
 """
 
-import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from refilled.errors import RunError, unknown
+from refilled.workers import worker_processes
 
 NAMES = ("local", "ray")
 RETRIES = 3  # of a run whose worker Ray lost; a run resumes from its last saved state
-
-_SECONDS_TO_SAVE = 10
 
 
 class Pool(Protocol):
@@ -60,26 +54,14 @@ def processes(jobs: int) -> Iterator[Pool]:
     Raises:
         RunError: The system ended a process, usually because memory ran out.
     """
-    # spawn, because torch's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: the workers stop when the sending end is closed, by this process or by its end.
-    stop, keep_going = context.Pipe(duplex=False)
-    with (
-        keep_going,
-        stop,
-        ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(stop,)) as pool,
-    ):
-        try:
+    try:
+        with worker_processes(jobs, _use_one_thread) as pool:
             yield pool
-        except BrokenProcessPool as error:
-            raise RunError(
-                "the system ended a process, usually because memory ran out; repeat the command to resume, with fewer "
-                "--jobs if necessary"
-            ) from error
-        except BaseException:
-            keep_going.close()
-            pool.shutdown(cancel_futures=True)
-            raise
+    except BrokenProcessPool as error:
+        raise RunError(
+            "the system ended a process, usually because memory ran out; repeat the command to resume, with fewer "
+            "--jobs if necessary"
+        ) from error
 
 
 @contextmanager
@@ -148,14 +130,5 @@ def _import_ray() -> Any:
     return ray
 
 
-def _begin_worker(stop: Connection) -> None:
+def _use_one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which has not happened yet
-    threading.Thread(target=_end_with_grid, args=(stop,), daemon=True).start()
-
-
-def _end_with_grid(stop: Connection) -> None:
-    """Save the current run and exit when the grid ends early, or its process does, which may have been killed."""
-    wait([stop])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_SECONDS_TO_SAVE)
-    os._exit(128 + signal.SIGTERM)
