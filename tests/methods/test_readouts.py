@@ -1,7 +1,6 @@
 """Methods without a student of their own: readouts of the teacher's embedding, and its fine-tuning."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from refilled.models import create_model, load_model, load_teacher, save_model
 from refilled.models.backbone import trainable_copy
 from refilled.presets import PRESETS
 from refilled.runs.experiment import distill, resume
-from refilled.runs.inference import classify as classify_images
-from refilled.runs.inference import evaluate
+from refilled.runs.inference import evaluate, open_classifier
 from refilled.runs.prepared import Prepared, load_task_of, resolve
 from refilled.runs.result import Result
 from refilled.stages import Readout
@@ -116,7 +114,7 @@ def test_a_readout_leaves_a_folder_like_any_run_but_for_the_student(teacher, tmp
 
 def test_what_needs_a_student_says_that_there_is_none(teacher, tmp_path):
     distill(reading(teacher, "svm"), tmp_path / "a")
-    for call in (evaluate, lambda folder: classify_images(folder, [Path("x.png")])):
+    for call in (evaluate, open_classifier):
         with pytest.raises(RunError, match=r"a holds no student: 'svm' reads the embedding of its teacher"):
             call(tmp_path / "a")
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from refilled.errors import RefilledError
 from refilled.models import load_model
-from refilled.runs.inference import classify, task_of, teacher_accuracies
+from refilled.runs.inference import classify_by, open_classifier, task_of, teacher_accuracies
 from refilled.serve.app import make_app
 from refilled.serve.engine import Engine
 from refilled.serve.server import serve
@@ -71,7 +71,7 @@ def header_of_png(width, height):
 
 def test_every_answer_under_load_is_that_of_predict(app, student, pictures):
     paths = sorted(pictures.rglob("*.png"))
-    expected = dict(classify(student, [pictures])[0])
+    expected = dict(classify_by(open_classifier(student), [pictures])[0])
     chosen = [paths[number * 7 % len(paths)] for number in range(200)]
     requests = [("POST", "/predict", {"content": path.read_bytes()}) for path in chosen]
     responses = ask(app, *requests, at_once=20)
@@ -101,7 +101,7 @@ def test_several_pictures_of_a_form_are_answered_in_order_with_the_broken_one_na
     answers = response.json()["predictions"]
     assert [answer["name"] for answer in answers] == [paths[0].name, "torn.jpg", paths[1].name, paths[2].name]
     assert answers[1]["status"] == 415
-    expected = dict(classify(student, paths)[0])
+    expected = dict(classify_by(open_classifier(student), paths)[0])
     for path, answer in zip(paths, answers[:1] + answers[2:], strict=True):
         two = dict(sorted(expected[path].items(), key=lambda item: -item[1])[:2])
         assert answer["probabilities"] == pytest.approx(two, abs=1e-5)

@@ -90,7 +90,7 @@ def _print_result(result: "Result", folder: Path) -> None:
     several: Sequence[Mapping[str, Any]] = about.get("teachers", ())
     for number, each in enumerate(several or [about], start=1):
         if several:
-            from refilled.runs.several import in_words
+            from refilled.runs.teachers import in_words
 
             table.add_row(f"teacher {number}", escape(printable(f"{each['name']}: {in_words(each)}")))
         if cached := each.get("cache"):

@@ -17,7 +17,6 @@ from refilled.errors import TaskError
 
 TEST_FRACTION = 0.2
 """Fraction of each class that is cut off as the test part, where the source has none."""
-_SHOWN = 5  # classes that a note lists
 
 
 @dataclass(frozen=True)
@@ -157,5 +156,4 @@ def _absence_note(what: str, source: Source, absent: set[int]) -> list[str]:
     if not absent:
         return []
     names = [source.classes[position] for position in sorted(absent)]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"]
+    return [f"{what}: {Several.of(names)}"]

@@ -94,7 +94,7 @@ class Backbone(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """Resize and normalise images, uint8 or float in [0, 1], as the model expects."""
         if self.channels == 1:
-            images = _luma(images, self.mean.dtype)
+            images = luma(images, self.mean.dtype)
         size = self.input_size
         if size is not None and images.shape[-2:] != (size, size):
             if images.dtype == torch.uint8 and images.is_cuda:  # only the CPU resizes uint8
@@ -119,7 +119,7 @@ class Backbone(nn.Module):
             if not right_number or not all(0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
                 raise ModelError(f"{name} must be three numbers on the scale 0 to 1, std above 0; got {list(values)}")
             numbers = torch.tensor(values).view(1, -1, 1, 1)
-            getattr(self, name).copy_(numbers if len(values) == self.channels else _luma(numbers, numbers.dtype))
+            getattr(self, name).copy_(numbers if len(values) == self.channels else luma(numbers, numbers.dtype))
         if input_size is not None:
             if input_size < 1:
                 raise ModelError(f"the input size must be a positive number of pixels; got {input_size}")
@@ -199,8 +199,8 @@ def trainable_copy(teacher: Backbone, class_names: tuple[str, ...], generator: t
     return model
 
 
-def _luma(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert RGB images ``(N, 3, H, W)``, uint8 or float in [0, 1], to grayscale ``(N, 1, H, W)`` in [0, 1]."""
+def luma(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert RGB images ``(N, 3, H, W)`` to grayscale ``(N, 1, H, W)``: uint8 to [0, 1], floats on their own scale."""
     scale = 255 if images.dtype == torch.uint8 else 1
     weights = torch.tensor(_LUMA, dtype=dtype, device=images.device).view(1, 3, 1, 1) / scale
     return (images.to(dtype) * weights).sum(1, keepdim=True)  # no matrix product: autocast would round it

@@ -25,8 +25,8 @@ from refilled.report.matrix import matrix_of
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
 from refilled.report.projection import networks_of, projection_of
-from refilled.report.several import teacher_rows
 from refilled.report.speed import speed_of
+from refilled.report.teachers import teacher_rows
 from refilled.report.text import shown, visible
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, readout_classes, task_of
@@ -79,10 +79,11 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
     headline = [_how_to_know(run)]
     tables: dict[str, list[list[str]]] = {"Accuracy": _accuracies(result)}
     pictures: dict[str, str] = {}
-    if curves := _curves(folder):
+    log = read_json_lines(folder / "log.jsonl")
+    if curves := _curves(log):
         pictures["Learning curves: all terms of the loss, and accuracies"] = address(svg(curves))
-    if several := (result.teacher or {}).get("teachers"):
-        tables["What each teacher brought"] = teacher_rows(several, folder / "log.jsonl")
+    if "teachers" in about:
+        tables["What each teacher brought"] = teacher_rows(about["teachers"], log)
     worst: list[dict[str, str]] = []
     calibration, matrix, projection = None, None, None
     if len(scored) and int(scored.labels.min()) >= 0:
@@ -243,8 +244,7 @@ def _not_used(result: Result) -> list[list[str]]:
     return [["", "number", "names"], *lines] if lines else []
 
 
-def _curves(folder: Path) -> Figure | None:
-    log = read_json_lines(folder / "log.jsonl")
+def _curves(log: Sequence[Mapping[str, Any]]) -> Figure | None:
     names = [n for n in dict.fromkeys(n for e in log for n in e) if n not in ("stage", "epoch", "lr", "seconds")]
     names = [n for n in names if any(isinstance(e.get(n), int | float) for e in log)]
     if not names:

@@ -11,11 +11,12 @@ from torch import Tensor
 from refilled.config import Run
 from refilled.data import Split, Task
 from refilled.errors import RefilledError
-from refilled.models import Backbone, create_model, create_student, starts_from_weights
+from refilled.models import Backbone
 from refilled.report.pictures import COLORS, examples, project
 from refilled.report.text import shown
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of
+from refilled.runs.prepared import initial_student
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
 
@@ -103,34 +104,23 @@ def networks_of(folder: Path, run: Run, task: Task, final: Backbone) -> dict[str
         return {"The student's embedding": final}
     first = stages[0]
     networks: dict[str, Backbone] = {}
-    if (fresh := _untrained(run, task, final)) is not None:
+    if (fresh := _untrained(run, task, final.mean.device)) is not None:
         networks[f"Before the first stage, “{first}”"] = fresh
     networks[f"After the first stage, “{first}”"] = network_of(folder, first)
     networks["At the end"] = final
     return networks
 
 
-def _untrained(run: Run, task: Task, final: Backbone) -> Backbone | None:
+def _untrained(run: Run, task: Task, device: torch.device) -> Backbone | None:
     """Build the student as it was before training; None if its initial weights no longer exist."""
     assert run.student is not None  # checked by the caller
-    mean, std = final.mean.flatten().tolist(), final.std.flatten().tolist()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            if starts_from_weights(run.student):
-                student, _ = create_student(run.student, task.classes, image_size=task.image_size, mean=mean, std=std)
-            else:
-                student = create_model(
-                    run.student,
-                    len(task.classes),
-                    image_size=task.image_size,
-                    mean=mean,
-                    std=std,
-                    pretrained=run.pretrained,
-                )
+            student, _ = initial_student(run.student, run.pretrained, task)
     except RefilledError:
         return None
-    return student.to(final.mean.device)
+    return student.to(device)
 
 
 def _nothing(reason: str) -> Projection:

@@ -87,7 +87,7 @@ def open_network(
 
 
 def embed_images(model: Backbone, images: Iterable[Path]) -> Iterator[Rows]:
-    """Embed image files as :func:`~refilled.runs.inference.classify` reads them, batch by batch.
+    """Embed image files as :func:`~refilled.runs.inference.classify_by` reads them, batch by batch.
 
     Args:
         model: A model with an image size, as :func:`open_network` returns it.

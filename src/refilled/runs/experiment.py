@@ -20,8 +20,8 @@ from refilled.runs.images import ImageRecord
 from refilled.runs.prepared import Prepared, load_task_of, resolve, runs_code, with_absolute_paths
 from refilled.runs.result import Result
 from refilled.runs.scoring import measure
-from refilled.runs.several import brought_by_each, with_gap
 from refilled.runs.teacher_caches import cache_for, fabric_of, gap_of
+from refilled.runs.teachers import brought_by_each, with_gap
 from refilled.training.distributed import ALONE, World, joined
 from refilled.training.journal import RunJournal
 from refilled.training.loop import fit

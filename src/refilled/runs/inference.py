@@ -10,6 +10,7 @@ from torch import Tensor
 
 from refilled.config import Run
 from refilled.data import GreyRange, Task
+from refilled.data.several import Several
 from refilled.errors import RefilledError, RunError
 from refilled.files import read_tensors
 from refilled.methods import load_method
@@ -27,8 +28,6 @@ from refilled.training.evaluation import accuracy, nearest_center_accuracy, pred
 
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
 """Each image's probability of each class, and for images that cannot be read the reason."""
-
-_SHOWN = 5  # names in a message
 
 
 def evaluate(folder: Path, task: str | None = None, data_root: str | None = None) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def evaluate(folder: Path, task: str | None = None, data_root: str | None = None
     unknown = [name for name in data.classes if name not in names]
     if unknown:
         raise RunError(
-            f"{data.name} has classes that the student in {folder} does not know: {_listed(unknown)}. Select the "
+            f"{data.name} has classes that the student in {folder} does not know: {Several.of(unknown)}. Select the "
             "others, as in TASK:NAME,NAME"
         )
     labels = torch.tensor([names.index(name) for name in data.classes])[data.test.labels]
@@ -93,12 +92,7 @@ def _notes(record: ImageRecord | None, data: Task, own: bool) -> list[str]:
 
 def _unscored(names: tuple[str, ...], labels: Tensor) -> list[str]:
     missing = [name for place, name in enumerate(names) if place not in set(labels.tolist())]
-    return [f"no images of {len(missing)} classes: {_listed(missing)}"] if missing else []
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return [f"no images of {len(missing)} classes: {Several.of(missing)}"] if missing else []
 
 
 def teacher_accuracies(folder: Path) -> list[float]:
@@ -199,23 +193,18 @@ def classifier_of(model: Backbone) -> Classifier:
     )
 
 
-def classify(folder: Path, images: Iterable[Path]) -> Classified:
+def classify_by(classifier: Classifier, images: Iterable[Path]) -> Classified:
     """Return each image's probability of each class, and for images that cannot be read the reason.
 
     All are held in memory; :meth:`Classifier.stream` gives them batch by batch.
 
     Args:
-        folder: A student's folder.
+        classifier: A loaded student.
         images: Image files, or folders whose images, at any depth, are taken.
 
     Raises:
-        RefilledError: The folder holds no student, or there is no image.
+        TaskError: There is no image.
     """
-    return classify_by(open_classifier(folder), images)
-
-
-def classify_by(classifier: Classifier, images: Iterable[Path]) -> Classified:
-    """Return what :func:`classify` returns, computed by a loaded student."""
     readable: list[tuple[Path, dict[str, float]]] = []
     unreadable: list[tuple[Path, str]] = []
     for batch in classifier.stream(images):

@@ -172,6 +172,40 @@ def load_task_of(run: Run, grey_range: GreyRange | None = None) -> Task:
     )
 
 
+def initial_student(text: str, pretrained: bool, task: Task) -> tuple[Backbone, list[str]]:
+    """Build a student as it is before training, from torch's random numbers or from weights, with notes on the weights.
+
+    Args:
+        text: The student as a run names it.
+        pretrained: Whether it starts from published weights.
+        task: The task.
+
+    Raises:
+        RunError: ``text`` names weights, and ``pretrained`` asks for others.
+        ModelError: The student cannot be built.
+    """
+    notes: Sequence[str] = ()
+    if starts_from_weights(text):
+        if pretrained:
+            raise RunError(f"--pretrained takes published weights, but '{text}' names others; leave one out")
+        mean, std = channel_statistics(task.train.pixels)
+        student, notes = create_student(text, task.classes, image_size=task.image_size, mean=mean, std=std)
+    else:
+        # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
+        normalization = (None, None) if pretrained else channel_statistics(task.train.pixels)
+        student = create_model(
+            text,
+            len(task.classes),
+            image_size=task.image_size,
+            mean=normalization[0],
+            std=normalization[1],
+            pretrained=pretrained,
+        )
+        student.class_names = task.classes
+    student.grey_range = task.grey_range
+    return student, list(notes)
+
+
 class Prepared:
     """A run whose images, networks and method are loaded and checked."""
 
@@ -193,7 +227,7 @@ class Prepared:
         self.label_information: tuple[float | None, ...] = ()  # one per teacher if there are several, on a sample
         self.notes: tuple[str, ...] = ()
         torch.manual_seed(run.seed)
-        student = None if run.student is None else self._begin_with(run.student)
+        student = None if run.student is None else self._begin(run.student)
         plan = method.build_for(student, dict(enumerate(self.teachers)), run.settings)
         self.stages: list[Stage] = []
         self.readout: Readout | None = None
@@ -241,7 +275,7 @@ class Prepared:
         assert self.run.student is not None  # stages that need a teacher train a student
         notes = self.notes
         torch.manual_seed(self.run.seed)
-        self.student = self._begin_with(self.run.student)
+        self.student = self._begin(self.run.student)
         self.notes, self.ignored = notes, tuple(ignored)  # they have those on the student's weights already
         if self.ignores_teacher:
             self.stages = self._balanced(vanilla(self.student, None))
@@ -276,29 +310,9 @@ class Prepared:
             for stage in stages
         ]
 
-    def _begin_with(self, text: str) -> Backbone:
-        if not starts_from_weights(text):
-            return self._fresh(text)
-        if self.run.pretrained:
-            raise RunError(f"--pretrained takes published weights, but '{text}' names others; leave one out")
-        mean, std = channel_statistics(self.task.train.pixels)
-        student, notes = create_student(text, self.task.classes, image_size=self.task.image_size, mean=mean, std=std)
-        student.grey_range = self.task.grey_range
+    def _begin(self, text: str) -> Backbone:
+        student, notes = initial_student(text, self.run.pretrained, self.task)
         self.notes += tuple(notes)
-        return student
-
-    def _fresh(self, architecture: str) -> Backbone:
-        # Published weights expect the normalisation that they were trained with; fresh ones suit the data.
-        mean, std = (None, None) if self.run.pretrained else channel_statistics(self.task.train.pixels)
-        student = create_model(
-            architecture,
-            len(self.task.classes),
-            image_size=self.task.image_size,
-            mean=mean,
-            std=std,
-            pretrained=self.run.pretrained,
-        )
-        student.class_names, student.grey_range = self.task.classes, self.task.grey_range
         return student
 
     def _copy(self, teacher: Backbone) -> Backbone:

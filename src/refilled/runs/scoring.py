@@ -17,7 +17,7 @@ from refilled.runs.environment import device_name, versions
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
-from refilled.runs.several import about_teachers
+from refilled.runs.teachers import about_teachers
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import (
     accuracy,

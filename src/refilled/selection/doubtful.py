@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refilled.config import WHERE, Run
 from refilled.data import Split, Task
+from refilled.data.several import Several
 from refilled.data.task import fingerprint
 from refilled.errors import RunError
 from refilled.losses.distances import unit_rows
@@ -31,7 +32,6 @@ Say = Callable[[str], None]
 _FEWEST = 3  # different images of a class, of which one or two are learned from
 _INVERSE_STRENGTH = 10.0
 _POOR = 50.0  # percent
-_SHOWN = 5  # names in a note
 _OF_A_RUN = ("task", *WHERE, "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding")
 
 
@@ -178,7 +178,7 @@ def find_doubtful(
     wanted = torch.tensor([with_test or place.part != "test" for place in places])
     rows, few = _enough(labels, copies, wanted)
     if few:
-        notes.append(f"not judged, fewer than {_FEWEST} different images: {_listed([task.classes[n] for n in few])}")
+        notes.append(f"not judged, fewer than {_FEWEST} different images: {Several.of(task.classes[n] for n in few)}")
     doubts: list[Doubt] = []
     agreement = None
     classes = labels[rows].unique()
@@ -347,8 +347,3 @@ def _groups(copies: Copies, places: Sequence[Place]) -> list[CopyGroup]:
             rows[number].append(place)
     found = [CopyGroup(tuple(members), copies.correlation[number]) for number, members in rows.items()]
     return sorted(found, key=lambda group: (not group.across, not group.disagree, -group.correlation))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from refilled.data import Split
 from refilled.losses.distances import unit_rows
+from refilled.models.backbone import luma
 
 _NEIGHBOURS = 8  # of an image; copies of copies are joined through one another
 _COARSE = 8  # pixels
@@ -22,7 +23,6 @@ _FLAT = 2.0  # levels of 255: a smaller standard deviation is noise
 _TINT = 16.0  # levels of 255
 _BLOCK = 1024  # images or pairs at a time
 _DECODED = 256
-_GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _coarse(pixels: Tensor) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    return (pixels * torch.tensor(_GREY)[:, None, None]).sum(1)
+    return luma(pixels, pixels.dtype)[:, 0]
 
 
 def _small(pixels: Tensor) -> Tensor:

@@ -191,8 +191,7 @@ def _classes_in(root: Path) -> dict[str, Path]:
 
 
 def _listed(folders: list[Path]) -> str:
-    more = f" and {len(folders) - _SHOWN} more" if len(folders) > _SHOWN else ""
-    return ", ".join(folder.name for folder in folders[:_SHOWN]) + more
+    return str(Several.of(folders, lambda folder: folder.name))
 
 
 def _refuse_collisions(classes: list[str], root: Path) -> None:

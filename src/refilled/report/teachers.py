@@ -1,8 +1,6 @@
 """The table of a run's page about several teachers."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from refilled.stages import numbered
@@ -10,16 +8,16 @@ from refilled.stages import numbered
 _TRUST = ("label_information", "prior")  # reported by a loss that weighs its teacher
 
 
-def teacher_rows(teachers: Sequence[Mapping[str, Any]], log: Path) -> list[list[str]]:
+def teacher_rows(teachers: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the rows of the table, with the figures of each teacher's last epoch in the log.
 
     Args:
         teachers: The entries of the result, one per teacher.
-        log: The run's ``log.jsonl``.
+        log: The entries of the run's log.
     """
     last: dict[str, Any] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        last.update(json.loads(line))
+    for entry in log:
+        last |= entry
     rows = [["teacher", "label information", "trust", "weight", "terms of the loss, last epoch"]]
     for number, teacher in enumerate(teachers):
         trusted = {name: last.get(numbered(name, number)) for name in _TRUST}
