@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import commands
+from commands import a_list, directory, empty, noise
 from refilled.cli import ending
 from refilled.cli.app import main
 from refilled.config import FewShotRun, MetaRun, Run
@@ -27,15 +29,9 @@ TINY = ["--student", "wrn_10_1", "--shots", "4", "--epochs", "1", "--threads", "
 
 def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     """Run the program in this process; return its exit code and what it says on standard error."""
-    monkeypatch.setattr(sys, "argv", ["refilled", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [])
     capsys.readouterr()
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code or 0
-    else:
-        code = 0
-    return int(code), re.sub(r"\s+", " ", capsys.readouterr().err)
+    return commands.call(*arguments), re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +43,13 @@ def finished(tmp_path_factory):
     return folder
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def noise(path):
-    path.write_bytes(bytes(range(255, -1, -1)) * 3)
-
-
-def directory(path):
-    path.unlink()
-    path.mkdir()
-
-
 def flipped(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x80
     path.write_bytes(content)
 
 
-def other_type(path):
-    path.write_text("[1, 2]")
-
-
-HARMS = [empty, noise, directory, flipped, other_type]
+HARMS = [empty, noise, directory, flipped, a_list]
 FILES = ["run.toml", "result.json", "model.json", "model.safetensors", "data.json", "images.safetensors"]
 READERS = {
     "evaluate": (["evaluate", "{run}"], {"run.toml", "model.json", "model.safetensors", "data.json"}),

@@ -10,19 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from commands import call
 from refilled import files
-from refilled.cli.app import main
 
 TINY = ["--student", "wrn_10_1", "--shots", "4", "--epochs", "2", "--threads", "1", "--quiet", "--no-report"]
-
-
-def call(*arguments: object) -> int:
-    sys.argv = ["refilled", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from refilled.cli.app import main
+from commands import a_list, call, directory, empty, noise
 from refilled.training.checkpoints import save_state
 
 TINY = ["--student", "wrn_10_1", "--shots", "4", "--epochs", "1", "--threads", "1", "--quiet", "--no-report"]
@@ -25,16 +25,6 @@ TUNE = [
     *("tune", "digits:0-4", "--student", "wrn_10_1", "--shots", "4", "--epochs", "1", "--threads", "1"),
     *("--method", "vanilla", "--search", "lr=0.1,0.2", "--trials", "1", "--out", "tuned"),
 ]
-
-
-def call(*arguments: object) -> int:
-    """Run the program in this process and return its exit code; anything else that it raises is a failure."""
-    sys.argv = ["refilled", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +66,8 @@ def here(whole, tmp_path, monkeypatch):
     return tmp_path
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def noise(path):
-    path.write_bytes(bytes(range(255, -1, -1)) * 3)
-
-
 def torn(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def directory(path):
-    path.unlink()
-    path.mkdir()
-
-
-def a_list(path):
-    path.write_text("[1, 2]")
 
 
 def deep(path):

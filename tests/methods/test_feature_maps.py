@@ -1,7 +1,5 @@
 """The losses of the baselines equal their formulas written out, and serve every pair of networks."""
 
-import os
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,6 +31,7 @@ from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import warm_up
 from refilled.training.journal import Interrupted
 from refilled.training.progress import Display
+from stopping import Stopping
 
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32)
@@ -320,7 +319,7 @@ def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp
     after = [parameter for loss in losses for parameter in loss.parameters()]
     assert not any(torch.equal(was, now) for was, now in zip(before, after, strict=True))
     with pytest.raises(Interrupted):
-        distill(run, tmp_path / "stopped", display=StopsAfterAStep())
+        distill(run, tmp_path / "stopped", display=Stopping(1))
     resume(tmp_path / "stopped")
     for file in ("model.safetensors", "log.jsonl"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -329,13 +328,6 @@ def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp
 def distil_prepared(prepared, folder):
     folder.mkdir()
     carry_out(prepared, RunFolder(folder), Display(), 60)
-
-
-class StopsAfterAStep(Display):
-    """Sends this process a signal at the first step, as a scheduler would."""
-
-    def step(self, epoch, images, values):
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The page of a run in a real browser: skipped where playwright or Chromium is not installed."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from browser import chromium
 from refilled.cli.app import app
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
 COMPLETE = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
 
 
@@ -41,12 +37,10 @@ def folders(tmp_path_factory) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_page_is_whole_fits_and_asks_for_nothing(folders, width, scheme):
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         for folder in folders:
             page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
             complaints, requests = [], []
@@ -64,4 +58,3 @@ def test_the_page_is_whole_fits_and_asks_for_nothing(folders, width, scheme):
             assert not complaints
             assert not [url for url in requests if url != address and not url.startswith("data:")]
             page.close()
-        browser.close()

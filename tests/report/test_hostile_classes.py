@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from browser import chromium
 from refilled.cli.app import app
 
 NAMES = [
@@ -130,12 +130,7 @@ def test_an_exported_file_returns_the_names_unchanged(student, tmp_path):
 
 @pytest.mark.slow
 def test_a_browser_runs_no_script_and_requests_nothing(student):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
-    if chromium is None:
-        pytest.skip("no browser is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page()
         events = []
         for kind in ("console", "pageerror", "dialog"):
@@ -146,4 +141,3 @@ def test_a_browser_runs_no_script_and_requests_nothing(student):
         outside = [event for event in events if event[0] != "request" or not event[1].startswith((address, "data:"))]
         assert not outside
         assert page.locator("script").count() == 0
-        browser.close()

@@ -1,7 +1,5 @@
 """A guarded run: the same as the student alone where the teacher has nothing to teach, and as before where it has."""
 
-import os
-import signal
 from dataclasses import replace
 from textwrap import dedent
 
@@ -16,7 +14,7 @@ from refilled.presets import with_preset
 from refilled.runs.examination import Verdict
 from refilled.runs.experiment import distill, resume
 from refilled.training.journal import Interrupted
-from refilled.training.progress import Display
+from stopping import Stopping
 
 CODE = """
     import torch
@@ -117,24 +115,11 @@ def test_without_the_guard_it_is_only_said(good, tmp_path):
     assert note.endswith(". Such a teacher can hardly help")
 
 
-class Stops(Display):
-    """A display that ends the run after some steps, as a signal would."""
-
-    def __init__(self, after):
-        super().__init__()
-        self.left = after
-
-    def step(self, *arguments):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize("teacher", ["noise", "pixels"])
 def test_a_resumed_run_keeps_its_verdict_and_ends_exactly(good, tmp_path, monkeypatch, teacher):
     whole = distill(good(teacher), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        distill(good(teacher), tmp_path / "stopped", display=Stops(5))
+        distill(good(teacher), tmp_path / "stopped", display=Stopping(5))
     found = Verdict.load(tmp_path / "stopped")
     assert found.ignored == (teacher == "noise")
     monkeypatch.setattr("refilled.runs.examination.judge", lambda *_: pytest.fail("judged a second time"))
@@ -147,7 +132,7 @@ def test_a_resumed_run_keeps_its_verdict_and_ends_exactly(good, tmp_path, monkey
 
 def test_a_damaged_verdict_is_named(good, tmp_path):
     with pytest.raises(Interrupted):
-        distill(good("noise"), tmp_path / "run", display=Stops(5))
+        distill(good("noise"), tmp_path / "run", display=Stopping(5))
     (tmp_path / "run" / "teacher.json").write_text("{")
     with pytest.raises(RunError, match=r"teacher.json is damaged: .*--overwrite"):
         resume(tmp_path / "run", named={"teacher": f"{tmp_path}/t.py:noise"})

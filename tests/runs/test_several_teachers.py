@@ -1,9 +1,7 @@
 """Several teachers: each with its own terms, trust and cache; errors, resuming, and what the user is told."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -11,10 +9,10 @@ from textwrap import dedent
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.ranks import Ranks
 from torch import nn
 from typer.testing import CliRunner
 
+from ranks import Ranks
 from refilled.cli.app import app
 from refilled.compare.comparison import Comparison
 from refilled.config import Run
@@ -30,6 +28,7 @@ from refilled.stages import Stage, Term, constant, of_several
 from refilled.training.distributed import World
 from refilled.training.journal import Interrupted
 from refilled.training.progress import Display
+from stopping import Stopping
 
 LETTERS = "refilled/letters"
 CODE = """
@@ -90,19 +89,6 @@ def same(a, b):
 
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-class Stops(Display):
-    """A display that ends the run after some steps, as a signal would."""
-
-    def __init__(self, after):
-        super().__init__()
-        self.left = after
-
-    def step(self, *arguments):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_run_records_and_shows_what_each_teacher_brought(file, tmp_path):
@@ -199,7 +185,7 @@ def test_a_stopped_run_resumes_exactly(file, tmp_path, changes):
     run = replace(good(*names, **{"guard": False, **changes}), shots=30)
     whole = distill(run, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        distill(run, tmp_path / "stopped", display=Stops(5), seconds_between_saves=0)
+        distill(run, tmp_path / "stopped", display=Stopping(5), seconds_between_saves=0)
     resumed = resume(tmp_path / "stopped", named={"teacher": names})
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
     assert log(tmp_path / "stopped") == log(tmp_path / "whole")
@@ -210,7 +196,7 @@ def test_resuming_names_each_file_again(file, tmp_path):
     teachers = ["--teacher", LETTERS, "--teacher", f"{file}:pixels"]
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        distill(good(LETTERS, f"{file}:pixels"), out, display=Stops(3))
+        distill(good(LETTERS, f"{file}:pixels"), out, display=Stopping(3))
     assert f"--teacher {LETTERS} --teacher {file}:pixels" in fault("distill", "--resume", out)
     said = fault("distill", "--resume", out, *teachers[2:])
     assert f"was started with teacher {LETTERS}, {file}:pixels, not {file}:pixels" in said
@@ -220,7 +206,7 @@ def test_resuming_names_each_file_again(file, tmp_path):
 def test_teachers_that_moved_are_found_where_a_grid_names_them(file, tmp_path):
     run = good(f"{file}:pixels", f"{file}:plain", epochs=1)
     with pytest.raises(Interrupted):
-        distill(run, tmp_path / "run", display=Stops(3))
+        distill(run, tmp_path / "run", display=Stopping(3))
     (tmp_path / "new").mkdir()
     moved = shutil.move(file, tmp_path / "new" / "t.py")
     complete(replace(run, teacher=(f"{moved}:pixels", f"{moved}:plain")), tmp_path / "run")

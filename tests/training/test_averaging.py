@@ -1,7 +1,5 @@
 """Optimisers and the average of weights: against plain arithmetic, and exact when a run is continued."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,21 +15,9 @@ from refilled.runs.teacher_caches import fabric_of
 from refilled.training.averaging import WeightAverage
 from refilled.training.journal import Interrupted
 from refilled.training.loop import Journal, fit
-from refilled.training.progress import Display
+from stopping import Stopping
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
-
-
-class _Stopping(Display):
-    """Sends this process a signal after one step, as a scheduler would."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def step(self, epoch, images, values):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def weights(folder: Path) -> bytes:
@@ -46,7 +32,7 @@ def test_a_run_with_adamw_and_an_average_stopped_at_any_step_continues_exactly(t
     for step in (1, 4, 5, 7):  # two steps per epoch, two epochs per stage
         folder = tmp_path / str(step)
         with pytest.raises(Interrupted):
-            distill(run, folder, display=_Stopping(step))
+            distill(run, folder, display=Stopping(step))
         resume(folder)
         assert weights(folder) == weights(tmp_path / "whole"), f"stopped after step {step}"
         assert (folder / "log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
@@ -112,7 +98,7 @@ def test_a_run_begun_before_the_fields_existed_is_continued(tmp_path):
     distill(run, tmp_path / "whole")
     for name, go_on in (("a", resume), ("b", lambda folder: complete(run, folder))):
         with pytest.raises(Interrupted):
-            distill(run, tmp_path / name, display=_Stopping(3))
+            distill(run, tmp_path / name, display=Stopping(3))
         record = tmp_path / name / "run.toml"
         older = record.read_text()
         for line in YOUNGER:

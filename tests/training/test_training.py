@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pickle
 import random
 import signal
@@ -36,6 +35,7 @@ from refilled.training.loop import Journal, fit, learning_rate, share_epochs, vi
 from refilled.training.progress import Display
 from refilled.training.teacher_cache import VIEW_SEED
 from soak import repetitions
+from stopping import Stopping
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
 
@@ -109,18 +109,6 @@ def test_what_is_recorded_is_what_the_losses_read(teacher, tmp_path, monkeypatch
     assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "graphed/model.safetensors").read_bytes()
 
 
-class _Stopping(Display):
-    """Sends this process a signal at one step, as a scheduler would."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def step(self, epoch, images, values):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -138,7 +126,7 @@ def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatc
     for step in (1, 2, 3, 4, 5, 7, 8):  # two steps an epoch, two epochs a stage: begin, middle and end of each
         folder = tmp_path / str(step)
         with pytest.raises(Interrupted):
-            distill(run, folder, display=_Stopping(step))
+            distill(run, folder, display=Stopping(step))
         assert (folder / "last.ckpt").exists()
         resume(folder)
         assert digest(folder) == digest(tmp_path / "whole"), f"stopped after step {step}"
@@ -147,7 +135,7 @@ def test_a_run_stopped_at_any_step_resumes_exactly(teacher, tmp_path, monkeypatc
 def test_a_run_of_an_earlier_version_is_not_resumed(teacher, tmp_path):
     """A parameter that the record lacks did not exist; its present default would change the run in the middle."""
     with pytest.raises(Interrupted):
-        distill(refilled(teacher), tmp_path / "a", display=_Stopping(1))
+        distill(refilled(teacher), tmp_path / "a", display=Stopping(1))
     record = tmp_path / "a" / "run.toml"
     record.write_text(record.read_text().replace('kd_average = "elements"\n', ""))
     with pytest.raises(RunError, match=r"without kd_average; resume with that version, or .*--overwrite"):
@@ -165,7 +153,7 @@ def test_a_run_begun_elsewhere_resumes_here(teacher, tmp_path):
         (tmp_path / "b", lambda: complete(run, tmp_path / "b")),
     ):
         with pytest.raises(Interrupted):
-            distill(run, folder, display=_Stopping(3))
+            distill(run, folder, display=Stopping(3))
         record = folder / "run.toml"
         record.write_text(record.read_text().replace('device = "cpu"', 'device = "cuda"'))
         with pytest.raises(RunError, match="'cuda' cannot be used here, choose another with --device"):
@@ -217,7 +205,7 @@ def test_a_run_with_a_damaged_state_resumes_from_the_previous_one_exactly(teache
     run = refilled(teacher)
     distill(run, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        distill(run, tmp_path / "b", display=_Stopping(6), seconds_between_saves=0)
+        distill(run, tmp_path / "b", display=Stopping(6), seconds_between_saves=0)
     last = tmp_path / "b" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-100])
     resume(tmp_path / "b")
@@ -226,7 +214,7 @@ def test_a_run_with_a_damaged_state_resumes_from_the_previous_one_exactly(teache
 
 def test_a_folder_is_never_overwritten_silently(teacher, tmp_path):
     with pytest.raises(Interrupted):
-        distill(QUICK, tmp_path / "b", display=_Stopping(3))
+        distill(QUICK, tmp_path / "b", display=Stopping(3))
     with pytest.raises(RunError, match=r"unfinished run; resume it with 'refilled distill --resume .*/b'"):
         distill(QUICK, tmp_path / "b")
     resume(tmp_path / "b")
