@@ -7,7 +7,7 @@ from refilled.data.loading import load_task, task_stamp
 from refilled.data.opening import data_folder, list_datasets
 from refilled.data.policies import AutoAugment, alter
 from refilled.data.pool import load_pool
-from refilled.data.samplers import Sampler, epoch_batches, joined_batches
+from refilled.data.samplers import Sampler, epoch_batches, joined_batches, spread
 from refilled.data.statistics import channel_statistics
 from refilled.data.store import Pixels, free_memory
 from refilled.data.task import Split, Task
@@ -43,6 +43,7 @@ __all__ = [
     "load_task",
     "queries_left",
     "sample_episodes",
+    "spread",
     "task_size",
     "task_stamp",
 ]

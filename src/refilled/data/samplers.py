@@ -15,6 +15,11 @@ from refilled.errors import TaskError, unknown
 Sampler = Literal["shuffle", "balanced"]
 
 
+def spread(length: int, count: int) -> Tensor:
+    """Return at most ``count`` of the indices 0 .. length - 1, int64, evenly spaced."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long()
+
+
 def epoch_batches(
     labels: Tensor,
     *,

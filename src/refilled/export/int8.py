@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refilled.data import Split, Task
+from refilled.data import Split, Task, spread
 from refilled.errors import RunError
 from refilled.export.onnx_file import OnnxStudent, need
 
@@ -114,7 +114,7 @@ def cost_of(path: Path, target: Path, task: Task, repeats: int = 100) -> Cost:
     """
     part, split = ("validation", task.val) if len(task.val) else ("training", task.train)
     rows = (split.labels >= 0).nonzero().flatten()
-    rows = rows[_spread(len(rows), _SAMPLE if part == "training" else len(rows))]
+    rows = rows[spread(len(rows), _SAMPLE if part == "training" else len(rows))]
     students = [OnnxStudent(path), OnnxStudent(target)]
     labels = split.labels[rows]
     found = [_classes(student, split, rows) for student in students]
@@ -151,13 +151,8 @@ def _percent(right: Tensor) -> float | None:
     return 100 * right.double().mean().item() if len(right) else None
 
 
-def _spread(available: int, wanted: int) -> Tensor:
-    """Return ``min(available, wanted)`` row numbers at equal distances."""
-    return torch.linspace(0, available - 1, min(wanted, available)).round().long()
-
-
 def _calibration(student: OnnxStudent, train: Split) -> Iterator[dict[str, Any]]:
-    for part in _spread(len(train), _CALIBRATION).split(_BATCH):
+    for part in spread(len(train), _CALIBRATION).split(_BATCH):
         yield {"images": student.prepare(train.pixels[part]).contiguous().numpy()}
 
 

@@ -17,6 +17,8 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
+from refilled.data import spread
+
 _GUTTER = 0.08  # between two images, as a share of their side
 _SHOWN_PIXELS = 64  # side length of an image in a picture, at most
 
@@ -132,7 +134,7 @@ def examples(labels: Tensor, count: int) -> Tensor:
     Images without a label, -1, count as one class, and are spread evenly.
     """
     if (labels < 0).all():
-        return torch.linspace(0, len(labels) - 1, min(count, len(labels))).round().long()
+        return spread(len(labels), count)
     order = torch.argsort(labels, stable=True)
     ordered = labels[order]
     turn = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)  # number of earlier images of its class

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refilled.data import Split
+from refilled.data import Split, spread
 from refilled.files import read_fields, write_atomic
 from refilled.losses.trust import held_out_information, is_at_chance, knows_less, label_information
 from refilled.models import Backbone
@@ -151,8 +151,7 @@ def _sample(images: Split, classes: Tensor | None = None) -> Split:
     if classes is None:
         classes, counts = labels.unique(return_counts=True)
         classes = classes[counts >= max(2, min(_ENOUGH, int(counts.max())))] if len(classes) else classes
-        if len(classes) > _CLASSES:
-            classes = classes[torch.linspace(0, len(classes) - 1, _CLASSES).round().long()]
+        classes = classes[spread(len(classes), _CLASSES)]
     chosen = [(labels == number).nonzero().flatten()[:_PER_CLASS] for number in classes]
     rows = torch.cat([torch.empty(0, dtype=torch.long), *chosen])
     return Split(images.pixels[rows], labels[rows], [images.sources[row] for row in rows.tolist()])

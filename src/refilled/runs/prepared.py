@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from refilled.config import Run, names_in
-from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task
+from refilled.data import GreyRange, Split, Task, absolute_task_text, channel_statistics, data_folder, load_task, spread
 from refilled.errors import RunError
 from refilled.losses.imbalance import BalancedCrossEntropyLoss, counts_of
 from refilled.methods import load_method
@@ -119,7 +119,7 @@ def refuse_twins(run: Run, teachers: Sequence[Backbone], images: Split) -> None:
     Raises:
         RunError: Two teachers are the same network, or have caches that could not be told apart.
     """
-    pixels = images.pixels[_probed(images)]
+    pixels = images.pixels[spread(len(images), PROBE_IMAGES)]
     for (name, one), (other_name, other) in combinations(zip(run.teachers, teachers, strict=True), 2):
         if one.embedding_dim != other.embedding_dim or fingerprint(one) != fingerprint(other):
             continue
@@ -128,11 +128,6 @@ def refuse_twins(run: Run, teachers: Sequence[Backbone], images: Split) -> None:
             raise RunError(f"{both} are the same network; leave one out")
         if run.views is not None:
             raise RunError(f"{both} have the same weights, so their caches cannot be told apart; leave out --views")
-
-
-def _probed(images: Split) -> Tensor:
-    """Return the indices of a few images, spread evenly."""
-    return torch.linspace(0, len(images) - 1, min(PROBE_IMAGES, len(images))).round().long()
 
 
 def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[str, ...]:
@@ -150,7 +145,7 @@ def examine(teacher: Backbone, images: Split, name: str | None = None) -> tuple[
     Raises:
         ModelError: Its outputs are not usable.
     """
-    rows = _probed(images)
+    rows = spread(len(images), PROBE_IMAGES)
     own = name is not None and Path(os.path.expandvars(name)).is_dir()
     sources = [images.sources[row] for row in rows.tolist()]
     return (*teacher.notes, *probe(teacher, images.pixels[rows], sources, constant_allowed=own))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from refilled.data import Augmentation, AutoAugment, Task, Views
+from refilled.data import Augmentation, AutoAugment, Task, Views, spread
 from refilled.errors import RunError
 from refilled.files import write_atomic
 from refilled.locks import lock, unlock
@@ -222,12 +222,12 @@ class TeacherCache:
 
         Both embeddings are classified by the same class means, those of the first view in the cache.
         """
-        compared, views = _spread(len(task.train), _COMPARED), self.contents.views
+        compared, views = spread(len(task.train), _COMPARED), self.contents.views
         turns = [(view, compared[view::views]) for view in range(min(views, len(compared)))]
         live = torch.cat([self._embed(task, embed, view, indices) for view, indices in turns])
         cached = torch.cat([self(view, indices) for view, indices in turns])
         labels = task.train.labels[torch.cat([indices for _, indices in turns])]
-        some = _spread(len(task.train), _CENTERED)
+        some = spread(len(task.train), _CENTERED)
         centers = self(0, some), task.train.labels[some]
         return Gap(
             images=len(compared),
@@ -331,8 +331,3 @@ def teacher_cache(
         **asdict(views),
     )
     return TeacherCache(root / contents.key, contents, names)
-
-
-def _spread(length: int, count: int) -> Tensor:
-    """Return at most ``count`` of the numbers 0 .. length - 1, evenly spread."""
-    return torch.linspace(0, length - 1, min(count, length)).round().long()
