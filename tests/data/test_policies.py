@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2_contingency, chisquare, ks_2samp
 from torchvision.transforms import v2
 
-from refilled.data import Views, alter
+from refilled.data import Views, alter, policies
 from refilled.data.keyed import keyed_bits, keyed_integers, keyed_uniform
 from refilled.data.policies import LEVELS, OPERATIONS, draw_operations, draw_rectangles
 from refilled.errors import TaskError
@@ -54,6 +54,17 @@ def test_a_policy_is_torchvisions_for_the_same_draws(policy, transform, side, mo
     for index in range(500):
         assert torch.equal(found[index], of_torchvision(transform, pixels[index], index, monkeypatch)), index
     assert (found != pixels).flatten(1).any(1).float().mean() > 0.75
+
+
+def test_the_default_dtype_does_not_matter():
+    drawn = draw_operations("trivial", 27, np.arange(500), **PLACE)
+    torch.set_default_dtype(torch.float64)
+    try:
+        policies._table.cache_clear()
+        again = draw_operations("trivial", 27, np.arange(500), **PLACE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(again.magnitudes, drawn.magnitudes)
 
 
 def test_translations_end_at_the_side_of_small_images():

@@ -220,11 +220,11 @@ def _table(policy: str, side: int) -> tuple[NDArray[np.float64], NDArray[np.bool
     none = torch.zeros(LEVELS)
 
     def up_to(strongest: float) -> Tensor:
-        return torch.linspace(0.0, strongest, LEVELS)  # in float32, or nearest pixels would differ from torchvision's
+        return torch.linspace(0.0, strongest, LEVELS, dtype=torch.float32)  # as in torchvision, to the nearest pixel
 
     signed = [up_to(most) for most in (*[space.shear] * 2, *[shift] * 2, space.degrees, *[space.enhance] * 4)]
-    posterize = (8 - torch.arange(LEVELS) / ((LEVELS - 1) / space.bits)).round()
-    rows = torch.stack([none, *signed, posterize, torch.linspace(1.0, 0.0, LEVELS), none, none])
+    posterize = (8 - torch.arange(LEVELS, dtype=torch.float32) / ((LEVELS - 1) / space.bits)).round()
+    rows = torch.stack([none, *signed, posterize, torch.linspace(1.0, 0.0, LEVELS, dtype=torch.float32), none, none])
     return rows.double().numpy(), np.array([1 <= row <= len(signed) for row in range(len(OPERATIONS))])
 
 

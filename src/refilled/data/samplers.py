@@ -17,7 +17,7 @@ Sampler = Literal["shuffle", "balanced"]
 
 def spread(length: int, count: int) -> Tensor:
     """Return at most ``count`` of the indices 0 .. length - 1, int64, evenly spaced."""
-    return torch.linspace(0, length - 1, min(count, length)).round().long()
+    return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).round().long()
 
 
 def epoch_batches(
