@@ -21,7 +21,6 @@ from refilled.config import MetaRun, Run
 from refilled.cost import grid as module
 from refilled.cost.few_shot import meta_tasks_per_second, tasks_per_second
 from refilled.cost.grid import estimate
-from refilled.cost.run import duration
 from refilled.cost.speed import Work, images_per_second
 from refilled.data import TaskSize
 from refilled.errors import InUseError, RunError
@@ -44,6 +43,7 @@ from refilled.runs.result import Result
 from refilled.runs.teacher_caches import build_cache
 from refilled.training.checkpoints import hold
 from refilled.training.evaluation import nmi
+from refilled.training.progress import duration
 
 ONE = Choice(seeds=(0,))
 STUDENT, REFILLED = (
