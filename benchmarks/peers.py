@@ -4,8 +4,8 @@ A timm network is timm's own here. Ours is the same one with other convolutions 
 Images are normalised once per step, with the student's mean and deviation.
 
 lightly-train's steps are those of its classes ``Distillation`` (method ``distillationv1``) and ``DistillationV3`` (its
-default), with their mixup, projections, queue, optimisers (LARS, AdamW) and clipped gradients, without Lightning's trainer around them.
-They take networks of timm only.
+default), with their mixup, projections, queue, optimisers (LARS, AdamW) and clipped gradients, without Lightning's
+trainer around them. They take networks of timm only.
 """
 
 from collections.abc import Callable, Mapping
