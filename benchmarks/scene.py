@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refilled.data import Split, Task, augment, epoch_batches
+from refilled.data.store import gathered
 from refilled.models import Backbone, create_model, freeze
 from refilled.outputs import Outputs
 from refilled.training.teacher_cache import Contents, TeacherCache
@@ -83,8 +84,10 @@ class Scene:
         train, kind = self.task.train, self.task.augmentation
         for epoch in count():
             for batch in epoch_batches(train.labels, batch_size=self.batch, seed=0, epoch=epoch):
-                pixels = train.pixels.index_select(0, batch.to(self.device))
-                yield augment(pixels, batch, seed=0, view=epoch, kind=kind), train.labels[batch].to(self.device)
+                yield (
+                    augment(gathered(train.pixels, batch), batch, seed=0, view=epoch, kind=kind),
+                    train.labels[batch].to(self.device),
+                )
 
     def _model(self, name: str, setting: Setting) -> Backbone:
         model = create_model(name, CLASSES, image_size=self.task.image_size)

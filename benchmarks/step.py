@@ -228,8 +228,8 @@ def measure(scene: Scene, rounds: int, methods: Sequence[str]) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--students", nargs="+", default=["wrn_16_2", "wrn_16_1"])
-    options.add_argument("--teacher", default="wrn_40_2")
+    options.add_argument("--students", nargs="+", help="default: wrn_16_2 wrn_16_1")
+    options.add_argument("--teacher", help="default: wrn_40_2")
     options.add_argument("--image-size", type=int, default=32)
     options.add_argument("--batch-size", "--batch", dest="batch", type=int, default=128)
     options.add_argument("--methods", nargs="+", default=baselines(), help="baselines to show; all by default")
@@ -238,7 +238,9 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="small networks and one round: does it still run?")
     given = options.parse_args()
     if given.quick:
-        given.students, given.teacher, given.batch, given.rounds = ["wrn_10_1"], "wrn_10_1", 8, 1
+        given.batch, given.rounds = 8, 1
+    given.students = given.students or (["wrn_10_1"] if given.quick else ["wrn_16_2", "wrn_16_1"])
+    given.teacher = given.teacher or ("wrn_10_1" if given.quick else "wrn_40_2")
 
     use_machine(threads=1)
     one_heap()
