@@ -8,8 +8,8 @@ from rich.markup import escape
 
 from refilled.cli.options import Cpus, Executor, Gpus, Quiet, configure, descriptions, run_flags
 from refilled.cli.show import console, printable, say, silent
-from refilled.config import Recipe
 from refilled.errors import RunError
+from refilled.recipe import Recipe
 
 if TYPE_CHECKING:
     from refilled.training.teacher_cache import TeacherCache

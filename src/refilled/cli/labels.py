@@ -13,7 +13,7 @@ from rich.cells import cell_len, set_cell_size
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
-from refilled.config import Recipe
+from refilled.recipe import Recipe
 
 if TYPE_CHECKING:
     from refilled.selection.doubtful import Findings

@@ -10,9 +10,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.markup import escape
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.errors import RunError
 from refilled.presets import PRESETS, with_preset
+from refilled.recipe import Recipe
 
 _LEAST_STEPS = 1000
 """Minimum number of steps if no epochs are given; no number of epochs suits both ten images and thousands."""

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
-from refilled.config import Recipe
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
+from refilled.recipe import Recipe
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy

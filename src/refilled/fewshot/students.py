@@ -17,7 +17,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from refilled.config import Recipe
 from refilled.data import Episodes
 from refilled.data.keyed import keyed_integers
 from refilled.errors import NonFiniteError, RunError
@@ -27,10 +26,11 @@ from refilled.losses.distances import at_least_float32
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs, not_computed
+from refilled.recipe import Recipe
 from refilled.stages import Stage, needs_training_set
-from refilled.training.loop import learning_rate, share_epochs
 from refilled.training.optimizers import create_optimizer
 from refilled.training.precision import resolve_precision
+from refilled.training.schedule import learning_rate, share_epochs
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]
