@@ -345,7 +345,7 @@ class _Training:
             self.student.reset_classifier(generator)
         self._follow_weights()
         for teaching in self.teaching:
-            teaching.prepare(self.task)
+            teaching.precompute(self.task)
 
     def _follow_weights(self) -> None:
         if self.recipe.ema > 0:
