@@ -36,20 +36,20 @@ def warm_up(weight: float, epochs: int) -> Weight:
 
 @runtime_checkable
 class Precomputes(Protocol):
-    """A loss that may precompute values from the teacher's embedding of the whole training set before its stage starts."""
+    """A loss that may compute values from the teacher's embedding of the whole training set before its stage starts."""
 
     @property
     def needs_training_set(self) -> bool:
         """Whether :meth:`precompute` must be called, which embeds the whole training set."""
 
     def precompute(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Compute what the loss reads in every step, from the whole training set.
-
-        Args:
-            teacher_embedding: Embeddings ``(N, d)`` of the training images, which are not augmented.
-            labels: Their class ids ``(N,)``.
+        """Compute the values from the whole training set.
 
         A loss that sees unlabelled images also gets theirs, after the labelled ones and with class id -1.
+
+        Args:
+            teacher_embedding: Embeddings ``(N, d)`` of the training images, without augmentation.
+            labels: Their class ids ``(N,)``.
         """
 
 

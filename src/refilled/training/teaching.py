@@ -65,7 +65,7 @@ class Teaching:
         return self.world.gather_outputs(taught, len(batch), self.parts)
 
     def precompute(self, task: Task) -> None:
-        """Show the losses of the stage the embedding of the whole training set, if any asks for it."""
+        """Embed the whole training set for the losses of the stage that need it."""
         terms = [term for term in self.stage.terms.values() if needs_training_set(term.loss)]
         if not terms:
             return
