@@ -45,8 +45,8 @@ class Run(Recipe):
 
     Attributes:
         task: Images and classes, for example ``cifar100:50-99`` or a folder of class folders.
-        student: Architecture of the student, or weights to start from: a student folder, ``architecture:weights``. None
-            if the method trains no student.
+        student: Architecture of the student, or weights to start from: a student folder, or ``architecture:weights``.
+            Methods that train no student do not use it.
         teacher: A student folder, ``refilled/letters``, ``timm/<name>``, ``hf:<folder or name>``,
             ``architecture:weights``, or ``file.py:function``; environment variables are expanded, as in
             ``$REFILLED_DATA/teacher.py:load``. In a file, a list names several teachers.
@@ -54,28 +54,28 @@ class Run(Recipe):
         settings: The method's own parameters.
         guard: Ignore a teacher whose embedding tells the classes apart no better than chance or than the plain pixels,
             and train as ``vanilla`` does.
-        shots: Training images per class; None: all.
+        shots: Number of training images per class. None: all.
         unlabelled: Images without labels, for the loss terms that need none: ``rest`` for the training images that
             ``shots`` left out, a folder with images at any depth, or a task such as ``cifar100:0-49``,
             ``photos.parquet`` or ``wds:shards``, whose training images are used. Their labels are never read.
-        val: Share of the training images of each class that is held out for validation; never trained on.
-        score: Images that the result is computed on. With ``val`` the test images are not read, so the result can be
+        val: Share of the training images of each class that is held out for validation and never trained on.
+        score: Images that the result is computed on. With ``val``, the test images are not read, so the result can be
             used to choose between runs.
-        image_size: Side length in pixels that images are resized to; None: chosen by the data.
-        pretrained: Whether a ``timm/`` student starts from published weights.
-        teacher_mean: Channel means that the teacher expects on the scale [0, 1], if they are not known.
-        teacher_std: Channel standard deviations that the teacher expects, on the same scale.
+        image_size: Side length in pixels that images are resized to. None: chosen by the data.
+        pretrained: Start a ``timm/`` student from published weights.
+        teacher_mean: Channel means of the teacher's input on the scale [0, 1], if the teacher does not define them.
+        teacher_std: Channel standard deviations of the teacher's input, on the same scale.
         teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.
             Vision transformers then take 224 or the size of the images, but no more than they were trained at.
         teacher_embedding: Output of the teacher that is its embedding: ``token`` (the class token), ``mean`` (of the
             patches), ``both``, or ``pooled`` (the input of its own classifier). None: chosen by its family.
-        data_root: Folder that contains the data sets.
+        data_root: Folder of the data sets. None: ``$REFILLED_DATA``, or ``~/.cache/refilled/data``.
         allow_bad: Leave out unreadable images even if they are more than 1 % of all.
         image_memory: GiB of decoded images that a part of the task may hold in memory. A larger part is decoded to
             disk once for all runs, with equal results. None: a quarter of the free memory.
-        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        threads: CPU threads; None: torch's choice. Results are bit-identical with equal threads.
-        cuda_graphs: On an NVIDIA GPU, record the passes of networks once and replay them, for speed. Results are equal.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        threads: Number of CPU threads. None: chosen by torch. Results are bit-identical at the same number.
+        cuda_graphs: Use CUDA graphs on NVIDIA GPUs, for speed. Results are equal.
     """
 
     task: str
@@ -162,28 +162,28 @@ class FewShotRun:
 
     Attributes:
         data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
-        method: A few-shot method, or any distillation method, which trains a student per task.
+        method: Few-shot method, or a distillation method, which trains a student per task.
         settings: The method's own parameters.
         teacher: The frozen model: a student folder, ``timm/<name>``, ``hf:<folder or name>``, ``architecture:weights``,
             or ``file.py:function``.
-        n_way: Classes per task.
-        n_shot: Support images per class.
+        n_way: Number of classes per task.
+        n_shot: Number of support images per class.
         n_query: Maximum number of query images per class; fewer if the smallest class has fewer left.
         n_episodes: Number of tasks.
         side: Classes of the tasks: ``unseen``, or ``val`` to choose between methods or settings.
         seed: Seed of the tasks.
         batch: Number of tasks that the method processes at once.
-        image_size: Side length in pixels that images are resized to; None: chosen by the data.
-        teacher_mean: Channel means that the teacher expects on the scale [0, 1], if they are not known.
-        teacher_std: Channel standard deviations that the teacher expects, on the same scale.
+        image_size: Side length in pixels that images are resized to. None: chosen by the data.
+        teacher_mean: Channel means of the teacher's input on the scale [0, 1], if the teacher does not define them.
+        teacher_std: Channel standard deviations of the teacher's input, on the same scale.
         teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.
             Vision transformers then take 224 or the size of the images, but no more than they were trained at.
         teacher_embedding: Output of the teacher that is its embedding: ``token`` (the class token), ``mean`` (of the
             patches), ``both``, or ``pooled`` (the input of its own classifier). None: chosen by its family.
         allow_bad: Leave out unreadable images even if they are more than 1 % of all.
-        data_root: Folder that contains the data sets.
-        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        threads: CPU threads; None: torch's choice.
+        data_root: Folder of the data sets. None: ``$REFILLED_DATA``, or ``~/.cache/refilled/data``.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        threads: Number of CPU threads. None: chosen by torch.
     """
 
     data: str
@@ -222,24 +222,24 @@ class MetaRun:
 
     Attributes:
         data: Images with a class split, for example ``cifar_fs`` or ``photos@split=mine.json``.
-        method: A few-shot method that is meta-trained: ``protonet``, ``feat``, ``maml``.
+        method: Few-shot method to meta-train: ``protonet``, ``feat`` or ``maml``.
         settings: The method's own parameters.
         model: Architecture of the backbone.
         start: Folder of a model to start from, for example one of the seen classes; it determines the architecture.
-        n_way: Classes per task.
-        n_shot: Support images per class.
-        n_query: Query images per class.
+        n_way: Number of classes per task.
+        n_shot: Number of support images per class.
+        n_query: Number of query images per class.
         n_episodes: Total number of tasks.
-        tasks: Tasks per step.
-        lr: Learning rate of Adam for the backbone; other parameters have ten times this rate. It is halved ten times.
-        validate_every: Tasks between two validations; the best weights are kept.
+        tasks: Number of tasks per step.
+        lr: Learning rate of Adam for the backbone, halved ten times; other parameters have ten times this rate.
+        validate_every: Number of tasks between two validations; the best weights are kept.
         n_validation: Number of validation tasks.
         seed: Seed of the initial weights and the tasks.
-        image_size: Side length in pixels that images are resized to; None: chosen by the data.
+        image_size: Side length in pixels that images are resized to. None: chosen by the data.
         allow_bad: Leave out unreadable images even if they are more than 1 % of all.
-        data_root: Folder that contains the data sets.
-        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        threads: CPU threads; None: torch's choice.
+        data_root: Folder of the data sets. None: ``$REFILLED_DATA``, or ``~/.cache/refilled/data``.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        threads: Number of CPU threads. None: chosen by torch.
     """
 
     data: str

@@ -21,23 +21,23 @@ class Recipe:
     """The optimisation of a student. The defaults suit short runs; ``PRESETS["paper"]`` is the recipe of the paper.
 
     Attributes:
-        epochs: Passes over the training images, in all stages together, so that methods compare at equal cost. With
-            unlabelled images, an epoch is a pass over the kind that takes more steps; the other kind is repeated.
+        epochs: Number of passes over the training images, in all stages together. With unlabelled images, an epoch is a
+            pass over the kind that takes more steps; the other kind is repeated.
         least_steps: Minimum number of steps; with few images, epochs are added. The command line uses 1000 if neither
             epochs nor a preset with epochs is given.
         batch_size: Maximum number of images per step; an epoch is split into batches of nearly equal size.
         lr: Peak learning rate.
         optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001.
         momentum: Momentum of SGD; the first beta of AdamW.
-        nesterov: Whether SGD uses Nesterov momentum.
-        weight_decay: Weight decay.
+        nesterov: Use Nesterov momentum in SGD.
+        weight_decay: Weight decay coefficient.
         ema: Decay of an exponential moving average of the student's weights, such as 0.99. The student of each stage
             is this average. The decay rises to this value over the first steps. 0: no average.
         schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage (the
             paper); ``late-step``: times 0.1 after 62.5, 75 and 87.5 % of it (Tian et al., ICLR 2020).
-        warmup: Epochs of linear warm-up at the start of each stage.
+        warmup: Number of epochs of linear warm-up at the start of each stage.
         sampler: ``shuffle``: all images in random order; ``balanced``: K images of each of P classes in every batch.
-        images_per_class: K of the balanced sampler.
+        images_per_class: Images per class in a batch of the balanced sampler (K).
         balance: Cross-entropy for classes of unequal size. ``logits`` adds the logarithm of each class's share of the
             training images to its logit in training (Menon et al., ICLR 2021); ``weights`` weighs each image by the
             inverse of that share. Both raise the balanced accuracy and may lower the accuracy.
@@ -45,24 +45,24 @@ class Recipe:
             ``resized-crop-flip`` enlarges a random part, for long runs with few images.
         auto_augment: ``trivial``: one random operation per image, such as a rotation by up to 135 degrees or a change
             of contrast (TrivialAugment, ICCV 2021); ``rand``: two moderate ones (RandAugment, NeurIPS 2020). The
-            teacher sees the same image, as it does with the two options below.
+            teacher sees the same image.
         color_jitter: Change brightness, contrast and saturation by factors between 1 - J and 1 + J; J is 0 to 1, often
-            0.4. The saturation of grey images is left as it is. 0: off.
+            0.4. Grey images keep their saturation. 0: off.
         random_erasing: Probability that a rectangle of 2 to 33 % of an image is replaced by noise (Zhong et al., AAAI
-            2020), for student and teacher alike. 0: off.
+            2020), for both student and teacher. 0: off.
         views: Number of augmented views per image to cycle through; the teacher's embeddings of them are computed once
             and cached on disk. None: a new view in every epoch, with the teacher run live.
         mixup: Blend each image and its label with another image, with a share drawn from Beta(mixup, mixup). The
             teacher embeds the mixed images. 0: off (Zhang et al., ICLR 2018).
         cutmix: Replace a square patch with that of another image; its share of the area is drawn from
-            Beta(cutmix, cutmix) (Yun et al., ICCV 2019). With ``mixup`` also, each applies to half of the views.
+            Beta(cutmix, cutmix) (Yun et al., ICCV 2019). Together with ``mixup``, each applies to half of the views.
         unlabelled_share: Share of unlabelled images in a batch, if a run has some. With few labelled images the share
             is larger, because a batch never contains a labelled image twice.
         unlabelled_span: Share of each stage, from its start, that uses unlabelled images; the rest of the stage uses
             only labelled ones.
-        precision: ``auto`` uses bfloat16 if the processor supports it in hardware, otherwise float32. On such CPUs a
-            timm student is timed in both for two seconds, unless ``views`` is set, and the faster one is recorded.
-        seed: Seed of the initial weights, the order, the augmentation and the choice of shots.
+        precision: ``auto`` uses bfloat16 if the hardware supports it, otherwise float32. On such CPUs a timm student is
+            timed in both for two seconds, unless ``views`` is set, and the faster one is used and recorded.
+        seed: Seed of initial weights, order, augmentation and choice of shots.
     """
 
     epochs: int = 60

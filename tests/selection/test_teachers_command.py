@@ -122,11 +122,11 @@ def test_a_teacher_of_no_use_is_said_to_be_of_none(here):
     assert "none of these will help" in said
 
 
-def test_a_sick_teacher_is_named_and_the_others_are_measured(here):
+def test_an_unusable_teacher_is_named_and_the_others_are_measured(here):
     given = ("--candidates", f"{here}/t.py:constant", "--candidates", f"{here}/t.py:colour")
     first, last = teachers(here / "d", *given)["candidates"]
     assert (first["candidate"], last["candidate"]) == (f"{here}/t.py:colour", f"{here}/t.py:constant")
-    assert last["sick"]
+    assert last["unusable"]
     assert "not finite" in last["fault"]
     assert last["linear_probe"] is None
 

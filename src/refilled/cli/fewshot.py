@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import AsJson, Cpus, Executor, Gpus, Quiet, Set, descriptions, key_value, run_flags
+from refilled.cli.options import AsJson, Cpus, Executor, Gpus, Out, Quiet, Set, descriptions, key_value, run_flags
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
 
@@ -23,12 +23,12 @@ def fewshot(
         list[str] | None,
         typer.Option(
             metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="A parameter to tune on the validation classes before the test; may be repeated.",
+            help="Parameter to tune on the validation classes before the test; may be repeated.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Number of settings to try when tuning.", min=1)] = 30,
-    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting.", min=1)] = 100,
-    out: Annotated[Path | None, typer.Option(help="Folder for the test.", show_default=False)] = None,
+    trials: Annotated[int, typer.Option(help="Number of settings to try with --tune.", min=1)] = 30,
+    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting with --tune.", min=1)] = 100,
+    out: Out = None,
     jobs: Annotated[
         int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1)
     ] = 1,
@@ -39,7 +39,10 @@ def fewshot(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Test a few-shot method on many tasks of unseen classes. Repeat the command to resume an interrupted test."""
+    """Test a few-shot method on many tasks of unseen classes.
+
+    Repeat the command to resume an interrupted test.
+    """
     from refilled.fewshot.evaluation import evaluate_few_shot
     from refilled.grid.executors import find_executor
     from refilled.grid.sharing import shared_testing
@@ -86,12 +89,15 @@ def fewshot(
 def meta_train(
     data: Annotated[str, typer.Option(help=escape(descriptions(MetaRun)["data"]), show_default=False)],
     set_: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    out: Out = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Meta-train ProtoNet, FEAT or MAML on seen classes; 'refilled fewshot --teacher' accepts the folder."""
+    """Meta-train ProtoNet, FEAT or MAML on seen classes.
+
+    Test the result with 'refilled fewshot --teacher RUN'. Repeat the command to resume an interrupted run.
+    """
     from refilled.fewshot.meta_training import meta_train as train
     from refilled.training.journal import Interrupted
 

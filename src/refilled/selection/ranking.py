@@ -39,7 +39,7 @@ class Measured:
         candidate: The text that names the teacher.
         size: Side length in pixels of its input; None where it could not be asked.
         fault: Why it cannot help, as far as that is known before training; None if nothing was found.
-        sick: Whether training would refuse it; nothing else is measured then.
+        unusable: Whether training would refuse it; nothing else is measured then.
         notes: Warnings of the check before training.
         label_information: Share of the labels' entropy that its nearest class means take away.
         nearest_class_mean: Accuracy of its nearest class means on held-out folds.
@@ -54,7 +54,7 @@ class Measured:
     candidate: str
     size: int | None = None
     fault: str | None = None
-    sick: bool = False
+    unusable: bool = False
     notes: tuple[str, ...] = ()
     label_information: float | None = None
     nearest_class_mean: Accuracy | None = None
@@ -155,12 +155,12 @@ class Bench:
         return embedding_of(teacher, self.task, self._run_of(candidate, size))
 
     def measure(self, teacher: Backbone, candidate: str, size: int | None) -> Measured:
-        """Measure a candidate; one that training would refuse is returned as sick."""
+        """Measure a candidate; one that training would refuse is returned as unusable."""
         try:
             notes = examine(teacher, self.task.train, candidate)
             embedding = self.embed(teacher, candidate, size)
         except ModelError as error:
-            return Measured(candidate, size, fault=str(error), sick=True)
+            return Measured(candidate, size, fault=str(error), unusable=True)
         found = self.accuracy(embedding)
         fault = fault_in(embedding, self._pixels, self.labels)
         features = Features.of(found.percent, self.pixels.percent, self.labels_per_class)
@@ -270,7 +270,7 @@ def _sizes_for(image_size: int, teacher: Backbone) -> list[int]:
 
 
 def _order(one: Measured) -> tuple[bool, bool, float, float]:
-    return one.sick, one.fault is not None, -(one.gain or 0.0), -(one.label_information or 0.0)
+    return one.unusable, one.fault is not None, -(one.gain or 0.0), -(one.label_information or 0.0)
 
 
 def _settled(measured: Sequence[Measured]) -> dict[str, int]:
