@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -227,6 +228,22 @@ def test_every_field_of_a_run_is_a_flag_with_help():
     for flag in ("--epochs", "--teacher-mean", "--views", "--data-root", "--no-nesterov", "--set"):
         assert flag in shown
     assert "Peak learning rate" in shown
+
+
+COMMANDS = [[name] for name in sorted(typer.main.get_command(app).commands) if name != "cache"]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *COMMANDS, ["cache"], *(["cache", name] for name in ("build", "info", "verify"))]
+)
+def test_help_fits_80_columns_and_gives_defaults_as_values_of_the_command_line(command):
+    lines = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80"}).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = "\n".join(lines)
+    assert "…" not in shown  # nothing is cut
+    assert not re.search(r"\b(?:None|True|False)\b", shown)
+    for text in ("Show this message", "Peak learning rate", "Folder of the data", "Leave out unreadable"):
+        assert all(line.index(text) < 52 for line in lines if text in line)  # 28 columns or more for the help texts
 
 
 @pytest.mark.slow

@@ -22,8 +22,9 @@ def fewshot(
     tune: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="Parameter to tune on the validation classes before the test; may be repeated.",
+            metavar="KEY=VALUES",
+            help="Values to try for a parameter of the method, on the validation classes and before the test: "
+            "KEY=A,B,C, KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
         ),
     ] = None,
     trials: Annotated[int, typer.Option(help="Number of settings to try with --tune.", min=1)] = 30,

@@ -110,17 +110,21 @@ def _values(choices: Sequence[str], default: object) -> str:
 
 
 def descriptions(of: type = Run) -> dict[str, str]:
-    """Return the help of each field of a configuration, from its docstring. The value None is the flag's default."""
+    """Return the help of each field of a configuration, from its docstring.
+
+    A flag has a default instead of None. It has no sentence about the file of a configuration.
+    """
     text = "\n".join(base.__doc__ or "" for base in reversed(of.__mro__[:-1]))
     lines = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text).replace("``", "'").replace("None: ", "Default: ") for name, text in lines}
+    on_one_line = {name: re.sub(r"\s+", " ", text).partition(" In a file,")[0] for name, text in lines}
+    return {name: text.replace("``", "'").replace("None: ", "Default: ") for name, text in on_one_line.items()}
 
 
 Teachers = Annotated[
     list[str] | None,
     typer.Option(
         "--teacher",
-        help=escape(f"{descriptions()['teacher'].partition(' In a file,')[0]} May be repeated, for several teachers."),
+        help=escape(f"{descriptions()['teacher']} May be repeated, for several teachers."),
         show_default=False,
     ),
 ]

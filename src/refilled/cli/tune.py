@@ -35,8 +35,9 @@ def tune(
     search: Annotated[
         list[str],
         typer.Option(
-            metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="Values to try for a parameter of the method or a training option such as lr; may be repeated.",
+            metavar="KEY=VALUES",
+            help="Values to try for a parameter of the method or a training option such as lr: KEY=A,B,C, "
+            "KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
             show_default=False,
         ),
     ],
