@@ -22,7 +22,7 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side length in pixels that images are resized to. Default: the model's.", min=1),
+        typer.Option(metavar="<int>", help="Side length in pixels of the images. Default: the model's.", min=1),
     ] = None,
     teacher_mean: Annotated[
         tuple[float, float, float] | None,
