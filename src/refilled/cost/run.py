@@ -94,7 +94,7 @@ class Forecast:
         threads = "one thread" if run.threads == 1 else f"{run.threads} threads"
         where = f"{threads} of the processor" if run.device == "cpu" else run.device
         yield "in all", f"about {duration(self.total)} on {where}"
-        yield "memory", "cannot be predicted here" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at most"
+        yield "memory", "cannot be predicted here" if self.memory is None else f"about {self.memory / 2**30:.2f} GiB"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the forecast as plain data."""
