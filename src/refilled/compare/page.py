@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from matplotlib.figure import Figure
@@ -203,6 +204,9 @@ def write_report(
         sentences=sentences,
         rows=table(rows, baseline),
         shown=shown.name,
+        seeds=[_run(folder).seed for folder in baseline.folders],
+        runs=_runs(path.parent, rows),
+        teacher=_report_in(path.parent, path.parent / "teacher"),
         pictures={caption: address(picture) for caption, (_, picture) in drawn.items()},
         provenance={
             "data": f"{result.data['task']}; {_listed(result.data['images'])} images",
@@ -218,6 +222,23 @@ def write_report(
         },
     )
     write_atomic(path, text.encode())
+
+
+def _runs(folder: Path, rows: Sequence[RowResults]) -> dict[str, list[tuple[str, str | None]]]:
+    """Return each run's accuracy and the address of its report, by row; None without a report."""
+    return {
+        row.name: [
+            (f"{accuracy:.2f}", _report_in(folder, of_run))
+            for accuracy, of_run in zip(row.accuracies, row.folders, strict=True)
+        ]
+        for row in rows
+    }
+
+
+def _report_in(folder: Path, of_run: Path) -> str | None:
+    """Return the address of a run's report relative to the folder of the comparison."""
+    report = of_run / "report.html"
+    return quote(report.relative_to(folder).as_posix()) if report.exists() else None
 
 
 def _run(folder: Path) -> Run:

@@ -56,15 +56,16 @@ class Projection:
     side: int = _SIDE
 
 
-def projection_of(networks: Mapping[str, Backbone], task: Task, images: Split) -> Projection:
+def projection_of(networks: Mapping[str, Backbone], task: Task, images: Split, count: int = IMAGES) -> Projection:
     """Project the embeddings of some images, evenly chosen from the classes, by t-SNE.
 
     Args:
         networks: The networks by the heading of their panel.
         task: The task, for the names of its classes.
         images: The scored images.
+        count: Number of images that are shown at most.
     """
-    rows = examples(images.labels.cpu(), IMAGES)
+    rows = examples(images.labels.cpu(), count)
     labels = images.labels.cpu()[rows]
     if len(rows) < _FEWEST:
         return _nothing(f"there are only {len(rows)} images")
