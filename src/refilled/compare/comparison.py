@@ -41,7 +41,6 @@ from refilled.compare.page import (
     verdict,
     write_report,
 )
-from refilled.compare.summary import count_of
 from refilled.config import Run
 from refilled.errors import RunError, unknown
 from refilled.files import write_atomic
@@ -55,6 +54,7 @@ from refilled.report.page import Surroundings
 from refilled.report.text import shown as visible
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
+from refilled.words import count_of
 
 PAGE = "report.html"
 """Name of the page of a comparison in its folder."""

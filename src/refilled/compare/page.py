@@ -32,6 +32,7 @@ from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, task_of, teacher_accuracies, teacher_task_of, teachers_of
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
+from refilled.words import count_of
 
 _EXAMPLES = 40  # of each group of images
 
@@ -130,8 +131,8 @@ def on_the_unlabelled(rows: Sequence[RowResults], baseline: RowResults, shown: R
         return []
     without_teacher = [row for row in rows if row.unlabelled is not None and row.results[0].teacher is None]
     return [
-        f"{shown.name} also learned from {shown.unlabelled['images']} images without labels, which {baseline.name} did "
-        "not see.",
+        f"{shown.name} also learned from {count_of(shown.unlabelled['images'], 'image')} without labels, which "
+        f"{baseline.name} did not see.",
         *(
             f"From the same images without a teacher, {row.name} reaches {mean(row.accuracies):.1f} %; gain of "
             f"{shown.name} over it: {shown.gain_over(row)} points."
@@ -148,8 +149,9 @@ def on_the_cache(row: RowResults) -> list[str]:
     recipe = _recipe(row.folders[0])
     mixed = ", each mixed with another image," if recipe["mixup"] or recipe["cutmix"] else ""
     return [
-        f"The teacher's embeddings of {cache['views']} views of each image came from disk. Nearest class mean "
-        f"classifies {cache['images']} training images{mixed} with {cache['cached_accuracy']:.1f} % accuracy in them, "
+        f"The teacher's embeddings of {count_of(cache['views'], 'view')} of each image came from disk. Nearest class "
+        f"mean classifies {cache['images']} training images{mixed} with {cache['cached_accuracy']:.1f} % accuracy in "
+        "them, "
         f"and with {cache['live_accuracy']:.1f} % in the live teacher's embeddings."
     ]
 

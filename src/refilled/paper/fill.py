@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refilled.compare.summary import count_of
 from refilled.config import Run
 from refilled.cost.grid import estimate
 from refilled.errors import RefilledError, RunError, unknown
@@ -24,6 +23,7 @@ from refilled.paper.tables import TABLES
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
 from refilled.report.text import shown
+from refilled.words import count_of
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from refilled.runs.inference import network_of, readout_classes, task_of
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
 from refilled.training.evaluation import predict
+from refilled.words import count_of
 
 _WORST = 16  # images
 _MANY = 20  # classes
@@ -163,7 +164,7 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ar
             **({"licence of the data": task.licence} if task.licence else {}),
             **_teachers(result.teacher),
             "network": f"{run.student or run.only_teacher}, {result.parameters:,} parameters",
-            "time": f"{result.seconds:.0f} seconds",
+            "time": f"{count_of(round(result.seconds), 'second')}",
             "hardware": _listed(result.hardware),
             "versions": _listed(result.versions),
         },

@@ -19,6 +19,7 @@ from refilled.runs.inference import network_of
 from refilled.runs.prepared import initial_student
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
+from refilled.words import count_of, plural
 
 IMAGES = 1000
 """Images that are shown at most."""
@@ -68,7 +69,7 @@ def projection_of(networks: Mapping[str, Backbone], task: Task, images: Split, c
     rows = examples(images.labels.cpu(), count)
     labels = images.labels.cpu()[rows]
     if len(rows) < _FEWEST:
-        return _nothing(f"there are only {len(rows)} images")
+        return _nothing(f"there {plural(len(rows), 'is', 'are')} only {count_of(len(rows), 'image')}")
     if len(labels.unique()) < 2:
         return _nothing("all images are of one class")
     pixels = images.pixels[rows]

@@ -8,6 +8,7 @@ import torch
 
 from refilled.models import Backbone, multiplications_of
 from refilled.runs.environment import device_name
+from refilled.words import count_of
 
 BATCHES = (1, 32)
 """Images at a time."""
@@ -41,7 +42,7 @@ class Speed:
     def rows(self) -> list[list[str]]:
         """Return the rows of a table."""
         count = "unknown" if self.multiplications is None else f"{self.multiplications / 1e6:,.1f} million"
-        threads = "" if not self.threads else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = "" if not self.threads else f", {count_of(self.threads, 'thread')}"
         where = f"{self.device}{threads}, float32"
         return [
             ["measure", "value"],
