@@ -89,6 +89,7 @@ def test_the_page_shows_table_and_pictures_and_runs_nothing(page):
     assert policy.startswith("default-src 'none'")
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_images_of_teacher_and_student(page):
     text = page.read_text()
     assert "What the teacher was trained on, and what the student sees" in text
@@ -102,6 +103,7 @@ def test_the_page_shows_the_images_of_teacher_and_student(page):
     assert (figures / "images.svg").read_text().count("<image") == 3  # of the teacher, labelled, test
 
 
+@pytest.mark.slow
 def test_each_run_has_a_report_against_the_student_alone_and_the_page_links_to_it(page):
     parsed = _Page()
     parsed.feed(page.read_text())
@@ -141,6 +143,7 @@ def test_a_second_start_repeats_nothing(page):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*/report.html")} == reports
 
 
+@pytest.mark.slow
 def test_reports_that_are_missing_are_written_and_a_failure_loses_no_run(page, tmp_path, monkeypatch, in_process):
     """As after an end between a run and its report, and with an image that has gone since."""
     folder = tmp_path / "copy"
