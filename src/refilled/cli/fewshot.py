@@ -13,6 +13,7 @@ from rich.table import Table
 from refilled.cli.options import AsJson, Cpus, Executor, Gpus, Out, Quiet, Set, descriptions, key_value, run_flags
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
+from refilled.words import count_of
 
 
 @run_flags("settings", of=FewShotRun)
@@ -74,8 +75,9 @@ def fewshot(
         return
     table = Table(show_header=False)
     spread = "" if result.interval is None else f" ± {result.interval:.2f}"
-    table.add_row("accuracy", f"{result.accuracy:.2f}{spread} % over {result.n_episodes} tasks, 95 % interval")
-    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {result.n_query} queries per class, seed {run.seed}")
+    tasks, queries = count_of(result.n_episodes, "task"), count_of(result.n_query, "query", "queries")
+    table.add_row("accuracy", f"{result.accuracy:.2f}{spread} % over {tasks}, 95 % interval")
+    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {queries} per class, seed {run.seed}")
     table.add_row(
         "images", escape(f"{result.data['pool']}: {result.data['images']} of {result.data['classes']} classes")
     )
