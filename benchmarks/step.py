@@ -41,11 +41,11 @@ from peers import PEERS, peers_of
 from scene import CLASSES, FLOAT32, PLAIN, SGD, Scene, Step, bare, cross_entropy, made_up_cache, made_up_task
 from torch import Tensor, nn
 
-from refilled.config import Recipe
 from refilled.losses.triplet_alignment import TripletAlignmentLoss
 from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model
 from refilled.outputs import Outputs
+from refilled.recipe import Recipe
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device
 from refilled.stages import Stage, Term, constant

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -57,6 +58,7 @@ def student(tmp_path_factory, photos) -> Path:
     return folder / "student"
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
     accuracy = json.loads(refilled("evaluate", student, "--json"))["accuracy"]
     result = json.loads((student / "result.json").read_text())
@@ -72,6 +74,7 @@ def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
         assert set(prediction["probabilities"]) == {path.name for path in photos.iterdir()}
 
 
+@pytest.mark.slow
 def test_predictions_as_csv_carry_hard_names_and_run_nothing(student, photos):
     rows = list(csv.reader(io.StringIO(refilled("predict", student, photos, "--csv"))))
     assert len(rows) == 37
@@ -81,6 +84,7 @@ def test_predictions_as_csv_carry_hard_names_and_run_nothing(student, photos):
     assert all(float(p) <= 1 for row in rows[1:] for p in row[2:])
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_and_the_others_are_predicted(student, photos, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no picture")
     good = next(photos.rglob("*.png"))
@@ -142,6 +146,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "hint"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
@@ -201,6 +206,7 @@ def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, m
     assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
 
 
+@pytest.mark.slow
 def test_a_preset_sets_what_is_not_given_explicitly(student, tmp_path):
     common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
     teacher = student.parent / "teacher"
@@ -213,6 +219,7 @@ def test_a_preset_sets_what_is_not_given_explicitly(student, tmp_path):
     assert Run.from_toml((tmp_path / "b" / "run.toml").read_text()).settings == {}
 
 
+@pytest.mark.slow
 def test_few_images_get_more_epochs_unless_epochs_are_given(tmp_path, monkeypatch):
     monkeypatch.setattr("refilled.cli.options._LEAST_STEPS", 61)
     common = ["train", "digits:5-9", "--shots", 1, "--val", 0, "--model", "wrn_10_1", "--threads", 1]
@@ -227,6 +234,22 @@ def test_every_field_of_a_run_is_a_flag_with_help():
     for flag in ("--epochs", "--teacher-mean", "--views", "--data-root", "--no-nesterov", "--set"):
         assert flag in shown
     assert "Peak learning rate" in shown
+
+
+COMMANDS = [[name] for name in sorted(typer.main.get_command(app).commands) if name != "cache"]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *COMMANDS, ["cache"], *(["cache", name] for name in ("build", "info", "verify"))]
+)
+def test_help_fits_80_columns_and_gives_defaults_as_values_of_the_command_line(command):
+    lines = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80"}).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = "\n".join(lines)
+    assert "…" not in shown  # nothing is cut
+    assert not re.search(r"\b(?:None|True|False)\b", shown)
+    for text in ("Show this message", "Peak learning rate", "Folder of the data", "Leave out unreadable"):
+        assert all(line.index(text) < 50 for line in lines if text in line)  # 30 columns or more for the help texts
 
 
 @pytest.mark.slow

@@ -144,6 +144,7 @@ READ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "file", "harm"),
     [
@@ -229,6 +230,7 @@ def test_the_student_after_a_stage_is_named_if_it_is_damaged(here, capsys, harm)
         network_of(here / "taught", "embedding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

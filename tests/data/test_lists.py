@@ -60,6 +60,7 @@ def run(*arguments: object, code: int = 0) -> str:
 TRAIN = ["--model", "wrn_10_1", "--epochs", "1", "--threads", "1", "--quiet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["", "labels.csv"])
 def test_a_list_is_trained_on_and_evaluated(tmp_path, names, task):
     photos, out = tmp_path, tmp_path / "run"
@@ -273,7 +274,7 @@ def test_labels_that_differ_in_case_are_said(tmp_path, names):
         (b"image,label\nimages/000.png,cat\n../images/001.png,dog\n", r"line 3: '\.\./images/001\.png' leads out of"),
         (b'image,label\n"images/000.png,cat\nimages/001.png,dog\n', "an earlier quotation mark is not closed"),
         (b"image,label\na.png,cat\nb.png,dog\n", "none of the 2 images .* the first is 'a.png'"),
-        (b"no list of images\n", r"none of the 1 images in column '1' of .*labels\.csv is below"),
+        (b"no list of images\n", r"none of the 1 image in column '1' of .*labels\.csv is below"),
         (b"", "is empty"),
         (b"image,label\n", "is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\r", "is not text"),
@@ -289,6 +290,7 @@ def test_lists_that_cannot_be_used_are_explained(tmp_path, names, content, messa
 CELLS = st.sampled_from(["images/000.png", "001", "images\\002.PNG", "C:\\x\\003.png", "cat", "dog", "", "label", "id"])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=80)

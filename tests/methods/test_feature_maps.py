@@ -188,11 +188,11 @@ def test_contrastive_transfer_is_that_of_the_loop(batch, images, seed, temperatu
 
 def test_contrastive_transfer_resumes_with_the_bank_it_had():
     before, after, empty = (ContrastiveLoss(6, 5) for _ in range(3))
-    before.prepare(normal(9, 5), torch.arange(9) % 3)
+    before.precompute(normal(9, 5), torch.arange(9) % 3)
     after.load_state_dict(before.state_dict())
     batch = (normal(4, 6), normal(4, 5), torch.arange(4) % 3)
     assert after(*batch) == before(*batch)
-    with pytest.raises(MethodError, match=r"prepare\(teacher_embedding, labels\)"):
+    with pytest.raises(MethodError, match=r"precompute\(teacher_embedding, labels\)"):
         empty(*batch)
 
 
@@ -286,6 +286,7 @@ def said():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", NETWORKS)
 @pytest.mark.parametrize("student", NETWORKS)
 def test_every_pair_of_families_serves_every_feature_method(said, student, teacher):
@@ -309,6 +310,7 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEATURE_METHODS)
 def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp_path, name):
     run = resolve(replace(QUICK, teacher=teacher, method=name))

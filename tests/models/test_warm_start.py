@@ -29,6 +29,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_a_run_continues_to_other_classes_with_its_normalisation(teacher):
     student, notes = start(teacher)
     before = load_model(Path(teacher))
@@ -76,7 +77,7 @@ def test_what_is_missing_or_left_over_is_named(teacher, tmp_path):
     del weights[gone]
     save_file({**weights, "queue.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     _, notes = start(f"wrn_10_1:{tmp_path / 'w.safetensors'}")
-    assert f"initialised at random: 1 tensors, {gone}" in notes[0]
+    assert f"initialised at random: 1 tensor, {gone}" in notes[0]
     assert "not used from" in notes[1]
     assert "queue.weight" in notes[1]
 

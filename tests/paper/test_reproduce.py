@@ -298,6 +298,7 @@ def test_few_shot_tests_and_meta_trainings_are_estimated_too(tmp_path, monkeypat
     assert sum(int(line.split()[0]) for line in lines) == len(missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["1NN", "SVM", "LR", "Fine-Tune", "MAML", "ProtoNet", "FEAT", "RKD from ResNet", "ReFilled from ResNet"]
 )
@@ -336,6 +337,7 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path, then):
     assert f"{name} was run with other default settings" in str(problem)
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_images_is_refused(tmp_path):
     (cell,) = cells(small_table(STUDENT), ONE)
     graph = JobGraph([cell], tmp_path)
@@ -523,9 +525,25 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_get_all_results
     assert len((tmp_path / "begun").read_text().split()) == 6
 
 
+@pytest.mark.slow
+def test_each_training_run_leaves_a_report_against_the_student_alone(tmp_path, in_process):
+    table = small_table(Row("alone", "vanilla", (None,)), Row("taught", "regression", (None,)))
+    graph = JobGraph(cells(table, ONE), tmp_path / "runs")
+    alone, taught = (graph.run_of(cell) for cell in cells(table, ONE))
+    assert graph.alone(graph.runs[taught]) == alone
+    assert graph.alone(graph.runs[alone]) is None
+    fill(table, ONE, tmp_path, console=quiet(), executor=in_process)
+    pages = {path.parent.name: path.read_text() for path in (tmp_path / "runs").glob("*/report.html")}
+    assert pages.keys() == graph.runs.keys()  # with the teacher
+    assert f"and {alone} {Result.load(tmp_path / 'runs' / alone).accuracy:.2f} %" in pages[taught]
+    assert "Classes that gained and lost" not in pages[alone]
+
+
+@pytest.mark.slow
 def test_a_table_goes_to_the_executor_that_it_is_given(tmp_path, in_process):
     table = small_table(Row("alone", "vanilla", (None,)))
-    outcome = fill(table, ONE, tmp_path, 2, quiet(), in_process)
+    outcome = fill(table, ONE, tmp_path, 2, quiet(), in_process, reports=False)
+    assert not list(tmp_path.rglob("runs/*/report.html"))
     assert outcome.failures == {}
     assert in_process.jobs == [2]
     assert len(in_process.calls) == 1
@@ -554,6 +572,7 @@ def test_the_estimate_adds_up(tmp_path, monkeypatch):
     assert estimate(graph, {}, jobs=2) == ["nothing is left to do"]
 
 
+@pytest.mark.slow
 def test_embeddings_that_lie_on_disk_are_not_counted_again(tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = Run(task="digits:5-9", student="wrn_10_1", teacher=str(tmp_path / "t"), shots=5, views=4, threads=1)

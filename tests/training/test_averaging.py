@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.errors import RunError
+from refilled.recipe import Recipe
 from refilled.runs.experiment import complete, distill, resume
 from refilled.runs.prepared import Prepared, resolve
 from refilled.runs.teacher_caches import fabric_of
@@ -93,6 +94,7 @@ YOUNGER = ['optimizer = "sgd"\n', "ema = 0.0\n"]
 YOUNGER += ['auto_augment = "none"\n', "color_jitter = 0.0\n", "random_erasing = 0.0\n"]
 
 
+@pytest.mark.slow
 def test_a_run_begun_before_the_fields_existed_is_continued(tmp_path):
     run = QUICK
     distill(run, tmp_path / "whole")

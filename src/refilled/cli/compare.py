@@ -1,5 +1,6 @@
 """Commands that compare methods: ``compare`` and ``demo``."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from refilled.cli.options import Cpus, Executor, Gpus, Preset, Teachers, configure, descriptions, run_flags, run_name
+from refilled.cli.options import (
+    Cpus,
+    Executor,
+    Gpus,
+    NoReports,
+    Preset,
+    RunsOut,
+    Teachers,
+    configure,
+    descriptions,
+    key_value,
+    run_flags,
+    run_name,
+)
 from refilled.cli.show import console
 from refilled.errors import RefilledError, RunError
 from refilled.presets import with_preset
@@ -21,30 +35,36 @@ if TYPE_CHECKING:
 def compare(
     task: Annotated[
         str,
-        typer.Argument(
-            help="A task or a folder of images, or a description of a comparison, FILE.toml.", show_default=False
-        ),
+        typer.Argument(help="Task, folder of images, or FILE.toml that describes a comparison.", show_default=False),
     ],
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names separated by commas; the first is the baseline. METHOD:PRESET uses the preset's settings of "
-            "the method. [default: vanilla,rkd,refilled,refilled:good, or the one of --preset]",
+            help="Methods, separated by commas; the first is the baseline. METHOD:PRESET uses the preset's settings "
+            "of the method. Default: vanilla, rkd, refilled and refilled:PRESET, with the preset of --preset or "
+            "else good.",
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per method.", min=1)] = 3,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A parameter of the last method of --methods; may be repeated."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1)] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
-    out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs; use --threads 1 with it.", min=1)] = 1,
+    out: RunsOut = None,
+    jobs: Annotated[int, typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1)] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
     preset: Preset = None,
+    no_report: NoReports = False,
     **flags: Any,
 ) -> None:
-    """Find out whether the teacher helps: compare methods over several seeds at equal cost, in a table and a page."""
+    """Compare methods at equal cost over several seeds, to see whether the teacher helps."""
     from refilled.compare.comparison import Comparison
     from refilled.grid.executors import find_executor
 
@@ -59,17 +79,19 @@ def compare(
         # All rows use the preset's training; only the row that names the preset uses its settings.
         run = replace(configure(preset, {"task": task, "teacher": teacher, "student": student, **flags}), settings={})
         names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
-        rows = {name: _row(name) for name in names.split(",")}
+        rows = {name: _row(name, flags) for name in names.split(",")}
+        last = list(rows.values())[-1]
+        last["settings"] = {**last["settings"], **dict(key_value(text) for text in set_ or ())}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
-        out = out or Path("runs") / run_name(run)
-    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus))
+        out = out or Path("runs") / run_name(replace(run, method="compare"))  # a run with labels only is "vanilla"
+    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus), not no_report)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
     jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 2,
 ) -> None:
-    """Distil a teacher of printed letters into students that read handwritten digits. Takes one to two minutes."""
+    """Run a comparison that takes one to two minutes: a teacher of letters, students of digits."""
     from importlib.resources import files
 
     from refilled.compare.comparison import Comparison
@@ -84,17 +106,21 @@ def demo(
     _compare(comparison, out, jobs, processes)
 
 
-def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor") -> None:
+def _compare(
+    comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor", reports: bool = True
+) -> None:
     from refilled.compare.comparison import compare as carry_out
 
-    page = carry_out(comparison, folder, jobs, console, executor)
+    page = carry_out(comparison, folder, jobs, console, executor, reports)
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _row(name: str) -> dict[str, Any]:
-    method, _, preset = name.partition(":")
-    fields = with_preset(preset or None, {"method": method})
-    return {"method": method, "settings": fields.get("settings", {}), "guard": fields.get("guard", False)}
+def _row(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the comparison, METHOD, METHOD:PRESET or the path of a file."""
+    method, preset = (name, "") if name.endswith(".py") else name.partition(":")[::2]
+    fields = with_preset(preset or None, {"method": method, "unlabelled": flags["unlabelled"]})
+    guard = fields.get("guard", False) if flags["guard"] is None else flags["guard"]
+    return {"method": method, "settings": dict(fields.get("settings", {})), "guard": guard}
 
 
 def _read(path: Path) -> str:

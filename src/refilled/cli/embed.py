@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from refilled.cli.show import console, err, printable, say
+from refilled.words import count_of
 
 
 def embed(
@@ -13,29 +14,31 @@ def embed(
         str,
         typer.Argument(
             metavar="RUN|TEACHER",
-            help="Folder of a run, or a teacher in any form that --teacher of 'distill' takes.",
+            help="Folder of a run, or a teacher in any form of 'distill --teacher'.",
             show_default=False,
         ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The table: FILE.parquet, FILE.csv or FILE.npz.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Table to write: FILE.parquet, FILE.csv or FILE.npz.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side length in pixels at which images are read; default: the model's.", min=1),
+        typer.Option(metavar="<int>", help="Side length in pixels of the images. Default: the model's.", min=1),
     ] = None,
     teacher_mean: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="Mean per channel, on the scale 0 to 1.")
+        tuple[float, float, float] | None,
+        typer.Option(metavar="R G B", help="Channel means of the teacher's input, from 0 to 1."),
     ] = None,
     teacher_std: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="Standard deviation per channel.")
+        tuple[float, float, float] | None,
+        typer.Option(metavar="R G B", help="Channel standard deviations, on the same scale."),
     ] = None,
-    teacher_size: Annotated[int | None, typer.Option(help="Side length of a teacher's input in pixels.")] = None,
+    teacher_size: Annotated[int | None, typer.Option(help="Side length in pixels of the teacher's input.")] = None,
     teacher_embedding: Annotated[
-        str | None, typer.Option(help="The output that is the embedding: pooled, token, mean or both.")
+        str | None, typer.Option(help="Output of the teacher that is its embedding: pooled, token, mean or both.")
     ] = None,
 ) -> None:
-    """Write the embeddings of images to a table; of a student also the class and its probability."""
+    """Write the embeddings of images to a table; for a student, also classes and probabilities."""
     from typing import cast, get_args
 
     from refilled.errors import RunError, unknown
@@ -59,8 +62,8 @@ def embed(
     for image, reason in written.unreadable:
         line = f"left out {printable(str(image))}: {printable(reason)}"
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    summary = f"{written.images} embeddings of {written.embedding_dim} numbers: {printable(str(out))}"
-    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+    summary = f"{count_of(written.images, 'embedding')} of {count_of(written.embedding_dim, 'number')}"
+    console.print(f"{summary}: {printable(str(out))}", markup=False, highlight=False, soft_wrap=True)
     if written.unreadable:
-        say(f"{len(written.unreadable)} images could not be read")
+        say(f"{count_of(len(written.unreadable), 'image')} could not be read")
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The command ``tune``."""
+"""The command ``tune``: parameters chosen on held-out images."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from refilled.cli.options import (
     AsJson,
+    Out,
     Preset,
     Teachers,
     configure,
@@ -21,6 +22,7 @@ from refilled.cli.options import (
     run_name,
 )
 from refilled.cli.show import console, err, listed, printable
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from refilled.tuning.student import Tuned
@@ -29,34 +31,35 @@ if TYPE_CHECKING:
 @run_flags("task", "settings", "score")
 def tune(
     task: Annotated[
-        str, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
+        str, typer.Argument(help="Task, for example digits:5-9, or a folder of images.", show_default=False)
     ],
     search: Annotated[
         list[str],
         typer.Option(
-            metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="Values to try for a parameter of the method or a training flag such as lr; may be repeated.",
+            metavar="KEY=VALUES",
+            help="Values to try for a parameter of the method or a training option such as lr: KEY=A,B,C, "
+            "KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
             show_default=False,
         ),
     ],
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
-        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+        str, typer.Option(help="Method ('refilled list methods' prints all), or a Python file that defines one.")
     ] = "refilled",
     trials: Annotated[
         int, typer.Option(help="Total number of trials, including those already in the folder.", min=1)
     ] = 20,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter that is not tuned; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Parameter that is not tuned; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the trials.", show_default=False)] = None,
+    out: Out = None,
     preset: Preset = None,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Choose parameters on held-out training images, then train on all training images and score the test images once.
+    """Tune parameters on held-out training images, then train on all and test once.
 
     Repeat the command to resume after an interruption. Several commands with the same --out share the work.
     """
@@ -73,7 +76,7 @@ def tune(
         err.print("interrupted; the state is saved. Repeat the command to resume", markup=False)
         sys.exit(128 + interruption.number)
     if tuned is None:
-        err.print("other processes still work on trials; the last of them trains on all images", markup=False)
+        err.print("other processes are still running trials; the last one trains on all images", markup=False)
     elif as_json:
         best = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
         print(json.dumps({**best, "run": str(tuned.folder)}))
@@ -92,7 +95,7 @@ def _print_tuned(tuned: "Tuned") -> None:
     table = Table(show_header=False)
     table.add_row("best values", escape(printable(listed(tuned.values))))
     table.add_row("held-out accuracy", f"{tuned.val_accuracy:.2f} %, the best of the trials")
-    table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {images['test']} images")
-    table.add_row("trained on", f"{images['train']} images, including the held-out ones")
+    table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {count_of(images['test'], 'image')}")
+    table.add_row("trained on", f"{count_of(images['train'], 'image')}, including the held-out ones")
     console.print(table)
     console.print(f"run: {tuned.folder}", markup=False, highlight=False, soft_wrap=True)

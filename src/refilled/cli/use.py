@@ -21,11 +21,14 @@ from refilled.errors import RunError, unknown
 
 def evaluate(
     folder: Folder,
-    task: Annotated[str | None, typer.Argument(help="Another task with the same classes.", show_default=False)] = None,
+    task: Annotated[
+        str | None,
+        typer.Argument(help="Another task with the same classes. Default: the task of the run.", show_default=False),
+    ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a student on the test images of its task or of another task."""
+    """Evaluate a student on the test images of its task or of another task."""
     from refilled.runs.inference import evaluate as score
 
     result = score(folder, task, data_root)
@@ -37,7 +40,7 @@ def evaluate(
         table.add_row(escape(printable(name)), "no images" if accuracy is None else f"{accuracy:.1f} %")
     table.add_section()
     share = "no images" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
-    table.add_row(f"all {result['images']} images", share)
+    table.add_row("the only image" if result["images"] == 1 else f"all {result['images']} images", share)
     if result["balanced_accuracy"] is not None:
         table.add_row("mean over classes", f"{result['balanced_accuracy']:.2f} %")
     console.print(table)
@@ -46,13 +49,15 @@ def evaluate(
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, or an exported .onnx file.", show_default=False)],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or an exported .onnx file.", show_default=False)
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images.", show_default=False)],
     top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
-    """Print the class of each image, with probabilities."""
+    """Predict the class of each image, with its probability."""
     if folder.suffix == ".onnx" and not folder.is_dir():
         from refilled.export.onnx_file import open_classifier_file
 
@@ -72,9 +77,11 @@ def predict(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, fewshot, models or datasets", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(help="What to list: methods, fewshot, models or datasets.", show_default=False)
+    ],
 ) -> None:
-    """List the methods or few-shot methods with their parameters, the models, or the data sets."""
+    """List methods, few-shot methods, models or data sets."""
     kinds = {"methods": _methods, "fewshot": _few_shot_methods, "models": _models, "datasets": _datasets}
     if what not in kinds:
         raise RunError(unknown("list", what, kinds))

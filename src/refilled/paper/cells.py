@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from refilled.config import YOUNGER, FewShotRun, MetaRun, Recipe, Run
+from refilled.config import YOUNGER, FewShotRun, MetaRun, Run
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.methods import list_meta_learners
 from refilled.files import read_toml
@@ -14,6 +14,7 @@ from refilled.grid.jobs import FewShotTest, Job, JobResult, load, name_of
 from refilled.methods import load_method
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, PaperRecipe, Protocol
 from refilled.paper.schema import Column, FewShotRow, Row, Table
+from refilled.recipe import Recipe
 from refilled.runs.experiment import refuse_other_images
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import with_absolute_paths
@@ -250,6 +251,13 @@ class JobGraph:
     def teacher_of(self, cell: Cell) -> str | None:
         """Return the name of the run of a cell's teacher."""
         return None if cell in self.problems else self._names[cell][1]
+
+    def alone(self, run: Run) -> str | None:
+        """Return the name of the run that trains the same student alike without a teacher; None without such a run."""
+        if run.student is None or run.teacher is None:
+            return None
+        name = name_of(replace(run, teacher=None, method="vanilla", settings={}))
+        return name if name in self.runs else None
 
     def result(self, name: str | None) -> JobResult | None:
         """Return the result of a job, or None if it is not finished."""

@@ -11,9 +11,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from refilled.config import Precision, Run
+from refilled.config import Run
 from refilled.files import alone, cache_folder, write_atomic
 from refilled.models import Backbone
+from refilled.recipe import Precision
 from refilled.runs.environment import device_name
 from refilled.runs.prepared import Prepared
 from refilled.training.distributed import ALONE, World
@@ -88,7 +89,7 @@ def step_seconds(student: Backbone, image_size: int) -> Seconds:
 
     Neither the student nor the random numbers change.
     """
-    copy = deepcopy(student).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    copy = deepcopy(student).to(memory_format=torch.channels_last).train()
     return _fastest(lambda images, precision: _step(copy, images, precision), _BATCH, image_size)
 
 

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.errors import NonFiniteError, RunError, unknown
 from refilled.files import alone, read_toml, write_atomic
 from refilled.methods import load_method
+from refilled.recipe import Recipe
 from refilled.runs.experiment import check, complete
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 from refilled.tuning.search_space import import_optuna, parse_values
 from refilled.tuning.study import open_study
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -65,7 +67,7 @@ def tune(
 
     Args:
         run: The run that all trials share. Its ``val`` is the fraction of the training images that is held out.
-        search: By name of a parameter of the method or a field of :class:`~refilled.config.Recipe`, the values to try;
+        search: By name of a parameter of the method or a field of :class:`~refilled.recipe.Recipe`, the values to try;
             see :mod:`refilled.tuning.search_space`.
         trials: Number of trials, including those of earlier calls and of other processes.
         folder: Folder of the tuning.
@@ -208,7 +210,8 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
             return None
         if not study.get_trials(states=(states.COMPLETE,)):
-            raise RunError(f"the loss diverged in each of {len(study.trials)} trials; search lower rates or weights")
+            trials = count_of(len(study.trials), "trial")
+            raise RunError(f"the loss diverged in each of {trials}; search lower rates or weights")
         best = study.best_trial
         final = replace(_with(run, best.params), val=0.0, score="test")
         assert best.value is not None  # it is complete
