@@ -528,8 +528,9 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_get_all_results
 @pytest.mark.slow
 def test_each_training_run_leaves_a_report_against_the_student_alone(tmp_path, in_process):
     table = small_table(Row("alone", "vanilla", (None,)), Row("taught", "regression", (None,)))
-    graph = JobGraph(cells(table, ONE), tmp_path / "runs")
-    alone, taught = (graph.run_of(cell) for cell in cells(table, ONE))
+    both = cells(table, ONE)
+    graph = JobGraph(both, tmp_path / "runs")
+    alone, taught = map(graph.run_of, both)
     assert graph.alone(graph.runs[taught]) == alone
     assert graph.alone(graph.runs[alone]) is None
     fill(table, ONE, tmp_path, console=quiet(), executor=in_process)
