@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from refilled.errors import RunError, unknown
+from refilled.ranges import AMOUNT, COUNT, MOST, PART, PIXELS, POSITIVE, SHARE, STD, THREADS, WHOLE, Range, check_fields
 
 _Crops = Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"]
 _Policy = Literal["none", "trivial", "rand"]
@@ -30,7 +31,13 @@ YOUNGER: Mapping[str, Any] = {
 """Fields that are missing from older records, and their implicit values in those runs."""
 
 _SGD_ONLY_LR = 0.05
-_MOST_GIB = 2**30
+_OF_TASKS = {"n_way": Range(2, MOST), "n_shot": COUNT, "n_query": COUNT, "n_episodes": COUNT, "seed": WHOLE}
+_OF_MODELS = {"image_size": PIXELS, "threads": THREADS}
+_OF_TEACHERS = {
+    "teacher_size": PIXELS,
+    "teacher_mean": SHARE,
+    "teacher_std": STD,
+}
 
 
 def names_in(teacher: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -119,32 +126,29 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rules = {
-            "epochs": self.epochs >= 1,
-            "least_steps": self.least_steps >= 0,
-            "batch_size": self.batch_size >= 1,
-            "lr": math.isfinite(self.lr) and self.lr > 0,
-            "momentum": 0 <= self.momentum < 1,
-            "ema": 0 <= self.ema < 1,
-            "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "warmup": math.isfinite(self.warmup) and self.warmup >= 0,
-            "views": self.views is None or self.views >= 1,
-            "mixup": math.isfinite(self.mixup) and self.mixup >= 0,
-            "cutmix": math.isfinite(self.cutmix) and self.cutmix >= 0,
-            "unlabelled_share": 0 < self.unlabelled_share < 1,
-            "unlabelled_span": 0 <= self.unlabelled_span <= 1,
-            "images_per_class": self.images_per_class >= 1,
-            "seed": 0 <= self.seed < 2**31,
-        }
-        for name, holds in rules.items():
-            if not holds:
-                raise RunError(f"{name} = {getattr(self, name)} is out of range")
+        check_fields(
+            self,
+            epochs=COUNT,
+            least_steps=WHOLE,
+            batch_size=COUNT,
+            lr=POSITIVE,
+            momentum=PART,
+            ema=PART,
+            weight_decay=AMOUNT,
+            warmup=AMOUNT,
+            color_jitter=SHARE,
+            random_erasing=SHARE,
+            views=COUNT,
+            mixup=AMOUNT,
+            cutmix=AMOUNT,
+            unlabelled_share=Range(0, 1, above=True, below=True),
+            unlabelled_span=SHARE,
+            images_per_class=COUNT,
+            seed=WHOLE,
+        )
         for name, choices in (("augmentation", get_args(_Crops)), ("auto_augment", get_args(_Policy))):
             if getattr(self, name) not in choices:
                 raise RunError(unknown(name, str(getattr(self, name)), choices))
-        for name in ("color_jitter", "random_erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RunError(f"{name} = {getattr(self, name)} is out of range; give a number from 0 to 1")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise RunError("nesterov needs a momentum above 0")
         if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
@@ -238,11 +242,7 @@ class Run(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "shots", "image_size", "teacher_size", "threads")
-        if self.image_memory is not None and not (0 <= self.image_memory < _MOST_GIB):
-            raise RunError(f"image_memory = {self.image_memory} is out of range; give GiB, 0 or more")
-        if not 0 <= self.val < 1:
-            raise RunError(f"val = {self.val} is out of range; give a share of 0 or more and below 1")
+        check_fields(self, shots=COUNT, val=PART, image_memory=Range(0, 2**20), **_OF_MODELS, **_OF_TEACHERS)
         names = self.teachers
         if twice := [name for name in names if names.count(name) > 1]:
             raise RunError(f"the teacher {twice[0]} is named twice; name different teachers, or leave one out")
@@ -278,7 +278,7 @@ class Run(Recipe):
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"not a run's configuration: {error}") from error
         known = [f.name for f in fields(cls)]
         for name in values:
@@ -343,8 +343,7 @@ class FewShotRun:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, seed=0, batch=1)
-        _positive(self, "image_size", "teacher_size", "threads")
+        check_fields(self, **_OF_TASKS, batch=COUNT, **_OF_MODELS, **_OF_TEACHERS)
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
@@ -398,27 +397,13 @@ class MetaRun:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, tasks=1, validate_every=1, n_validation=1, seed=0)
-        _positive(self, "image_size", "threads")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise RunError(f"lr = {self.lr} is out of range")
+        check_fields(
+            self, **_OF_TASKS, tasks=COUNT, lr=POSITIVE, validate_every=COUNT, n_validation=COUNT, **_OF_MODELS
+        )
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise RunError(f"{name} = {value} is out of range; give 1 or more")
-
-
-def _at_least(config: object, **least: int) -> None:
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise RunError(f"{name} = {getattr(config, name)} is out of range; give {value} or more")
 
 
 def _toml(values: dict[str, Any]) -> str:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from refilled.cli.options import Cpus, Executor, Gpus, Preset, Teachers, configure, descriptions, run_flags, run_name
+from refilled.cli.options import (
+    MOST_JOBS,
+    Cpus,
+    Executor,
+    Gpus,
+    Preset,
+    Teachers,
+    configure,
+    descriptions,
+    run_flags,
+    run_name,
+)
 from refilled.cli.show import console
 from refilled.errors import RefilledError, RunError
 from refilled.presets import with_preset
@@ -33,11 +44,13 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per method.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs per method.", min=1, max=MOST_JOBS)] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs; use --threads 1 with it.", min=1)] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Number of concurrent runs; use --threads 1 with it.", min=1, max=MOST_JOBS)
+    ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
@@ -67,7 +80,9 @@ def compare(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 2,
+    jobs: Annotated[
+        int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, max=MOST_JOBS)
+    ] = 2,
 ) -> None:
     """Distil a teacher of printed letters into students that read handwritten digits. Takes one to two minutes."""
     from importlib.resources import files

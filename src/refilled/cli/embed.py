@@ -22,7 +22,7 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side length in pixels at which images are read; default: the model's.", min=1),
+        typer.Option(help="Side length in pixels at which images are read; default: the model's.", min=1, max=4096),
     ] = None,
     teacher_mean: Annotated[
         tuple[float, float, float] | None, typer.Option(help="Mean per channel, on the scale 0 to 1.")
@@ -30,7 +30,9 @@ def embed(
     teacher_std: Annotated[
         tuple[float, float, float] | None, typer.Option(help="Standard deviation per channel.")
     ] = None,
-    teacher_size: Annotated[int | None, typer.Option(help="Side length of a teacher's input in pixels.")] = None,
+    teacher_size: Annotated[
+        int | None, typer.Option(help="Side length of a teacher's input in pixels.", min=1, max=4096)
+    ] = None,
     teacher_embedding: Annotated[
         str | None, typer.Option(help="The output that is the embedding: pooled, token, mean or both.")
     ] = None,
@@ -40,9 +42,11 @@ def embed(
 
     from refilled.errors import RunError, unknown
     from refilled.models.backbone import Pooling
+    from refilled.ranges import SHARE, STD, check
     from refilled.runs.embedding import check_table, open_network, write_embeddings
 
     check_table(out, overwrite)
+    check(teacher_mean=(teacher_mean, SHARE), teacher_std=(teacher_std, STD))
     if teacher_embedding is not None and teacher_embedding not in get_args(Pooling):
         raise RunError(unknown("embedding", teacher_embedding, get_args(Pooling)))
     network = open_network(

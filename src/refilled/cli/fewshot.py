@@ -10,9 +10,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import AsJson, Cpus, Executor, Gpus, Quiet, Set, descriptions, key_value, run_flags
+from refilled.cli.options import MOST_JOBS, AsJson, Cpus, Executor, Gpus, Quiet, Set, descriptions, key_value, run_flags
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
+from refilled.ranges import MOST
 
 
 @run_flags("settings", of=FewShotRun)
@@ -26,11 +27,11 @@ def fewshot(
             help="A parameter to tune on the validation classes before the test; may be repeated.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Number of settings to try when tuning.", min=1)] = 30,
-    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting.", min=1)] = 100,
+    trials: Annotated[int, typer.Option(help="Number of settings to try when tuning.", min=1, max=MOST)] = 30,
+    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting.", min=1, max=MOST)] = 100,
     out: Annotated[Path | None, typer.Option(help="Folder for the test.", show_default=False)] = None,
     jobs: Annotated[
-        int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1)
+        int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1, max=MOST_JOBS)
     ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,

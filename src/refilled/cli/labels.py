@@ -14,6 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
 from refilled.config import Recipe
+from refilled.ranges import MOST
 
 if TYPE_CHECKING:
     from refilled.selection.doubtful import Findings
@@ -47,7 +48,7 @@ def labels(
     with_test: Annotated[
         bool, typer.Option("--with-test", help="Also judge the labels of the test images; copies are always sought.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Number of findings of each kind that are printed.", min=0)] = 20,
+    top: Annotated[int, typer.Option(help="Number of findings of each kind that are printed.", min=0, max=MOST)] = 20,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,

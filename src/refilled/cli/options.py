@@ -14,8 +14,13 @@ from refilled.config import Recipe, Run
 from refilled.errors import RunError
 from refilled.presets import PRESETS, with_preset
 
+_LONGEST_TIME = 365 * 24 * 3600
 _LEAST_STEPS = 1000
 """Minimum number of steps if no epochs are given; no number of epochs suits both ten images and thousands."""
+
+MOST_JOBS = 10_000
+"""The largest number of processes, cores or seeds. A mistyped larger one would only be noticed when memory ran out."""
+
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show progress.")]
@@ -24,9 +29,10 @@ NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report
 Executor = Annotated[
     str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
 ]
-Cpus = Annotated[float, typer.Option(help="CPU cores per run or process, for Ray.", min=0.0)]
+Cpus = Annotated[float, typer.Option(help="CPU cores per run or process, for Ray.", min=0.0, max=MOST_JOBS)]
 Gpus = Annotated[
-    float, typer.Option(help="Accelerators per run or process, for Ray; with 0.5, two share one.", min=0.0)
+    float,
+    typer.Option(help="Accelerators per run or process, for Ray; with 0.5, two share one.", min=0.0, max=MOST_JOBS),
 ]
 Tracker = Annotated[
     list[str] | None,
@@ -35,7 +41,7 @@ Tracker = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the configuration and the predicted time and memory, and exit.")
 ]
-Ranks = Annotated[int, typer.Option(help="With --dry-run: number of processes under torchrun.", min=1)]
+Ranks = Annotated[int, typer.Option(help="With --dry-run: number of processes under torchrun.", min=1, max=MOST_JOBS)]
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder of the data sets. Default: $REFILLED_DATA.", show_default=False)
@@ -118,8 +124,8 @@ def seconds_of(text: str) -> float:
     if parts is None or not any(parts.groups()):
         raise RunError(f"'{text}' is not a time; write hours, minutes and seconds as in 90s, 30m or 1h30m")
     seconds = sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-    if seconds <= 0:
-        raise RunError(f"the time '{text}' is out of range; give more than 0 seconds")
+    if not 0 < seconds <= _LONGEST_TIME:
+        raise RunError(f"the time '{text}' is out of range; give more than 0 seconds and at most a year, 8760h")
     return seconds
 
 

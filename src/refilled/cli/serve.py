@@ -16,8 +16,8 @@ def serve(
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Show the nearest class means of the run's teacher.")
     ] = False,
-    max_bytes: Annotated[int, typer.Option(help="The most bytes of a request.", min=1)] = 32 * 2**20,
-    max_pixels: Annotated[int, typer.Option(help="The most pixels of a picture.", min=1)] = 50_000_000,
+    max_bytes: Annotated[int, typer.Option(help="The most bytes of a request.", min=1, max=2**40)] = 32 * 2**20,
+    max_pixels: Annotated[int, typer.Option(help="The most pixels of a picture.", min=1, max=2**40)] = 50_000_000,
 ) -> None:
     """Serve a student: a page to drop pictures on, and predictions as JSON."""
     from refilled.serve.server import serve as run

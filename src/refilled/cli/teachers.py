@@ -16,6 +16,7 @@ from refilled.cli.show import console, printable, say, silent
 from refilled.config import Recipe
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
+from refilled.ranges import MOST
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy
@@ -45,7 +46,9 @@ def teachers(
             show_default=False,
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(help="Maximum number of training images that are embedded.", min=20)] = 2000,
+    sample: Annotated[
+        int, typer.Option(help="Maximum number of training images that are embedded.", min=20, max=MOST)
+    ] = 2000,
     download: Annotated[bool, typer.Option("--download", help="Download the default candidates.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -21,6 +21,7 @@ from refilled.cli.options import (
     run_name,
 )
 from refilled.cli.show import console, err, listed, printable
+from refilled.ranges import MOST
 
 if TYPE_CHECKING:
     from refilled.tuning.student import Tuned
@@ -45,7 +46,7 @@ def tune(
         str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
     ] = "refilled",
     trials: Annotated[
-        int, typer.Option(help="Total number of trials, including those already in the folder.", min=1)
+        int, typer.Option(help="Total number of trials, including those already in the folder.", min=1, max=MOST)
     ] = 20,
     set_: Annotated[
         list[str] | None,

@@ -17,6 +17,7 @@ from refilled.cli.options import (
 from refilled.cli.predictions import CsvRows, JsonRows, TableRows
 from refilled.cli.show import console, printable, say
 from refilled.errors import RunError, unknown
+from refilled.ranges import MOST
 
 
 def evaluate(
@@ -48,7 +49,7 @@ def evaluate(
 def predict(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or an exported .onnx file.", show_default=False)],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
+    top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1, max=MOST)] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:

@@ -89,7 +89,7 @@ class Comparison:
         """
         try:
             return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"not a comparison: {error}") from error
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
