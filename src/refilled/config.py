@@ -150,7 +150,7 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise RunError(unknown(name, str(getattr(self, name)), choices))
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise RunError("nesterov needs a momentum above 0")
+            raise RunError("nesterov needs a momentum above 0; raise --momentum, or add --no-nesterov")
         if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
             raise RunError(f"lr = {self.lr} is a learning rate for SGD; AdamW needs about 0.001")
 

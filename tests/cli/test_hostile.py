@@ -42,6 +42,7 @@ def whole(tmp_path_factory, photos):
             ["fewshot", "--data", "./photos", *TASKS, "--teacher", "run", "--out", "tested"],
             ["meta-train", "--data", "./photos", *TASKS, *META, "--out", "meta"],
             TUNE,
+            ["report", "run"],
         ):
             assert call(*arguments) == 0, arguments
     shard = next(root.glob("cache/teacher/*"))
@@ -91,6 +92,10 @@ def unreadable(path):
     path.chmod(0)
 
 
+def long_number(path):
+    path.write_text("9" * 5000 if path.suffix == ".json" else f"epochs = {'9' * 5000}")
+
+
 HARMS = {
     "empty": empty,
     "noise": noise,
@@ -102,11 +107,14 @@ HARMS = {
     "nulls": with_values(lambda value: None),
     "hollow": with_values(lambda value: type(value)() if isinstance(value, dict | list) else value),
     "unreadable": unreadable,
+    "long number": long_number,  # that Python refuses to read
+    "absent": Path.unlink,
 }
-JSON = ["empty", "noise", "torn", "directory", "list", "deep", "nulls", "hollow", "unreadable"]
-LINES = ["noise", "directory", "list", "deep", "unreadable"]
+JSON = ["empty", "noise", "torn", "directory", "list", "deep", "nulls", "hollow", "unreadable", "long number"]
+LINES = ["noise", "directory", "list", "deep", "unreadable", "long number"]
 BINARY = ["empty", "torn", "directory", "other tensors", "unreadable"]
 TEXT = ["empty", "noise", "torn", "directory", "unreadable"]
+TOML = [*TEXT, "long number"]
 FEWSHOT = ["fewshot", "--data", "./photos", *TASKS, "--teacher"]
 META_TRAIN = ["meta-train", "--data", "./photos", *TASKS, *META, "--out"]
 EMBED = ["embed", "run", "photos", "--out", "table.csv"]
@@ -122,14 +130,18 @@ READ = [
     (REPORT, "taught/result.json", JSON),
     (["report", "run", "--against", "taught"], "taught/result.json", JSON),
     (["push", "run", "user/name"], "run/result.json", JSON),
+    (["push", "run", "user/name"], "run/model.json", JSON),
+    (["push", "run", "user/name"], "run/model.safetensors", BINARY),
+    (["push", "run", "user/name"], "run/README.md", TEXT),
+    (["push", "run", "user/name"], "run/DONE", ["absent"]),
     (["serve", "taught", "--port", "0"], "taught/model.json", ["noise", "list"]),
     (["serve", "taught", "--port", "0"], "taught/data.json", ["noise", "list", "nulls", "deep", "unreadable"]),
     (["evaluate", "run"], "run/data.json", ["nulls", "deep"]),
-    (["compare", "c.toml", "--out", "new"], "c.toml", TEXT),
-    (TUNE, "tuned/tuning.toml", TEXT),
+    (["compare", "c.toml", "--out", "new"], "c.toml", TOML),
+    (TUNE, "tuned/tuning.toml", TOML),
     (TUNE, "tuned/journal.log", ["noise", "directory", "list", "unreadable"]),
     (TUNE, "tuned/best/0/result.json", ["noise", "hollow"]),
-    ([*FEWSHOT, "run", "--out", "tested"], "tested/run.toml", ["empty", "noise", "directory", "unreadable"]),
+    ([*FEWSHOT, "run", "--out", "tested"], "tested/run.toml", TOML),
     ([*FEWSHOT, "run", "--out", "tested"], "tested/result.json", JSON),
     (
         [*FEWSHOT, "meta", "--method", "feat", "--out", "new"],

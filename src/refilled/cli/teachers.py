@@ -16,7 +16,7 @@ from refilled.cli.show import console, printable, say, silent
 from refilled.config import Recipe
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
-from refilled.ranges import MOST
+from refilled.ranges import MOST, PIXELS
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy
@@ -82,8 +82,10 @@ def teachers(
 def _sizes_in(texts: list[str]) -> list[int]:
     numbers = [part for text in texts for part in re.split(r"[,\s]+", text) if part]
     for number in numbers:
-        if not re.fullmatch(r"[1-9]\d{0,4}", number):
-            raise RunError(f"'{number}' is not a size in pixels; give numbers such as --sizes 96,128,160")
+        if not re.fullmatch(r"[1-9][0-9]{0,3}", number) or int(number) not in PIXELS:
+            raise RunError(
+                f"'{number}' is not a size in pixels; give numbers from 1 to {PIXELS.most} such as --sizes 96,128,160"
+            )
     return sorted({int(number) for number in numbers})
 
 

@@ -50,7 +50,7 @@ from refilled.grid.jobs import accuracy
 from refilled.grid.runner import run_grid
 from refilled.methods import load_method
 from refilled.presets import with_preset
-from refilled.runs.prepared import resolve
+from refilled.runs.prepared import resolve, with_absolute_paths
 from refilled.runs.result import Result
 
 
@@ -89,11 +89,11 @@ class Comparison:
         """
         try:
             return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"not a comparison: {error}") from error
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RunError(f"not a comparison: {'; '.join(problems)}") from error
+        except (ValueError, RecursionError) as error:  # not TOML, or a number with thousands of digits
+            raise RunError(f"not a comparison: {error}") from error
 
     def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
         """Return the run of each row and seed. A teacher that is trained first is in ``folder/teacher``."""
@@ -117,11 +117,14 @@ def compare(
         The page, ``report.html``. The same folder holds ``results.csv``, one line per run, and ``results.md``.
     """
     console = console or Console()
+    grid = comparison.grid(folder)
+    for run in (comparison.teacher, *(row[comparison.seeds[0]] for row in grid.values())):
+        if run is not None:
+            with_absolute_paths(run)  # raises if there are no such images, before anything is written
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)
         teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor)["teacher"]
         console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
-    grid = comparison.grid(folder)
     runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
     run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, accuracy(result)), executor=executor)
     places = {name: [folder / _place(name, seed) for seed in row] for name, row in grid.items()}

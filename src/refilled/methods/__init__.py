@@ -81,6 +81,15 @@ class Method:
         """Whether the method never uses a teacher. Such a method annotates ``teacher`` as None."""
         return get_type_hints(self.function).get("teacher") is NoneType
 
+    def check_named(self, teachers: Sequence[str]) -> None:
+        """Check by the names alone, before anything is loaded, that there is a teacher if the method needs one.
+
+        Raises:
+            MethodError: There is none.
+        """
+        if self.takes_teacher and not teachers:
+            raise self._no_teacher()
+
     def build(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
         """Build the stages or another plan, after all checks that are possible before training.
 
