@@ -269,6 +269,9 @@ def test_the_student_after_a_stage_is_named_if_it_is_damaged(here, capsys, harm)
         ["distill", "digits:0-4", *TINY, "--method", "x" * 300 + ".py", "--out", "new"],
         ["meta-train", "--data", "./photos", *TASKS, "--start", "x" * 300, "--out", "new"],
         ["fewshot", "--data", "./photos@split=" + "x" * 300, *TASKS, "--out", "new"],
+        ["reproduce", "table2", "--only", "Student", "--seeds", "1", "--out", "c.toml"],
+        ["reproduce", "table2", "--dry-run", "--out", "x" * 300],
+        ["push", "c.toml", "user/name"],
     ],
     ids=lambda arguments: re.sub(r"x{9,}", "long", " ".join([*arguments[:2], *arguments[-2:]])),
 )
@@ -278,3 +281,22 @@ def test_files_in_the_place_of_folders_and_long_names_are_mistakes(here, capsys,
     said = capsys.readouterr().err
     assert (code, (here / "c.toml").read_text()) in ((2, before), (1, before)), said
     assert "error" in said or "skipped" in said
+
+
+@pytest.mark.parametrize("harm", ["file", "below a file", "unreadable"])
+def test_doctor_names_a_cache_folder_that_cannot_be_used(tmp_path, monkeypatch, capsys, harm):
+    folder = tmp_path / "cache" if harm != "below a file" else tmp_path / "cache" / "below"
+    if harm == "unreadable":
+        folder.mkdir(mode=0)
+    else:
+        (tmp_path / "cache").write_text("mine")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr("refilled.runs.choice._SECONDS", 0.0)
+    monkeypatch.setenv("REFILLED_CACHE", str(folder))
+    monkeypatch.setenv("REFILLED_DATA", str(tmp_path / "cache"))
+    with without_the_rights_of_root():
+        code = call("doctor", "--offline")
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert code == 1, said
+    assert f"the cache folder {folder} cannot be written" in said
+    assert "set REFILLED_CACHE to another folder" in said

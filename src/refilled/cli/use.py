@@ -54,6 +54,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
     """Print the class of each image, with probabilities."""
+    if as_json and as_csv:
+        raise RunError("--json and --csv exclude each other; give one")
     if folder.suffix == ".onnx" and not folder.is_dir():
         from refilled.export.onnx_file import open_classifier_file
 
