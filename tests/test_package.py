@@ -20,6 +20,7 @@ def loaded_by(statement):
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_losses_import_no_heavy_package_except_torch():
     modules = loaded_by("from refilled import TripletAlignmentLoss, LocalKDLoss, semi_hard_triplets, class_centers")
     assert "torch" in modules

@@ -132,6 +132,7 @@ def test_published_comparisons_can_be_read(path, monkeypatch):
     Comparison.from_toml(path.read_text())
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings_are_true():
     modules = [module.name for module in pkgutil.walk_packages(refilled.__path__, "refilled.")]
     results = [doctest.testmod(importlib.import_module(name)) for name in ["refilled", *modules]]

@@ -22,6 +22,7 @@ def refilled(*arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_run_records_the_options_and_its_cache_is_the_live_teacher(tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     built = refilled("cache", "build", *COMMON, "--views", 2, *FLAGS)

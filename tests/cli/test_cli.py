@@ -57,6 +57,7 @@ def student(tmp_path_factory, photos) -> Path:
     return folder / "student"
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
     accuracy = json.loads(refilled("evaluate", student, "--json"))["accuracy"]
     result = json.loads((student / "result.json").read_text())
@@ -72,6 +73,7 @@ def test_a_folder_of_images_is_distilled_evaluated_and_used(student, photos):
         assert set(prediction["probabilities"]) == {path.name for path in photos.iterdir()}
 
 
+@pytest.mark.slow
 def test_predictions_as_csv_carry_hard_names_and_run_nothing(student, photos):
     rows = list(csv.reader(io.StringIO(refilled("predict", student, photos, "--csv"))))
     assert len(rows) == 37
@@ -81,6 +83,7 @@ def test_predictions_as_csv_carry_hard_names_and_run_nothing(student, photos):
     assert all(float(p) <= 1 for row in rows[1:] for p in row[2:])
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_and_the_others_are_predicted(student, photos, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no picture")
     good = next(photos.rglob("*.png"))
@@ -179,6 +182,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "hint"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
@@ -241,6 +245,7 @@ def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, m
     assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
 
 
+@pytest.mark.slow
 def test_a_preset_sets_what_is_not_given_explicitly(student, tmp_path):
     common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
     teacher = student.parent / "teacher"
@@ -253,6 +258,7 @@ def test_a_preset_sets_what_is_not_given_explicitly(student, tmp_path):
     assert Run.from_toml((tmp_path / "b" / "run.toml").read_text()).settings == {}
 
 
+@pytest.mark.slow
 def test_few_images_get_more_epochs_unless_epochs_are_given(tmp_path, monkeypatch):
     monkeypatch.setattr("refilled.cli.options._LEAST_STEPS", 61)
     common = ["train", "digits:5-9", "--shots", 1, "--val", 0, "--model", "wrn_10_1", "--threads", 1]

@@ -43,6 +43,7 @@ def test_the_demo_compares_with_the_student_alone_and_its_teacher_knows_no_digit
     assert load_task("digits").classes == tuple("0123456789")
 
 
+@pytest.mark.slow
 def test_the_sentence_is_computed_from_the_runs(shortened):
     folder, printed = shortened
     found: dict[str, list[float]] = {}
@@ -57,6 +58,7 @@ def test_the_sentence_is_computed_from_the_runs(shortened):
     assert "also learned from 1418 images without labels, which alone did not see" in printed
 
 
+@pytest.mark.slow
 def test_the_page_of_the_demo_shows_letters_and_digits(shortened):
     folder, printed = shortened
     assert f"page: {folder / 'report.html'}" in printed

@@ -58,6 +58,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_file_of_a_finished_run_is_named(finished, tmp_path, monkeypatch, capsys, file, harm):
@@ -79,6 +80,7 @@ def test_a_damaged_file_of_a_finished_run_is_named(finished, tmp_path, monkeypat
             assert code in (0, 2), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensors", "data"),
     [
@@ -131,6 +133,7 @@ def test_a_name_that_is_too_long_is_explained(tmp_path, monkeypatch, capsys):
     assert "the name is too long" in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_with_path_and_bytes_and_leaves_no_partial_file(tmp_path, monkeypatch, capsys):
     def full(descriptor):
         if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -37,6 +37,7 @@ def fill(patch, full: str) -> None:
     patch.setattr(files.os, "fsync", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("full", "resumed"),
     [

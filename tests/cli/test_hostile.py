@@ -156,6 +156,7 @@ READ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "file", "harm"),
     [
@@ -241,6 +242,7 @@ def test_the_student_after_a_stage_is_named_if_it_is_damaged(here, capsys, harm)
         network_of(here / "taught", "embedding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

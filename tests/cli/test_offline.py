@@ -58,6 +58,7 @@ def said_by(capsys, *arguments: str) -> str:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", NEED_THE_HUB.values(), ids=NEED_THE_HUB)
 def test_a_hub_that_cannot_be_reached_is_asked_once(connections, capsys, arguments):
     said = said_by(capsys, *arguments)
@@ -66,6 +67,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(connections, capsys, argumen
     assert "Network is unreachable" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", NEED_THE_HUB.values(), ids=NEED_THE_HUB)
 def test_offline_tries_no_connection(connections, capsys, arguments):
     said = said_by(capsys, arguments[0], "--offline", *arguments[1:])

@@ -82,6 +82,7 @@ def test_the_page_shows_table_and_pictures_and_runs_nothing(page):
     assert policy.startswith("default-src 'none'")
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_images_of_teacher_and_student(page):
     text = page.read_text()
     assert "What the teacher was trained on, and what the student sees" in text

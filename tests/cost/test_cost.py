@@ -88,6 +88,7 @@ def test_what_passes_between_ranks_is_what_the_losses_read():
     assert communication(student, [teacher], Stage("stage", {}), batch, 1, network) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known")
 def test_a_forecast_adds_up(teacher):
     found = forecast(replace(RUN, method="refilled", teacher=teacher))
@@ -144,6 +145,7 @@ def test_a_run_that_cannot_work_is_refused(teacher):
         forecast(replace(RUN, method="kd", teacher=teacher))
 
 
+@pytest.mark.slow
 def test_the_command_says_what_a_run_is_and_leaves_nothing_behind(tmp_path, monkeypatch, teacher):
     monkeypatch.chdir(tmp_path)
     arguments = ["distill", "digits:5-9", "--teacher", teacher, "--student", "wrn_10_1", "--threads", "1", "--dry-run"]

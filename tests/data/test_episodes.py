@@ -209,6 +209,7 @@ def test_without_a_split_it_is_said_how_to_write_one(photos, tmp_path):
         load_pool(str(photos), "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "side", "classes", "images"),
     [

@@ -347,6 +347,7 @@ def test_the_order_of_a_directory_does_not_change_the_result(tmp_path, monkeypat
     assert (after.fingerprint, after.train.sources) == (before.fingerprint, before.train.sources)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_result_with_any_hash_seed(tmp_path):
     text = f"{fill(tmp_path, {name: 8 for name in 'abcd'})}:random-half@shots=3"
     code = (
@@ -400,6 +401,7 @@ def test_cuts_by_content_keep_copies_together_and_leave_something_to_train_on(im
             assert taken == 0 if fraction == 0 or len(own) == 1 else taken >= 1
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 10**6), min_size=60, max_size=200), st.data())
 def test_removing_pictures_moves_no_other(pictures_, data):
     keys = np.array(sorted(pictures_), dtype=np.uint64)

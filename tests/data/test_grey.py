@@ -84,6 +84,7 @@ def put(root: Path, picture, count: int = 20, suffix: str = "tif") -> None:
         (folder / f"{number:03}.{suffix}").write_bytes(picture(label, number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "int32"])
 def test_the_range_is_that_of_the_bits_in_use(tmp_path, bits, kind):
@@ -130,6 +131,7 @@ def test_the_range_of_floats_and_negative_levels_is_measured(tmp_path, levels, f
         assert np.array_equal(task.test.pixels[0, 0].numpy(), np.roll(expected, number))
 
 
+@pytest.mark.slow
 def test_classes_that_differ_in_brightness_alone_stay_apart_from_training_to_prediction(tmp_path):
     """A range for each image would make both classes equal; one for each folder, that of the dark ones alone bright."""
 
@@ -160,6 +162,7 @@ def test_classes_that_differ_in_brightness_alone_stay_apart_from_training_to_pre
     )
 
 
+@pytest.mark.slow
 def test_a_student_of_eight_bits_does_not_guess_what_is_black_and_white(tmp_path):
     put(tmp_path / "photos", lambda label, number: encoded(noise(255, number, np.uint8), "PNG"), suffix="png")
     out = tmp_path / "run"
@@ -270,6 +273,7 @@ def test_levels_that_are_no_numbers_are_named():
     assert find_grey_range([encoded(levels)]) is None
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(

@@ -56,6 +56,7 @@ def test_parts_have_the_names_that_people_give_them(tmp_path, train, val, test):
     assert parts(tmp_path) == (("cat", "dog"), 20, 6, 10)
 
 
+@pytest.mark.slow
 def test_dev_beside_train_is_the_val_part(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "dev", images=4, first=50)
@@ -181,6 +182,7 @@ def test_a_class_folder_is_a_class_whatever_its_name(tmp_path):
     assert parts(fill(tmp_path, ("v1.png", "logo.tif", "cat")))[0] == ("cat", "logo.tif", "v1.png")
 
 
+@pytest.mark.slow
 def test_thumbnails_and_hidden_files_are_passed_over_by_every_command(tmp_path):
     fill(tmp_path / "d")
     for hidden in ("@eaDir/000.png/SYNOPHOTO_THUMB_M.jpg", "._000.png", ".thumbnails/x.png", "__MACOSX/cat/000.png"):
@@ -192,6 +194,7 @@ def test_thumbnails_and_hidden_files_are_passed_over_by_every_command(tmp_path):
     assert len(rows) == 1 + 20
 
 
+@pytest.mark.slow
 def test_the_flag_that_the_message_names_exists(tmp_path):
     fill(tmp_path / "d")
     (tmp_path / "d" / "cat" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0" + b"x" * 50)
@@ -202,6 +205,7 @@ def test_the_flag_that_the_message_names_exists(tmp_path):
     refilled("evaluate", tmp_path / "r")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["https://x.org/cat.jpg", "-"])
 def test_what_is_no_file_is_refused_before_anything_is_printed(tmp_path, name):
     fill(tmp_path / "d")
@@ -210,6 +214,7 @@ def test_what_is_no_file_is_refused_before_anything_is_printed(tmp_path, name):
         refilled("predict", tmp_path / "r", "--", name)
 
 
+@pytest.mark.slow
 def test_photographs_of_108_megapixels_are_read_and_bombs_are_not(tmp_path, monkeypatch):
     Image.new("RGB", (12000, 9000), (200, 10, 10)).save(tmp_path / "large.jpg", quality=30)
     Image.new("L", (10000, 9000)).save(tmp_path / "large.png")

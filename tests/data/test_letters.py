@@ -30,6 +30,7 @@ def files_of(cache: Path) -> list[Path]:
     return list((cache / "letters").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_that_draw_at_once_and_one_that_reads_get_the_same_images(tmp_path):
     environment = {**os.environ, "REFILLED_CACHE": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", "-c", OPEN]
@@ -40,6 +41,7 @@ def test_two_processes_that_draw_at_once_and_one_that_reads_get_the_same_images(
     assert len(first) == 64
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_drawn_again(cache):
     before = load_task("letters").fingerprint
     (file,) = files_of(cache)

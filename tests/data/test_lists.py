@@ -60,6 +60,7 @@ def run(*arguments: object, code: int = 0) -> str:
 TRAIN = ["--model", "wrn_10_1", "--epochs", "1", "--threads", "1", "--quiet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["", "labels.csv"])
 def test_a_list_is_trained_on_and_evaluated(tmp_path, names, task):
     photos, out = tmp_path, tmp_path / "run"
@@ -289,6 +290,7 @@ def test_lists_that_cannot_be_used_are_explained(tmp_path, names, content, messa
 CELLS = st.sampled_from(["images/000.png", "001", "images\\002.PNG", "C:\\x\\003.png", "cat", "dog", "", "label", "id"])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=80)

@@ -197,6 +197,7 @@ LABELS = st.lists(st.none() | st.integers(-3, 5) | st.integers(-(2**70), 2**70),
 OTHERS = st.lists(st.text(max_size=3) | st.none(), min_size=1, max_size=12) | st.lists(st.floats() | st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LABELS | OTHERS, st.none() | st.lists(st.text(max_size=3), max_size=4))
 @example([0, 1], ["\ud800", ""])
@@ -216,6 +217,7 @@ def test_any_labels_give_a_task_or_an_error_that_a_user_can_fix(tmp_path, labels
 # Which column holds the labels, and whether the files agree on them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [

@@ -43,6 +43,7 @@ def of_torchvision(transform, image, index, monkeypatch):
         return transform(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [32, 45])
 @pytest.mark.parametrize(("policy", "transform"), [("trivial", v2.TrivialAugmentWide()), ("rand", v2.RandAugment())])
 def test_a_policy_is_torchvisions_for_the_same_draws(policy, transform, side, monkeypatch):

@@ -10,6 +10,7 @@ from PIL import Image
 from refilled.data import load_task
 
 
+@pytest.mark.slow
 def test_cifar100_is_read_as_it_lies_on_disk(real_data):
     task = load_task("cifar100:98,3", data_root=real_data)
     assert task.classes == ("bear", "woman")
@@ -33,6 +34,7 @@ def test_halves_of_cifar100_share_no_class_and_leave_none_out(real_data):
     assert not halves[0] & halves[1]
 
 
+@pytest.mark.slow
 def test_coarse_labels_are_a_column_like_any_other(real_data):
     task = load_task("cifar100@label=coarse_label,shots=2,val=0", data_root=real_data)
     assert len(task.classes) == 20

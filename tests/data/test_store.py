@@ -76,6 +76,7 @@ def file_of(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["photos", "photos:a,c@shots=9,seed=3", "photos@val=0,test=0.5"])
 def test_a_task_on_disk_is_the_task_in_memory(photos, text):
     arguments = {"data_root": photos.parent, "image_size": SIDE, "allow_bad": True}
@@ -203,6 +204,7 @@ def test_a_full_disk_is_reported_with_the_bytes_needed(part, monkeypatch):
         stored_images(part, np.arange(23), SIDE)
 
 
+@pytest.mark.slow
 def test_a_changed_picture_is_seen(photos):
     arguments = {"data_root": photos.parent, "image_size": SIDE, "allow_bad": True, "memory_limit": 0}
     before = load_task("photos", **arguments)

@@ -151,6 +151,7 @@ SIGNS = st.sampled_from([":", "@", ",", "=", "-", "0", "1", "9" * 30, " ", "\0",
 PIECES = SOURCES | WORDS | SIGNS
 
 
+@pytest.mark.slow
 @settings(max_examples=repetitions("R6"), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(PIECES, max_size=8).map("".join) | st.text(st.characters(exclude_characters="/"), max_size=20))
 @example("pets:cat,dog@shots=1")

@@ -74,6 +74,7 @@ def test_every_file_of_raw_results_is_on_the_page_once():
     assert sorted(about["name"] for part in script.about_results() for about in part["result"]) == all_names()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_means_and_gains_are_those_of_the_raw_results(page):
     """Of the files that a paragraph or row of a table links to, else of any file."""

@@ -18,6 +18,7 @@ def check_style():
 style = check_style()
 
 
+@pytest.mark.slow
 def test_the_documents_are_in_the_house_style(capsys):
     assert style.main() == 0, capsys.readouterr().out
 

@@ -20,6 +20,7 @@ def names_in(file: str) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_every_fault_has_tests_that_exist():
     missing = []
     for name, row in ROWS.items():

@@ -100,6 +100,7 @@ def test_a_vision_transformer_of_one_size_agrees_with_torch_in_each_format(tmp_p
                 assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.slow
 def test_an_onnx_file_does_not_contain_the_paths_of_this_machine(tmp_path):
     save(tmp_path / "run")
     command("export", tmp_path / "run")
@@ -110,6 +111,7 @@ def test_an_onnx_file_does_not_contain_the_paths_of_this_machine(tmp_path):
     assert b"stack_trace" not in content
 
 
+@pytest.mark.slow
 def test_an_onnx_file_and_its_script_predict_what_the_run_predicts(tmp_path, pictures):
     save(tmp_path / "run")
     command("export", tmp_path / "run")
@@ -126,6 +128,7 @@ def test_an_onnx_file_and_its_script_predict_what_the_run_predicts(tmp_path, pic
         assert alone["probability"] == pytest.approx(one["probabilities"][one["class"]], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_torch_program_runs_without_this_package(tmp_path):
     model = save(tmp_path / "run")
     command("export", tmp_path / "run", "--format", "torch", "--preprocess", "--out", tmp_path / "m.pt2")
@@ -208,6 +211,7 @@ def _check_costs(line, out):
     assert abs(one - other) < 15  # of 10 images
 
 
+@pytest.mark.slow
 def test_without_validation_images_the_costs_are_those_on_training_images(tmp_path):
     from refilled.data import Split
     from refilled.export.int8 import cost_of

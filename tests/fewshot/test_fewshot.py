@@ -367,6 +367,7 @@ def test_convnets_side_by_side_are_the_convnets_alone():
     torch.testing.assert_close(stacked.weight[0], models[0].classifier.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vanilla", "refilled", "rkd", "regression"])
 @pytest.mark.parametrize("shot", [1, 2])
 @pytest.mark.parametrize("beginning", [{}, {"classifier": "probe", "norm": "frozen"}, {"classifier": "probe"}])
@@ -499,6 +500,7 @@ def test_global_randomness_is_left_alone(pool, teacher):
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_fine_tuning_all_layers_starts_from_the_model(pool, teacher):
     pixels, labels = pool
     drawn = episodes_of(labels, tasks=2, shot=5)
@@ -553,6 +555,7 @@ def test_images_without_information_are_told_apart_by_chance(name):
     assert abs(accuracy - 0.2) < 0.04  # 1,500 queries: four standard errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in list_few_shot_methods() if n not in ("kd", "dkd", "kd_vid", "feat", "maml")]
 )

@@ -179,6 +179,7 @@ def test_the_interval_of_a_single_task_is_not_known():
     assert mean_and_interval([50.0]) == (50.0, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["protonet", "feat", "maml"])
 def test_what_was_meta_trained_is_a_teacher(meta_run, run, tmp_path, method):
     settings = {"steps": 1} if method == "maml" else {}
@@ -195,6 +196,7 @@ def test_what_was_meta_trained_is_a_teacher(meta_run, run, tmp_path, method):
     assert 0 < tested.accuracy <= 100
 
 
+@pytest.mark.slow
 def test_meta_training_teaches(meta_run, tmp_path):
     """Colours with noise: the untrained embedding is right less often than the trained one."""
     result = meta_train(
@@ -206,6 +208,7 @@ def test_meta_training_teaches(meta_run, tmp_path):
     assert result.val_accuracy > 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["protonet", "feat"])
 def test_interrupted_meta_training_resumes_bit_for_bit(meta_run, tmp_path, monkeypatch, method):
     run = replace(meta_run, method=method)
@@ -286,6 +289,7 @@ def refilled(*arguments):
     return result.output
 
 
+@pytest.mark.slow
 def test_the_command_tests_a_folder_of_your_own(photos, teacher, tmp_path):
     common = ["fewshot", "--data", photos, "--teacher", teacher, "--n-way", 3, "--n-episodes", 6, "--threads", 1]
     shown = refilled(*common, "--method", "svm", "--set", "c=3", "--out", tmp_path / "a", "--quiet")

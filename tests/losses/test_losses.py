@@ -150,6 +150,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(negatives):
     assert loss(student, teacher, y) > 0
 
 
+@pytest.mark.slow
 @negatives
 @few
 @given(class_ids, seeds, st.floats(0.1, 10))
@@ -383,6 +384,7 @@ def test_a_class_without_an_image_in_the_training_set_is_named():
         loss(normal(2, 3), normal(2, 3), torch.tensor([0, 1]))
 
 
+@pytest.mark.slow
 def test_defaults_are_those_of_the_paper():
     student, teacher, y = batch(LABELS)
     logits = normal(10, 6)

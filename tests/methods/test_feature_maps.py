@@ -286,6 +286,7 @@ def said():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", NETWORKS)
 @pytest.mark.parametrize("student", NETWORKS)
 def test_every_pair_of_families_serves_every_feature_method(said, student, teacher):
@@ -309,6 +310,7 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEATURE_METHODS)
 def test_what_a_loss_learns_is_trained_and_survives_an_interruption(teacher, tmp_path, name):
     run = resolve(replace(QUICK, teacher=teacher, method=name))

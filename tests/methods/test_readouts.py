@@ -75,6 +75,7 @@ def test_a_readout_sees_neither_the_order_nor_the_length_of_embeddings(name):
     assert torch.equal(classify(name, 5 * train, labels, test / 7), expected)
 
 
+@pytest.mark.slow
 @readouts
 def test_a_run_scores_the_readout_of_its_teachers_embedding(teacher, tmp_path, name):
     run = reading(teacher, name)
@@ -147,6 +148,7 @@ def test_there_must_be_held_out_images_to_score(tmp_path):
         distill(replace(QUICK, score="val", val=0.0), tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_the_page_takes_readouts_for_baseline_and_for_the_row_that_is_shown(teacher, tmp_path):
     runs = {"probe": reading(teacher, "linear_probe"), "alone": QUICK, "near": reading(teacher, "nearest_neighbour")}
     rows = [RowResults(name, [distill(run, tmp_path / name)], [tmp_path / name]) for name, run in runs.items()]
@@ -208,6 +210,7 @@ def test_a_teacher_that_could_not_be_saved_is_not_fine_tuned(tmp_path):
     assert distill(replace(run, method="svm"), tmp_path / "b").accuracy > 20  # reading it out is another matter
 
 
+@pytest.mark.slow
 def test_a_cache_is_made_only_if_a_stage_can_use_it(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = replace(QUICK, teacher=teacher, views=2)

@@ -49,6 +49,7 @@ def test_its_record_is_that_of_the_script_that_makes_it():
     assert what(asdict(again)) == what(asdict(recorded))
 
 
+@pytest.mark.slow
 def test_half_precision_changes_no_class_of_a_model(teacher, tmp_path):
     script().in_half(Path(teacher), tmp_path)
     task = load_task("digits:0-4")

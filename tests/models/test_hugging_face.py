@@ -67,6 +67,7 @@ def normalized(images, side=64):
     return (images / 255 - mean) / std
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings"), MODELS.values(), ids=MODELS)
 def test_the_pooled_output_is_the_embedding_at_the_processors_size(tmp_path, kind, settings):
     model = saved(tmp_path, kind, settings)
@@ -107,6 +108,7 @@ def test_a_pooler_without_trained_weights_is_not_used(tmp_path):
         torch.testing.assert_close(teacher(IMAGES).embedding, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "prefix"), [("dinov2", 1), ("dinov3", 5), ("siglip", 0), ("clip", 1)])
 @pytest.mark.parametrize("pooling", ["token", "mean", "both"])
 def test_tokens_are_chosen_by_option(tmp_path, kind, prefix, pooling):

@@ -135,6 +135,7 @@ def test_a_description_is_plain_data_and_rebuilds_the_model(member):
     assert description["mean"] == [0.5, 0.4, 0.3]
 
 
+@pytest.mark.slow
 def test_a_model_comes_back_from_its_folder_as_it_was(member, tmp_path):
     model, images = member
     model.class_names = tuple("abcdefg")
@@ -400,6 +401,7 @@ plain_data = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(key=st.sampled_from(sorted(describe(create_model("wrn_10_1", 2)))), value=plain_data, keep=st.booleans())
 def test_any_description_gives_a_model_or_a_model_error(key, value, keep):
@@ -490,6 +492,7 @@ class TestFolder:
             save_model(Backbone(4, (), 2), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_models_are_imported_without_timm():
     code = "import sys, refilled.models; sys.exit('timm' in sys.modules or 'torchvision' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -79,6 +79,7 @@ def test_what_a_network_does_not_have_is_refused(name, pooling, reason):
         TimmBackbone(network).set_pooling(pooling)
 
 
+@pytest.mark.slow
 def test_the_size_is_the_larger_of_the_images_and_224_but_no_more_than_in_training(tmp_path):
     text = saved(
         tmp_path, "vit_tiny_patch16_384", timm.create_model("vit_tiny_patch16_384", num_classes=3).state_dict()

@@ -29,6 +29,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_a_run_continues_to_other_classes_with_its_normalisation(teacher):
     student, notes = start(teacher)
     before = load_model(Path(teacher))

@@ -21,7 +21,6 @@ from refilled.config import MetaRun, Run
 from refilled.cost import grid as module
 from refilled.cost.few_shot import meta_tasks_per_second, tasks_per_second
 from refilled.cost.grid import estimate
-from refilled.cost.run import duration
 from refilled.cost.speed import Work, images_per_second
 from refilled.data import TaskSize
 from refilled.errors import InUseError, RunError
@@ -44,6 +43,7 @@ from refilled.runs.result import Result
 from refilled.runs.teacher_caches import build_cache
 from refilled.training.checkpoints import hold
 from refilled.training.evaluation import nmi
+from refilled.training.progress import duration
 
 ONE = Choice(seeds=(0,))
 STUDENT, REFILLED = (
@@ -298,6 +298,7 @@ def test_few_shot_tests_and_meta_trainings_are_estimated_too(tmp_path, monkeypat
     assert sum(int(line.split()[0]) for line in lines) == len(missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["1NN", "SVM", "LR", "Fine-Tune", "MAML", "ProtoNet", "FEAT", "RKD from ResNet", "ReFilled from ResNet"]
 )
@@ -336,6 +337,7 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path, then):
     assert f"{name} was run with other default settings" in str(problem)
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_images_is_refused(tmp_path):
     (cell,) = cells(small_table(STUDENT), ONE)
     graph = JobGraph([cell], tmp_path)
@@ -523,6 +525,7 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_get_all_results
     assert len((tmp_path / "begun").read_text().split()) == 6
 
 
+@pytest.mark.slow
 def test_a_table_goes_to_the_executor_that_it_is_given(tmp_path, in_process):
     table = small_table(Row("alone", "vanilla", (None,)))
     outcome = fill(table, ONE, tmp_path, 2, quiet(), in_process)
@@ -554,6 +557,7 @@ def test_the_estimate_adds_up(tmp_path, monkeypatch):
     assert estimate(graph, {}, jobs=2) == ["nothing is left to do"]
 
 
+@pytest.mark.slow
 def test_embeddings_that_lie_on_disk_are_not_counted_again(tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     run = Run(task="digits:5-9", student="wrn_10_1", teacher=str(tmp_path / "t"), shots=5, views=4, threads=1)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -11,6 +12,7 @@ from refilled.cli.app import app
 from refilled.data.several import Several
 
 
+@pytest.mark.slow
 def test_each_kind_has_a_line_with_its_number_and_first_names(tmp_path):
     chance = np.random.default_rng(0)
     root = tmp_path / "photos"

@@ -60,6 +60,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text_and_nothing_is_loaded(trained):
     page = _Page()
     page.feed((trained / "report.html").read_text())
@@ -105,6 +106,7 @@ def test_measures_equal_slow_references():
     assert count == int((confusion - confusion.diag().diag()).max()) == int(confusion[true, said])
 
 
+@pytest.mark.slow
 def test_no_report_and_a_failing_report(trained, tmp_path, monkeypatch):
     assert run("train", "digits:0-1", *TRAIN, "--no-report", "--out", tmp_path / "a").exit_code == 0
     assert not (tmp_path / "a" / "report.html").exists()
@@ -119,6 +121,7 @@ def test_no_report_and_a_failing_report(trained, tmp_path, monkeypatch):
     assert (tmp_path / "b" / "DONE").exists()
 
 
+@pytest.mark.slow
 def test_a_report_against_another_run(tmp_path):
     for seed in (0, 1):
         run("train", "digits:0-1", *TRAIN, "--seed", seed, "--no-report", "--out", tmp_path / str(seed))

@@ -24,6 +24,7 @@ def test_cross_entropy_is_balanced_by_the_training_images_alone():
     assert type(plain.terms["ce"].loss) is nn.CrossEntropyLoss
 
 
+@pytest.mark.slow
 def test_other_terms_and_the_initial_weights_stay(teacher):
     run = replace(RUN, method="rkd", teacher=teacher)
     plain, balanced = (Prepared(resolve(replace(run, balance=balance))) for balance in ("off", "weights"))

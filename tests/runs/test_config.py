@@ -26,6 +26,7 @@ def test_a_run_goes_to_toml_and_back():
     assert Run.from_toml(FULL.to_toml()) == FULL
 
 
+@pytest.mark.slow
 @given(
     st.text(),
     st.dictionaries(

@@ -14,6 +14,7 @@ from soak import repetitions
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 
 
+@pytest.mark.slow
 @glibc
 def test_a_step_gets_the_memory_that_the_step_before_freed():
     code = """
@@ -56,6 +57,7 @@ print(kept - before, resident() - before)
     assert left < 50
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_the_one_asked_for():
     code = """
 import torch

@@ -27,6 +27,7 @@ def examined(*arguments, code=0):
     return result
 
 
+@pytest.mark.slow
 def test_a_machine_that_works_is_described(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "x").write_bytes(bytes(1000))
@@ -45,6 +46,7 @@ def test_a_machine_that_works_is_described(tmp_path):
     assert set(found["precision"]["cpu_steps"]) == set(doctor.NETWORKS)
 
 
+@pytest.mark.slow
 def test_a_missing_extra_gets_its_install_line_and_is_no_problem(monkeypatch):
     version = metadata.version
 
@@ -61,6 +63,7 @@ def test_a_missing_extra_gets_its_install_line_and_is_no_problem(monkeypatch):
     assert "refilled[tune]" in examined("--offline").stdout
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "file" / "cache"))

@@ -64,6 +64,7 @@ def by_hand(model, paths) -> torch.Tensor:
         return torch.cat([model(image).embedding for image in images])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npz"])
 def test_a_table_holds_what_the_student_gives_for_each_file(suffix, teacher, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("refilled.runs.embedding._BATCH", 7)

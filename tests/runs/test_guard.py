@@ -84,6 +84,7 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"cutmix": 1.0, "ema": 0.9}, {"views": 2}], ids=str)
 @pytest.mark.parametrize("teacher", REASONS)
 def test_an_ignored_teacher_leaves_the_student_alone_to_the_bit(good, tmp_path, monkeypatch, teacher, changes):
@@ -99,6 +100,7 @@ def test_an_ignored_teacher_leaves_the_student_alone_to_the_bit(good, tmp_path, 
     assert note.endswith(": it will be ignored")
 
 
+@pytest.mark.slow
 def test_a_teacher_with_something_to_teach_is_listened_to_as_without_the_guard(good, tmp_path):
     guarded = distill(good("pixels"), tmp_path / "guarded")  # as good as the pixels is good enough
     distill(good("pixels", guard=False), tmp_path / "not")
@@ -108,6 +110,7 @@ def test_a_teacher_with_something_to_teach_is_listened_to_as_without_the_guard(g
     assert not same(weights(tmp_path / "guarded"), weights(tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_without_the_guard_it_is_only_said(good, tmp_path):
     result = distill(good("noise", guard=False), tmp_path / "run")
     assert result.teacher["ignored"] is False
@@ -115,6 +118,7 @@ def test_without_the_guard_it_is_only_said(good, tmp_path):
     assert note.endswith(". Such a teacher can hardly help")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["noise", "pixels"])
 def test_a_resumed_run_keeps_its_verdict_and_ends_exactly(good, tmp_path, monkeypatch, teacher):
     whole = distill(good(teacher), tmp_path / "whole")
@@ -143,6 +147,7 @@ def test_few_images_condemn_no_teacher(good, tmp_path):
     assert result.teacher["ignored"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["refilled:good", "refilled"])
 def test_a_compared_preset_is_guarded_as_a_run_of_it_is(good, tmp_path, row):
     run = good("noise")

@@ -121,6 +121,7 @@ def test_an_added_picture_is_said_and_moves_no_other(trained, tmp_path):
     assert "/900.png" in note
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_resumed_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw(tmp_path / "photos", images=8)
@@ -181,6 +182,7 @@ def mine(student, teacher):
 """
 
 
+@pytest.mark.slow
 def test_a_run_from_a_stranger_executes_none_of_its_files(tmp_path):
     log, file = tmp_path / "log", tmp_path / "mine.py"
     file.write_text(CANARY.format(log=log))
@@ -205,6 +207,7 @@ def test_another_method_cannot_be_slipped_in_when_resuming(tmp_path):
         refilled("distill", "--resume", tmp_path / "r", "--method", "rkd", "--quiet")
 
 
+@pytest.mark.slow
 def test_what_a_crash_before_the_first_state_leaves_is_no_obstacle(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()

@@ -91,6 +91,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_records_and_shows_what_each_teacher_brought(file, tmp_path):
     out = tmp_path / "run"
     command = ["--preset", "good", "--no-guard", "--epochs", "2", "--shots", "20", "--threads", "1", "--student"]
@@ -145,6 +146,7 @@ def test_the_loss_is_cross_entropy_once_and_the_mean_over_the_teachers():
     assert len({id(term.loss) for term in stage.terms.values()}) == 4  # no loss is shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"views": 2}], ids=str)
 @pytest.mark.parametrize("first", [True, False], ids=["the first", "the second"])
 def test_an_ignored_teacher_leaves_the_run_of_the_other_to_the_bit(file, tmp_path, first, changes):
@@ -162,6 +164,7 @@ def test_an_ignored_teacher_leaves_the_run_of_the_other_to_the_bit(file, tmp_pat
     assert f"{file}:noise" in note
 
 
+@pytest.mark.slow
 def test_if_all_teachers_are_ignored_the_student_is_alone(file, tmp_path):
     (tmp_path / "u.py").write_text(dedent(CODE).replace("randn(16", "randn(24"))
     result = distill(good(f"{file}:noise", f"{tmp_path}/u.py:noise"), tmp_path / "ignored")
@@ -170,6 +173,7 @@ def test_if_all_teachers_are_ignored_the_student_is_alone(file, tmp_path):
     assert result.teacher["ignored"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -192,6 +196,7 @@ def test_a_stopped_run_resumes_exactly(file, tmp_path, changes):
     assert resumed.teacher == whole.teacher
 
 
+@pytest.mark.slow
 def test_resuming_names_each_file_again(file, tmp_path):
     teachers = ["--teacher", LETTERS, "--teacher", f"{file}:pixels"]
     out = tmp_path / "run"
@@ -203,6 +208,7 @@ def test_resuming_names_each_file_again(file, tmp_path):
     assert refilled("distill", "--resume", out, *teachers).exit_code == 0
 
 
+@pytest.mark.slow
 def test_teachers_that_moved_are_found_where_a_grid_names_them(file, tmp_path):
     run = good(f"{file}:pixels", f"{file}:plain", epochs=1)
     with pytest.raises(Interrupted):
@@ -214,6 +220,7 @@ def test_teachers_that_moved_are_found_where_a_grid_names_them(file, tmp_path):
     assert recorded.teachers == (f"{moved}:pixels", f"{moved}:plain")
 
 
+@pytest.mark.slow
 def test_another_teacher_leaves_the_cache_of_the_first_as_it_is(file, tmp_path):
     distill(good(f"{file}:pixels", views=2, guard=False), tmp_path / "one")
     (cache,) = list_caches()
@@ -241,6 +248,7 @@ def test_the_same_teacher_twice_is_refused(file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_networks_without_weights_are_told_apart_by_what_they_return(file, tmp_path):
     """Their caches cannot be, and would hold the answers of the other."""
     (tmp_path / "u.py").write_text(dedent(CODE).replace("x[:, :1]", "x[:, :1] ** 2"))
@@ -259,6 +267,7 @@ def test_methods_that_work_in_the_teachers_network_take_one(file, tmp_path, meth
         distill(replace(QUICK, method=method, teacher=(LETTERS, f"{file}:pixels")), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_method_that_compares_logits_says_which_teacher_has_other_classes(teacher, tmp_path):
     run = replace(QUICK, task="digits:0-4", method="kd", teacher=(teacher, LETTERS))
     with pytest.raises(MethodError, match=r"teacher 2: 'kd' compares logits class by class"):
@@ -271,6 +280,7 @@ def test_a_size_is_measured_for_one_teacher(file, tmp_path):
     assert "--teacher-size auto measures one teacher" in said
 
 
+@pytest.mark.slow
 def test_a_forecast_counts_each_teacher(file, tmp_path):
     words = ["distill", "digits:5-9", "--preset", "good", "--views", 2, "--epochs", 2, "--student", "wrn_10_1"]
     found = [

@@ -94,6 +94,7 @@ def distill(here, tmp_path, teacher, *more):
     return refilled("distill", here / "d", "--teacher", f"{here}/t.py:{teacher}", *fixed, *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--preset", "good"), ("--method", "linear_probe"), ("--views", 2)], ids=str)
 @pytest.mark.parametrize(
     ("teacher", "reason"),
@@ -161,6 +162,7 @@ def test_what_cannot_be_used_is_explained_without_a_traceback(here, tmp_path, te
         raise ModelError(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["gray", "own_gray", "own_gray_with_one_mean", "names", "plain"])
 def test_grayscale_teachers_and_names_in_an_array_are_accepted(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
@@ -171,6 +173,7 @@ def test_grayscale_teachers_and_names_in_an_array_are_accepted(here, tmp_path, t
     assert not [note for note in said if "teacher" in note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["dropout", "batch_statistics"])
 def test_train_mode_left_on_is_said(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
@@ -179,6 +182,7 @@ def test_train_mode_left_on_is_said(here, tmp_path, teacher):
     assert "by chance or depending on the other images" in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--preset", "good"), ("--views", 2)], ids=str)
 def test_a_teacher_that_knows_nothing_of_the_classes_is_said_to(here, tmp_path, more):
     code, _ = distill(here, tmp_path, "noise", *more)
@@ -186,6 +190,7 @@ def test_a_teacher_that_knows_nothing_of_the_classes_is_said_to(here, tmp_path, 
     assert any("tells your classes apart no better than chance" in note for note in notes(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pooling", "width"), [("token", 6), ("mean", 6), ("both", 12)])
 def test_the_embedding_is_chosen_on_the_command_line(here, tmp_path, pooling, width):
     code, _ = distill(here, tmp_path, "tokens", "--method", "linear_probe", "--teacher-embedding", pooling)

@@ -39,6 +39,7 @@ def stubs(monkeypatch):
     return sent
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_interrupted_run_sends_each_epoch_once(stubs, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")

@@ -179,6 +179,7 @@ def student(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_examined_by_its_student_and_says_so(student):
     found = json.loads(refilled("labels", student, "--threads", 1, "--json").stdout)
     assert found["judged"] > 3 * 20  # and the validation images

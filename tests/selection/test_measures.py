@@ -87,6 +87,7 @@ def slow_logme(embedding, labels):
     return np.mean(values) / len(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "width", "signal"), [(24, 5, 2.0), (24, 5, 0.5), (12, 30, 1.0), (12, 40, 30.0)])
 def test_logme_is_the_largest_evidence(images, width, signal):
     generator = torch.Generator().manual_seed(images + width)

@@ -79,6 +79,7 @@ def teachers(*arguments):
     return json.loads(refilled("teachers", *arguments, "--threads", 1, "--json"))
 
 
+@pytest.mark.slow
 def test_letters_rank_above_random_weights_above_a_constant(here):
     names = ["refilled/letters", f"{here}/t.py:random_weights", f"{here}/t.py:nearly_constant"]
     given = [word for name in reversed(names) for word in ("--candidates", name)]
@@ -169,6 +170,7 @@ def test_a_csv_has_one_row_per_candidate_and_size(here):
         assert float(row["linear_probe_low"]) <= float(row["linear_probe"]) <= float(row["linear_probe_high"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -206,6 +208,7 @@ def test_a_sample_is_spread_over_the_classes():
     assert task.train.labels[rows].equal(some.labels)
 
 
+@pytest.mark.slow
 def test_auto_settles_the_size_of_the_teacher_in_the_record(here, tmp_path):
     out = tmp_path / "run"
     given = ["distill", here / "d", "--teacher", f"{here}/t.py:sees_from_16", "--teacher-size", "auto", "--out", out]

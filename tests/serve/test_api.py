@@ -69,6 +69,7 @@ def header_of_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+@pytest.mark.slow
 def test_every_answer_under_load_is_that_of_predict(app, student, pictures):
     paths = sorted(pictures.rglob("*.png"))
     expected = dict(classify_by(open_classifier(student), [pictures])[0])
@@ -203,6 +204,7 @@ def test_the_description_names_the_paths_that_there_are(app):
     assert set(response.json()["paths"]) == {path for path in paths if "." not in path and path != "/"}
 
 
+@pytest.mark.slow
 def test_mistakes_get_a_sentence(student, tmp_path, teacher):
     with pytest.raises(RefilledError, match=r"no_run|cannot be read"):
         serve(tmp_path / "no_run", port=0)

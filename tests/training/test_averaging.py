@@ -93,6 +93,7 @@ YOUNGER = ['optimizer = "sgd"\n', "ema = 0.0\n"]
 YOUNGER += ['auto_augment = "none"\n', "color_jitter = 0.0\n", "random_erasing = 0.0\n"]
 
 
+@pytest.mark.slow
 def test_a_run_begun_before_the_fields_existed_is_continued(tmp_path):
     run = QUICK
     distill(run, tmp_path / "whole")

@@ -33,6 +33,7 @@ def test_a_state_comes_back_as_it_went(tmp_path):
     assert all(torch.equal(loaded.tensors[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.slow
 @settings(max_examples=repetitions("R5"), deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_a_damaged_state_is_detected_and_the_previous_one_is_used(tmp_path_factory, where, bit, cut):
@@ -97,6 +98,7 @@ def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.slow
 def test_only_one_process_holds_a_folder(tmp_path):
     script = textwrap.dedent(f"""
         import sys, time

@@ -196,6 +196,7 @@ def test_two_processes_train_like_one(two, method):
     assert_same(two(trained, method), trained(ALONE, method), 1e-6 if method in SINGLE_PRECISION else 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "changes"),
     [
@@ -269,6 +270,7 @@ def predicted(world, images: int):
     return [outputs.logits.numpy(), outputs.embedding.numpy()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [0, 1, 3, IMAGES])  # fewer than ranks, too
 def test_each_image_is_predicted_once_and_all_ranks_get_the_result(four, images):
     for rank in four(predicted, images):
@@ -283,6 +285,7 @@ def classified(world, images: int):
     return [classes.numpy() for classes in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, IMAGES])
 def test_each_image_is_classified_once_and_all_ranks_know_it(four, images):
     for rank in four(classified, images):
@@ -295,6 +298,7 @@ def gathered(world, dtype):
     return world.gather(rows[world.part(5)], 5).double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.int64, torch.float32], ids=str)
 def test_rows_of_every_type_are_gathered(four, dtype):
     for rank in four(gathered, dtype):
@@ -308,6 +312,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_step(two
         assert rank["unchanged"]
 
 
+@pytest.mark.slow
 def test_more_processes_than_images_in_a_batch_are_refused(four):
     for error in four(with_changes, {}, {"batch_size": 3}):
         assert isinstance(error, RunError)
@@ -429,6 +434,7 @@ def noise():
 """
 
 
+@pytest.mark.slow
 def test_all_processes_ignore_a_teacher_with_nothing_to_teach(two, tmp_path):
     (tmp_path / "noise.py").write_text(NOISE)
     taught = replace(QUICK, **with_preset("good", {"teacher": f"{tmp_path}/noise.py:noise"}))
@@ -449,6 +455,7 @@ def ends(world, how):
     world.largest(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "fails"])
 def test_when_a_rank_ends_the_others_end(how):
     ranks = Ranks(2)
@@ -502,6 +509,7 @@ def test_under_torchrun_a_killed_rank_is_named_and_the_run_resumes_to_the_same_r
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
+@pytest.mark.slow
 def test_a_world_that_cannot_meet_is_explained(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set.*torchrun"), joined():
@@ -530,6 +538,7 @@ def told(world, message):
     return distributed.first_to_tell(message)
 
 
+@pytest.mark.slow
 def test_an_error_of_all_ranks_is_told_once(four):
     assert sum(four(told, "no such teacher")) == 1
     assert sum(four(told, "another error")) == 1

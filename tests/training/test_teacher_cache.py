@@ -69,6 +69,7 @@ def content(cache: TeacherCache) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in cache.folder.glob("*.f32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_cache_equals_the_live_teacher_on_the_same_views(run, precision):
     cache = build_cache(replace(run, precision=precision, device="cpu"))
@@ -80,6 +81,7 @@ def test_the_cache_equals_the_live_teacher_on_the_same_views(run, precision):
         torch.testing.assert_close(cache(view, indices), live(images).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_images", [1, 7, 25, 50, 64])
 def test_the_size_of_the_shards_does_not_matter(tmp_path, shard_images):
     task = made_up()
@@ -106,6 +108,7 @@ def test_it_says_what_the_live_teacher_says_about_mixed_and_altered_images(tmp_p
         assert torch.equal(cache(view, torch.arange(50)), colours(seen))
 
 
+@pytest.mark.slow
 def test_every_setting_that_changes_the_embeddings_gets_a_separate_cache(run, teacher, tmp_path):
     other = tmp_path / "other"
     distill(Run(task="digits:0-4", student="wrn_10_1", epochs=1, shots=5, batch_size=20, threads=1), other)
@@ -293,6 +296,7 @@ def test_a_page_says_that_few_are_right_because_they_are_mixed(run, tmp_path):
     assert "training images, each mixed with another image, with" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kd", "dkd", "refilled"])
 def test_logits_come_from_the_embeddings_kept(method, tmp_path, monkeypatch):
     known = tmp_path / "known"

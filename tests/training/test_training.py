@@ -50,6 +50,7 @@ def digest(folder: Path) -> str:
     return sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_teacher_learns_its_digits(teacher):
     assert Result.load(Path(teacher)).accuracy > 80
 
@@ -97,6 +98,7 @@ def test_the_same_run_twice_gives_the_same_bits(teacher, tmp_path, monkeypatch, 
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vanilla", "refilled", "regression", "rkd", "at", "fitnet", "vid"])
 def test_what_is_recorded_is_what_the_losses_read(teacher, tmp_path, monkeypatch, name):
     """The way by CUDA graphs, with passes that are run instead of replayed: the rest of it needs no GPU."""
@@ -143,6 +145,7 @@ def test_a_run_of_an_earlier_version_is_not_resumed(teacher, tmp_path):
     assert (tmp_path / "a" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used here")
 def test_a_run_begun_elsewhere_resumes_here(teacher, tmp_path):
     """A state says nothing of the machine; the record does, and is changed with it."""
@@ -201,6 +204,7 @@ def test_a_run_killed_at_random_times_resumes_exactly(teacher, tmp_path):
     assert kills > 0
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_state_resumes_from_the_previous_one_exactly(teacher, tmp_path):
     run = refilled(teacher)
     distill(run, tmp_path / "whole")
@@ -263,6 +267,7 @@ class _Sees(nn.Module):
         return F.cross_entropy(logits, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 @pytest.mark.parametrize("views", [None, 3])
 def test_the_teacher_sees_the_mixture_and_labels_are_mixed_as_the_images_are(

@@ -53,6 +53,7 @@ class Stopping(Display):
             raise Interrupted(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"views": 2, "mixup": 0.5}], ids=["live", "cached and mixed"])
 def test_an_interrupted_run_gives_the_same_result_as_an_uninterrupted_one(teacher, tmp_path, changes):
     run = replace(QUICK, teacher=teacher, **changes)
@@ -92,6 +93,7 @@ def test_after_their_span_unlabelled_images_are_seen_no_more(teacher, tmp_path):
     assert set(counted[half:]) == {20}
 
 
+@pytest.mark.slow
 def test_a_method_without_use_for_them_sees_none_and_says_so(tmp_path):
     plain = replace(QUICK, method="vanilla", settings={})
     result = distill(plain, tmp_path / "a")
@@ -123,6 +125,7 @@ def test_methods_beside_it_learn_from_them(teacher, tmp_path, method):
     assert not any("no use" in note for note in Result.load(tmp_path / "a").data["notes"])
 
 
+@pytest.mark.slow
 def test_the_forecast_counts_them(teacher):
     run = replace(QUICK, teacher=teacher, views=2)
     found = forecast(run)
@@ -147,6 +150,7 @@ def test_a_batch_of_one_has_no_room_for_two_kinds():
         Recipe(batch_size=1).batch_over(5, 5)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_folder_and_its_record_names_it(teacher, tmp_path):
     import numpy as np
     from PIL import Image

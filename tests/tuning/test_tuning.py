@@ -41,6 +41,7 @@ class Trials(list):
         self.append((number, dict(values), accuracy))
 
 
+@pytest.mark.slow
 def test_the_best_choice_is_that_of_trying_each(probe, tmp_path):
     choices = ("0.0001", "1", "100")
     each = {c: distill(replace(probe, score="val", settings={"C": c}), tmp_path / c).accuracy for c in choices}
@@ -52,6 +53,7 @@ def test_the_best_choice_is_that_of_trying_each(probe, tmp_path):
     assert len(list((tmp_path / "tuned" / "trials").iterdir())) == len(choices), "what was tried is not tried again"
 
 
+@pytest.mark.slow
 def test_only_the_final_run_sees_the_test_images_and_it_trains_on_all_others(probe, tmp_path):
     tuned = tune(probe, SEARCH, 3, tmp_path / "t")
     results = [Result.load(folder) for folder in (tmp_path / "t" / "trials").iterdir()]
@@ -63,6 +65,7 @@ def test_only_the_final_run_sees_the_test_images_and_it_trains_on_all_others(pro
     assert again.accuracy == tuned.result.accuracy
 
 
+@pytest.mark.slow
 def test_parameters_of_the_method_and_of_training_are_searched_together(teacher, tmp_path):
     run = replace(QUICK, method="at", teacher=teacher)
     search = {"weight": "10..1000:log", "batch_size": "10..30", "nesterov": "true,false"}
@@ -95,6 +98,7 @@ def test_an_interrupted_search_continues_as_if_it_had_not_been(probe, tmp_path):
     assert len(first) == 2
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_not_repeated(probe, tmp_path):
     found = tune(probe, SEARCH, 2, tmp_path / "t")
     (found.folder / "mark").touch()
@@ -103,6 +107,7 @@ def test_a_finished_search_is_not_repeated(probe, tmp_path):
     assert (found.folder / "mark").exists()
 
 
+@pytest.mark.slow
 def test_more_trials_that_find_better_values_are_trained_on_all_images_too(probe, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_try", lambda study, trial, run, folder: float(trial.number))  # ever better
     first, second = (tune(probe, SEARCH, trials, tmp_path / "t") for trials in (1, 3))
@@ -113,6 +118,7 @@ def test_more_trials_that_find_better_values_are_trained_on_all_images_too(probe
         assert Result.load(tuned.folder) == tuned.result
 
 
+@pytest.mark.slow
 def test_a_trial_stopped_in_the_middle_is_taken_up_where_it_stood(teacher, tmp_path, monkeypatch):
     run = replace(QUICK, method="at", teacher=teacher, epochs=2)
     begin = tuning.complete
@@ -132,6 +138,7 @@ def test_a_trial_stopped_in_the_middle_is_taken_up_where_it_stood(teacher, tmp_p
     assert [entry["epoch"] for entry in log] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_trial_locked_by_another_process_is_skipped(probe, tmp_path):
     class Dying(Trials):
         def __call__(self, *trial):
@@ -187,6 +194,7 @@ def test_a_trial_whose_loss_explodes_is_counted_out(probe, tmp_path, monkeypatch
         tune(probe, {"C": "1,2"}, 2, tmp_path / "u")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("search", "trials", "message"),
     [
@@ -218,6 +226,7 @@ def test_a_run_that_cannot_work_is_found_before_anything_is_written(probe, tmp_p
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.slow
 def test_the_folder_of_another_search_is_refused(probe, tmp_path):
     tune(probe, SEARCH, 1, tmp_path / "t")
     for run, search in ((replace(probe, shots=5), SEARCH), (probe, {"C": "1..2"})):
@@ -235,6 +244,7 @@ def test_without_optuna_it_says_how_to_get_it(probe, tmp_path, monkeypatch):
         tune(probe, SEARCH, 1, tmp_path / "t")
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_found(teacher, tmp_path):
     arguments = [
         "tune",

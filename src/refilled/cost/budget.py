@@ -5,8 +5,9 @@ from dataclasses import replace
 from time import perf_counter, process_time
 
 from refilled.config import Run
-from refilled.cost.run import duration, forecast
+from refilled.cost.run import forecast
 from refilled.errors import RunError
+from refilled.training.progress import duration
 
 _RESERVE = 0.03  # share of the limit for work that a forecast does not include: start, saving, the report
 _EPOCHS = 100  # epochs of the forecast; with many, rounding to whole epochs per stage does not matter

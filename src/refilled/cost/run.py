@@ -22,6 +22,7 @@ from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import share_epochs, views_of
+from refilled.training.progress import duration
 
 _FLOAT = 4  # bytes
 _IMAGES = 32  # random, to build the run with
@@ -93,7 +94,7 @@ class Forecast:
         threads = "one thread" if run.threads == 1 else f"{run.threads} threads"
         where = f"{threads} of the processor" if run.device == "cpu" else run.device
         yield "in all", f"about {duration(self.total)} on {where}"
-        yield "memory", "cannot be predicted here" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at most"
+        yield "memory", "cannot be predicted here" if self.memory is None else f"about {self.memory / 2**30:.2f} GiB"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the forecast as plain data."""
@@ -278,11 +279,3 @@ def _size_of(run: Run) -> TaskSize:
         image_size=run.image_size,
         unlabelled=run.unlabelled,
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text in a suitable unit."""
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"

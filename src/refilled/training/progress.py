@@ -1,7 +1,7 @@
 """Display of training progress: bars on a terminal, plain lines elsewhere, or nothing."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -120,3 +120,44 @@ class Lines(Display):
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Pace:
+    """Messages about work on many images that has no bar: how many are done, images per second, the time left.
+
+    Args:
+        work: What is done, for the messages.
+        total: The number of images.
+        say: Called with each message.
+        every: Seconds between two messages.
+    """
+
+    def __init__(self, work: str, total: int, say: Callable[[str], None], every: float = 10.0) -> None:
+        self._work, self._total, self._say, self._every = work, total, say, every
+        self._done, self._begun = 0, time.monotonic()
+        self._said = self._begun
+
+    def __call__(self, images: int) -> None:
+        """Count images that are done; say so if the last message is old enough."""
+        self._done += images
+        now = time.monotonic()
+        if now - self._said < self._every:
+            return
+        self._said, rate = now, self._done / (now - self._begun)
+        left = max(self._total - self._done, 0)
+        self._say(
+            f"{self._work}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s"
+            + (f", {duration(left / rate)} left" if left else "")
+        )
+
+    def leave_out(self, images: int) -> None:
+        """Subtract images that turned out to be done already."""
+        self._total -= images
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text in a suitable unit."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"

@@ -28,6 +28,7 @@ from refilled.files import write_atomic
 from refilled.locks import lock, unlock
 from refilled.models import Backbone, refuse_non_finite
 from refilled.training.evaluation import nearest_center_accuracy
+from refilled.training.progress import Pace
 
 VIEW_SEED = 0  # for the augmentation of cached views; not the run's seed, so that runs can share them
 SHARD_IMAGES = 16384
@@ -205,7 +206,8 @@ class TeacherCache:
             task: The task; views of its training images are embedded.
             embed: The teacher's embedding ``(B, d)`` of images ``(B, 3, S, S)``.
             shards: Numbers of shards.
-            say: Called with a message for every shard that is built, with the reason.
+            say: Called with a message for every shard that is built, with the reason, and every ten seconds with the
+                number of images that are embedded, their rate and the time left.
 
         Raises:
             RunError: The disk is full, or writing is not permitted.
@@ -213,9 +215,10 @@ class TeacherCache:
         self._write_manifest()
         wanted = range(self.contents.shards) if shards is None else shards
         pending = [shard for shard in wanted if self.problem(shard)]
+        pace = Pace("teacher cache", sum(len(self.contents.part(shard)[1]) for shard in pending), say)
         with (self.folder / ".shards").open("w") as claims:
             for wait in (False, True):  # first the free shards, then those of other processes
-                pending = [shard for shard in pending if not self._make(shard, task, embed, claims, wait, say)]
+                pending = [shard for shard in pending if not self._make(shard, task, embed, claims, wait, say, pace)]
 
     def gap(self, task: Task, embed: Embed) -> Gap:
         """Compare the cache with the live teacher, on labelled images spread evenly.
@@ -241,7 +244,7 @@ class TeacherCache:
         view, images = self.contents.part(shard)
         return self.folder / f"view-{view:04d}-images-{images.start:08d}.f32"
 
-    def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say) -> bool:
+    def _make(self, shard: int, task: Task, embed: Embed, claims: IO[str], wait: bool, say: Say, pace: Pace) -> bool:
         """Build a shard unless another process has; False if another process holds its lock and ``wait`` is False."""
         # One byte of the file stands for each shard. The system unlocks a byte when the process ends.
         if not lock(claims, shard, wait=wait):
@@ -250,15 +253,21 @@ class TeacherCache:
             problem = self.problem(shard)
             if problem is not None:
                 say(f"teacher cache: shard {shard + 1} of {self.contents.shards} is {problem}; embedding its images")
-                self._write_shard(shard, task, embed)
+                self._write_shard(shard, task, embed, pace)
+            else:
+                pace.leave_out(len(self.contents.part(shard)[1]))
         finally:
             unlock(claims, shard)
         return True
 
-    def _write_shard(self, shard: int, task: Task, embed: Embed) -> None:
+    def _write_shard(self, shard: int, task: Task, embed: Embed, pace: Pace) -> None:
         view, images = self.contents.part(shard)
         batches = torch.arange(images.start, images.stop).split(_BATCH)
-        body = torch.cat([self._embed(task, embed, view, indices) for indices in batches]).numpy()
+        parts = []
+        for indices in batches:
+            parts.append(self._embed(task, embed, view, indices))
+            pace(len(indices))
+        body = torch.cat(parts).numpy()
         for left_behind in self.folder.glob(f".{self.path(shard).name}.*.tmp"):
             left_behind.unlink(missing_ok=True)
         self._write(self.path(shard), body.tobytes() + self._digest(shard, body))
