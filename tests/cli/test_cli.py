@@ -147,7 +147,7 @@ MISTAKES = [
     (["evaluate", "no_run"], "no_run/model.json cannot be read: No such file or directory; give the folder of a fin"),
     (["predict", "no_run", "a.png"], "no_run/model.json cannot be read: No such file or directory; give the folder"),
     (["evaluate", "{teacher}/model.json"], "model.json cannot be read: Not a directory; give the folder of a finished"),
-    (["evaluate", "{teacher}", "digits:5-9"], "does not know: 5, 6, 7, 8 and 9. Select the others, as in TASK:NAME"),
+    (["evaluate", "{teacher}", "digits:5-9"], "does not know: 5, 6, 7, 8, 9. Select the others, as in TASK:NAME"),
     (["predict", "{teacher}", "a.png", "--csv", "--json"], "--json and --csv exclude each other; give one"),
     (["predict", "no.onnx", "a.png"], "there is no file no.onnx; 'refilled export RUN' writes one"),
     (["export", "{teacher}", "--out", "."], ". is a folder; give a file, as in --out model.onnx"),
