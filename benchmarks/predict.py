@@ -150,7 +150,7 @@ def compare_latency(name: str, model: Backbone, file: Path, rounds: int) -> None
         write_onnx(model, file, preprocess=False)
     student = OnnxStudent(file)
     pixels = torch.randint(0, 256, (1, 3, STUDENTS[name], STUDENTS[name]), dtype=torch.uint8)
-    calls = {"torch": lambda: model(pixels), "onnxruntime": lambda: student(student.prepare(pixels))}
+    calls = {"torch": lambda: model(pixels), "onnxruntime": lambda: student(student.preprocess(pixels))}
     found: dict[str, list[float]] = {kind: [] for kind in calls}
     for call in range(20 * rounds + 5):
         for kind, function in calls.items():

@@ -40,12 +40,12 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from refilled.config import Recipe
 from refilled.data import Split, Task, augment, epoch_batches
 from refilled.losses.triplet_alignment import TripletAlignmentLoss
 from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model, freeze
 from refilled.outputs import Outputs
+from refilled.recipe import Recipe
 from refilled.runs.determinism import use_machine
 from refilled.runs.environment import device_name, find_device
 from refilled.stages import Stage, Term, constant

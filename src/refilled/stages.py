@@ -35,23 +35,27 @@ def warm_up(weight: float, epochs: int) -> Weight:
 
 
 @runtime_checkable
-class Prepares(Protocol):
-    """A loss that may use the teacher's embedding of the whole training set before its stage starts."""
+class Precomputes(Protocol):
+    """A loss that may compute values from the teacher's embedding of the whole training set before its stage starts."""
 
     @property
     def needs_training_set(self) -> bool:
-        """Whether :meth:`prepare` must be called; to embed the whole training set costs time."""
+        """Whether :meth:`precompute` must be called, which embeds the whole training set."""
 
-    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Use the embeddings ``(N, d)`` of the training images, not augmented, and their class ids ``(N,)``.
+    def precompute(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Compute the values from the whole training set.
 
         A loss that sees unlabelled images also gets theirs, after the labelled ones and with class id -1.
+
+        Args:
+            teacher_embedding: Embeddings ``(N, d)`` of the training images, without augmentation.
+            labels: Their class ids ``(N,)``.
         """
 
 
-def needs_training_set(loss: object) -> TypeGuard[Prepares]:
+def needs_training_set(loss: object) -> TypeGuard[Precomputes]:
     """Return whether a loss must see the teacher's embedding of the whole training set before its stage starts."""
-    return isinstance(loss, Prepares) and loss.needs_training_set
+    return isinstance(loss, Precomputes) and loss.needs_training_set
 
 
 @runtime_checkable

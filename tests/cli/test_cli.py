@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -148,7 +149,7 @@ MISTAKES = [
     (["predict", "no_run", "a.png"], "no_run/model.json cannot be read: No such file or directory; give the folder"),
     (["evaluate", "{teacher}/model.json"], "model.json cannot be read: Not a directory; give the folder of a finished"),
     (["evaluate", "{teacher}", "digits:5-9"], "does not know: 5, 6, 7, 8, 9. Select the others, as in TASK:NAME"),
-    (["predict", "{teacher}", "a.png", "--csv", "--json"], "--json and --csv exclude each other; give one"),
+    (["predict", "{teacher}", "a.png", "--csv", "--json"], "--json and --csv cannot be combined; give one of them"),
     (["predict", "no.onnx", "a.png"], "there is no file no.onnx; 'refilled export RUN' writes one"),
     (["export", "{teacher}", "--out", "."], ". is a folder; give a file, as in --out model.onnx"),
     (["export", "{teacher}", "--format", "ONNX"], "did you mean 'onnx'"),
@@ -273,6 +274,22 @@ def test_every_field_of_a_run_is_a_flag_with_help():
     for flag in ("--epochs", "--teacher-mean", "--views", "--data-root", "--no-nesterov", "--set"):
         assert flag in shown
     assert "Peak learning rate" in shown
+
+
+COMMANDS = [[name] for name in sorted(typer.main.get_command(app).commands) if name != "cache"]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *COMMANDS, ["cache"], *(["cache", name] for name in ("build", "info", "verify"))]
+)
+def test_help_fits_80_columns_and_gives_defaults_as_values_of_the_command_line(command):
+    lines = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80"}).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = "\n".join(lines)
+    assert "…" not in shown  # nothing is cut
+    assert not re.search(r"\b(?:None|True|False)\b", shown)
+    for text in ("Show this message", "Peak learning rate", "Folder of the data", "Leave out unreadable"):
+        assert all(line.index(text) < 50 for line in lines if text in line)  # 30 columns or more for the help texts
 
 
 @pytest.mark.slow

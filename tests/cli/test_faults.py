@@ -144,7 +144,7 @@ def test_a_full_disk_is_reported_with_path_and_bytes_and_leaves_no_partial_file(
         code, said = call(patch, capsys, "train", "digits:0-4", *TINY, "--out", tmp_path / "run")
     assert code == 2
     assert re.search(rf"the disk is full: {tmp_path}/run/images.safetensors cannot be written, [\d,]+ bytes are", said)
-    assert "Make room" in said
+    assert "Free some space" in said
     assert not list(tmp_path.rglob("*.tmp"))
     code, said = call(monkeypatch, capsys, "train", "digits:0-4", *TINY, "--out", tmp_path / "run")
     assert code == 0, said
@@ -164,7 +164,7 @@ def test_a_folder_without_permission_is_explained(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("pathlib.Path.mkdir", forbidden)
     code, said = call(monkeypatch, capsys, "train", "digits:0-4", *TINY, "--out", tmp_path / "run")
     assert code == 2
-    assert "permission denied; grant the right" in said
+    assert "permission denied; grant read and write permission" in said
 
 
 def test_an_out_of_memory_error_names_smaller_settings_and_a_defect_keeps_its_traceback():

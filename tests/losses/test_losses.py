@@ -14,7 +14,7 @@ from refilled.losses.distances import class_centers, pairwise_distances
 from refilled.losses.local_kd import LocalKDLoss, LogitKDLoss, local_kd
 from refilled.losses.mining import semi_hard_triplets
 from refilled.losses.triplet_alignment import TripletAlignmentLoss, triplet_alignment
-from refilled.stages import Prepares, Reports
+from refilled.stages import Precomputes, Reports
 
 few = settings(max_examples=min(30, settings().max_examples), deadline=None)
 seeds = st.integers(0, 2**32)
@@ -134,7 +134,7 @@ def test_the_gradients_of_the_triplet_loss_pass_gradcheck(negatives, reduction):
 def test_the_gradients_of_local_kd_pass_gradcheck(centers, normalize):
     logits, teacher, y = normal(10, 7), normal(10, 3, seed=1), torch.tensor(LABELS)
     loss = LocalKDLoss(centers=centers, normalize=normalize, student_temperature=0.7)
-    loss.prepare(teacher, y)
+    loss.precompute(teacher, y)
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher, y), logits.requires_grad_())
 
 
@@ -171,13 +171,13 @@ def test_alignment_ignores_order_rotation_and_scale_and_is_never_negative(negati
 def test_local_kd_ignores_order_and_rotation_and_is_never_negative(centers, labels, seed):
     logits, teacher, y = normal(len(labels), 6, seed=seed), normal(len(labels), 3, seed=seed + 1), torch.tensor(labels)
     loss = LocalKDLoss(centers=centers)
-    loss.prepare(teacher, y)
+    loss.precompute(teacher, y)
     value = loss(logits, teacher, y)
     assert value >= -1e-12
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(loss(logits[order], teacher[order], y[order]), value)
     rotated = teacher @ torch.linalg.qr(normal(3, 3, seed=seed)).Q
-    loss.prepare(rotated, y)
+    loss.precompute(rotated, y)
     torch.testing.assert_close(loss(logits, rotated, y), value)
 
 
@@ -301,33 +301,33 @@ def test_memory_stays_below_ten_matrices_of_the_batch(negatives, size):
 def test_global_centers_are_the_means_of_the_set_that_was_shown():
     teacher, y = 3 * normal(20, 5), torch.randint(4, (20,), generator=torch.Generator().manual_seed(0))
     logits = normal(20, 6)
-    prepared = LocalKDLoss(centers="global")
-    assert isinstance(prepared, Prepares)
-    prepared.prepare(teacher, y)
-    torch.testing.assert_close(prepared(logits, teacher, y), LocalKDLoss()(logits, teacher, y))
+    ready = LocalKDLoss(centers="global")
+    assert isinstance(ready, Precomputes)
+    ready.precompute(teacher, y)
+    torch.testing.assert_close(ready(logits, teacher, y), LocalKDLoss()(logits, teacher, y))
     given_means = LocalKDLoss(centers="global", class_centers=class_centers(teacher, y)[0])
-    torch.testing.assert_close(given_means(logits[:5], teacher[:5], y[:5]), prepared(logits[:5], teacher[:5], y[:5]))
+    torch.testing.assert_close(given_means(logits[:5], teacher[:5], y[:5]), ready(logits[:5], teacher[:5], y[:5]))
 
     normalized = LocalKDLoss(centers="global", normalize=True)
-    normalized.prepare(teacher, y)
+    normalized.precompute(teacher, y)
     torch.testing.assert_close(normalized(logits, teacher, y), LocalKDLoss(normalize=True)(logits, 7 * teacher, y))
 
 
 def test_global_centers_live_in_the_state_dict():
     teacher, y, logits = normal(20, 5), torch.arange(20) % 4, normal(20, 6)
-    prepared = LocalKDLoss(centers="global")
-    assert prepared.state_dict() == {}
-    prepared.prepare(teacher, y)
+    ready = LocalKDLoss(centers="global")
+    assert ready.state_dict() == {}
+    ready.precompute(teacher, y)
     file = io.BytesIO()
-    torch.save(torch.nn.Sequential(prepared).state_dict(), file)
+    torch.save(torch.nn.Sequential(ready).state_dict(), file)
     file.seek(0)
     restored = LocalKDLoss(centers="global")
     torch.nn.Sequential(restored).load_state_dict(torch.load(file))
-    for loss in (restored, copy.deepcopy(prepared)):
-        torch.testing.assert_close(loss(logits, teacher, y), prepared(logits, teacher, y))
-    prepared.prepare(teacher[:9], y[:9] % 2)
-    prepared.load_state_dict(restored.state_dict())
-    assert prepared.class_centers.shape == (4, 5)
+    for loss in (restored, copy.deepcopy(ready)):
+        torch.testing.assert_close(loss(logits, teacher, y), ready(logits, teacher, y))
+    ready.precompute(teacher[:9], y[:9] % 2)
+    ready.load_state_dict(restored.state_dict())
+    assert ready.class_centers.shape == (4, 5)
     assert LocalKDLoss(centers="batch").state_dict() == {}
 
 
@@ -352,11 +352,11 @@ def test_only_image_of_a_class_is_its_own_center_when_left_out():
         (lambda: LocalKDLoss(centers="global", classes="al"), "did you mean 'all'"),
         (lambda: LocalKDLoss(classes="all"), "classes='all' needs centers='global', but centers is 'batch'"),
         (lambda: local_kd(normal(1, 2), normal(1, 3), torch.tensor([0]), classes="all"), "does not give means of all"),
-        (lambda: LocalKDLoss(centers="global")(normal(2, 2), normal(2, 3), torch.tensor([0, 1])), "call prepare"),
+        (lambda: LocalKDLoss(centers="global")(normal(2, 2), normal(2, 3), torch.tensor([0, 1])), "call precompute"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(2, 3), torch.tensor([0, 2])), r"class id 2 is not in 0 \.\. 2 - 1"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(2, 3), torch.tensor([-1, 0])), "class id -1"),
         (lambda: LocalKDLoss()(normal(2, 2), normal(3, 3), torch.tensor([1, 0])), r"\(2, 2\) and \(3, 3\)"),
-        (lambda: LocalKDLoss(centers="global").prepare(normal(2, 3), torch.tensor([-2, 0])), "class id -2"),
+        (lambda: LocalKDLoss(centers="global").precompute(normal(2, 3), torch.tensor([-2, 0])), "class id -2"),
         (lambda: local_kd(normal(1, 9), normal(1, 3), torch.tensor([5]), centers=normal(5, 3)), "class id 5"),
         (lambda: local_kd(normal(1, 9), normal(1, 3), torch.tensor([0]), centers=normal(5, 4)), "same teacher"),
         (lambda: TripletAlignmentLoss()(normal(4, 2), normal(4, 2), torch.zeros(4, 1)), r"labels \(4, 1\)"),
@@ -379,7 +379,7 @@ def test_classes_without_an_image_in_the_training_set_are_not_compared_with():
 
 def test_a_class_without_an_image_in_the_training_set_is_named():
     loss = LocalKDLoss(centers="global")
-    loss.prepare(normal(2, 3), torch.tensor([0, 2]))
+    loss.precompute(normal(2, 3), torch.tensor([0, 2]))
     with pytest.raises(MethodError, match="class 1 had no image"):
         loss(normal(2, 3), normal(2, 3), torch.tensor([0, 1]))
 
@@ -455,7 +455,7 @@ def test_tuples_at_the_lowest_temperature_do_not_overflow():
         (lambda: LocalKDLoss(doubt=-0.5), "doubt and refine must be 0 or more"),
         (lambda: LocalKDLoss(refine=-1), "doubt and refine must be 0 or more"),
         (lambda: LocalKDLoss(centers="global", class_centers=normal(2, 3), centered=True), "drop centered"),
-        (lambda: LocalKDLoss(centers="global").prepare(normal(2, 3), torch.tensor([0])), r"\(2, 3\) with labels"),
+        (lambda: LocalKDLoss(centers="global").precompute(normal(2, 3), torch.tensor([0])), r"\(2, 3\) with labels"),
         (lambda: LocalKDLoss()(normal(3, 3), normal(3, 2), torch.tensor([0, 1, 5])), "class id 5 is not in"),
         (lambda: LocalKDLoss(centered=True)(normal(2, 2), normal(2, 3), torch.tensor([0, 1])), "has no mean of the"),
         (lambda: LogitKDLoss(0), "temperature must be"),
@@ -475,19 +475,19 @@ def test_what_a_loss_needs_follows_from_its_parameters():
     assert [loss.needs_training_set for loss in kinds] == [False, True, True]
     assert [loss.sees_unlabelled for loss in kinds] == [False, False, True]
     assert LogitKDLoss.reads_labels is False
-    kinds[1].prepare(normal(4, 3), torch.arange(4))
+    kinds[1].precompute(normal(4, 3), torch.arange(4))
     assert kinds[1].class_centers is None
     assert "centers=global, classes=batch, temperature=2.0" in repr(kinds[2])
     assert "negatives=nearest, temperature=2.0, reduction=sum" in repr(TripletAlignmentLoss())
 
 
 def test_means_are_loaded_only_where_they_are_used():
-    prepared = LocalKDLoss(centers="global", centered=True)
-    prepared.prepare(normal(4, 3), torch.arange(4))
+    ready = LocalKDLoss(centers="global", centered=True)
+    ready.precompute(normal(4, 3), torch.arange(4))
     with pytest.raises(RuntimeError, match="class_centers"):
-        LocalKDLoss().load_state_dict(prepared.state_dict())
+        LocalKDLoss().load_state_dict(ready.state_dict())
     fresh = LocalKDLoss(centers="global", centered=True)
-    fresh.load_state_dict({})  # saved before prepare()
+    fresh.load_state_dict({})  # saved before precompute()
     assert fresh.class_centers is None
-    fresh.load_state_dict(prepared.state_dict())
-    assert torch.equal(fresh.mean, prepared.mean)
+    fresh.load_state_dict(ready.state_dict())
+    assert torch.equal(fresh.mean, ready.mean)

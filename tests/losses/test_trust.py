@@ -80,12 +80,12 @@ def test_a_trusted_loss_is_the_loss_times_the_share_to_a_power():
     embedding = embedding.float()
     logits = torch.randn(32, 4, requires_grad=True)
     plain = LocalKDLoss(centers="global", normalize=True, centered=True)
-    plain.prepare(embedding, labels)
+    plain.precompute(embedding, labels)
     share = label_information(embedding, labels)
     assert 0.1 < share < 0.9
     for power in (0.0, 1.0, 2.0):
         loss = Trusted(LocalKDLoss(centers="global", normalize=True, centered=True), power)
-        loss.prepare(embedding, labels)
+        loss.precompute(embedding, labels)
         torch.testing.assert_close(loss(logits, embedding, labels), share**power * plain(logits, embedding, labels))
         assert loss.statistics()["label_information"].item() == pytest.approx(share)
         again = Trusted(LocalKDLoss(centers="global", normalize=True, centered=True), power)
@@ -100,7 +100,7 @@ def test_a_teacher_counts_like_so_many_images_of_each_class():
 
     def value(worth):
         loss = Trusted(LocalKDLoss(centers="global"), worth=worth)
-        loss.prepare(embedding, labels)
+        loss.precompute(embedding, labels)
         again = Trusted(LocalKDLoss(centers="global"), worth=worth)
         again.load_state_dict(loss.state_dict())
         torch.testing.assert_close(again(logits, embedding, labels), loss(logits, embedding, labels))
@@ -114,7 +114,7 @@ def test_a_teacher_counts_like_so_many_images_of_each_class():
 
 
 def test_trust_must_be_measured_and_its_power_make_sense():
-    with pytest.raises(MethodError, match="call prepare"):
+    with pytest.raises(MethodError, match="call precompute"):
         Trusted(nn.MSELoss())(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2))
     with pytest.raises(MethodError, match="trust must be 0 or more"):
         Trusted(nn.MSELoss(), -1.0)
@@ -195,7 +195,7 @@ def test_one_good_shuffle_is_enough_for_chance():
 def test_a_teacher_that_knows_all_labels_is_worth_any_number_of_images():
     embedding, labels = embeddings(4, 8, 0.0)
     loss = Trusted(LocalKDLoss(centers="global"), worth=0.01)
-    loss.prepare(embedding.float(), labels)
+    loss.precompute(embedding.float(), labels)
     assert loss.statistics() == {"label_information": 1.0, "prior": 1.0}
 
 
@@ -203,12 +203,12 @@ def test_the_prior_is_that_of_its_formula():
     embedding, labels = embeddings(4, 8, 3.0)
     loss = Trusted(LocalKDLoss(centers="global"), worth=0.5)
     every = torch.cat([embedding, embedding[:3] + 9]), torch.cat([labels, torch.full((3,), -1)])
-    loss.prepare(*every)
+    loss.precompute(*every)
     share = label_information(embedding, labels)
     assert loss.statistics()["label_information"].item() == pytest.approx(share)
     assert loss.statistics()["prior"].item() == pytest.approx(0.5 * share / (1 - share) / 8)
     plain = Trusted(LocalKDLoss(centers="global"))
-    plain.prepare(*every)
+    plain.precompute(*every)
     assert plain.power == 1.0
     assert list(plain.statistics()) == ["label_information"]
 

@@ -28,7 +28,7 @@ def batch(classes: int = 4, count: int = 20) -> tuple[torch.Tensor, torch.Tensor
 def test_local_kd_compares_an_unlabelled_image_with_all_classes(doubt, right_only):
     logits, embedding, labels = batch()
     loss = LocalKDLoss(centers="global", temperature=0.7, doubt=doubt, right_only=right_only)
-    loss.prepare(embedding, labels)
+    loss.precompute(embedding, labels)
     known = loss(logits[:KNOWN], embedding[:KNOWN], labels[:KNOWN]).item()
     others = 0.0
     for row in range(KNOWN, len(labels)):
@@ -43,14 +43,14 @@ def test_local_kd_compares_an_unlabelled_image_with_all_classes(doubt, right_onl
 def test_batches_of_unlabelled_images_alone_will_do():
     logits, embedding, labels = batch()
     loss = LocalKDLoss(centers="global")
-    loss.prepare(embedding, labels)
+    loss.precompute(embedding, labels)
     assert loss(logits[KNOWN:], embedding[KNOWN:], labels[KNOWN:]).isfinite()
 
 
 def test_class_means_are_of_labelled_images_and_the_mean_of_all():
     _, embedding, labels = batch()
     loss = LocalKDLoss(centers="global", centered=True)
-    loss.prepare(embedding, labels)
+    loss.precompute(embedding, labels)
     assert torch.allclose(loss.mean, embedding.mean(0))
     own = (embedding - embedding.mean(0))[:KNOWN][labels[:KNOWN] == 2].mean(0)
     assert torch.allclose(loss.class_centers[2], own, atol=1e-6)
@@ -66,7 +66,7 @@ def test_refined_means_come_nearer_to_those_of_all_images():
     gaps = []
     for refine in (0, 3):
         loss = LocalKDLoss(centers="global", refine=refine)
-        loss.prepare(embedding, labels)
+        loss.precompute(embedding, labels)
         gaps.append((loss.class_centers - every).norm().item())
     assert gaps[1] < 0.5 * gaps[0]
 
@@ -89,7 +89,7 @@ def test_refined_means_are_those_of_a_loop():
                 sums[c], weights[c] = sums[c] + share[c] * max(share) * row, weights[c] + share[c] * max(share)
         means = [total / weight for total, weight in zip(sums, weights, strict=True)]
     loss = LocalKDLoss(centers="global", temperature=2.0, refine=2)
-    loss.prepare(embedding, labels)
+    loss.precompute(embedding, labels)
     torch.testing.assert_close(loss.class_centers, torch.stack(means), atol=1e-5, rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_trust_is_measured_on_labelled_images():
     shares = []
     for shown in (KNOWN, len(labels)):
         trusted = Trusted(LocalKDLoss(centers="global"), worth=5.0)
-        trusted.prepare(embedding[:shown], labels[:shown])
+        trusted.precompute(embedding[:shown], labels[:shown])
         shares.append((trusted.share.item(), trusted.prior.item()))
     assert shares[0] == shares[1]
     assert Term(trusted, teacher="embedding").sees_unlabelled
@@ -193,10 +193,10 @@ def test_a_centred_loss_is_that_of_the_centred_embedding():
     logits, embedding, labels = batch()
     embedding = embedding + 5
     loss = LocalKDLoss(centers="global", centered=True, normalize=True, temperature=0.5)
-    loss.prepare(embedding, labels)
+    loss.precompute(embedding, labels)
     moved = embedding - embedding.mean(0)
     plain = LocalKDLoss(centers="global", normalize=True, temperature=0.5)
-    plain.prepare(moved, labels)
+    plain.precompute(moved, labels)
     torch.testing.assert_close(loss(logits, embedding, labels), plain(logits, moved, labels))
 
 
@@ -205,6 +205,6 @@ def test_an_unsure_teacher_counts_fully_by_default():
     values = []
     for options in ({}, {"doubt": 0.0}, {"doubt": 1.0}):
         loss = LocalKDLoss(centers="global", temperature=5.0, **options)
-        loss.prepare(embedding, labels)
+        loss.precompute(embedding, labels)
         values.append(loss(logits, embedding, labels).item())
     assert values[0] == values[1] != values[2]

@@ -188,11 +188,11 @@ def test_contrastive_transfer_is_that_of_the_loop(batch, images, seed, temperatu
 
 def test_contrastive_transfer_resumes_with_the_bank_it_had():
     before, after, empty = (ContrastiveLoss(6, 5) for _ in range(3))
-    before.prepare(normal(9, 5), torch.arange(9) % 3)
+    before.precompute(normal(9, 5), torch.arange(9) % 3)
     after.load_state_dict(before.state_dict())
     batch = (normal(4, 6), normal(4, 5), torch.arange(4) % 3)
     assert after(*batch) == before(*batch)
-    with pytest.raises(MethodError, match=r"prepare\(teacher_embedding, labels\)"):
+    with pytest.raises(MethodError, match=r"precompute\(teacher_embedding, labels\)"):
         empty(*batch)
 
 

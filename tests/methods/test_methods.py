@@ -17,7 +17,7 @@ from refilled.methods.rkd import angles, relative_distances
 from refilled.methods.self_training import PseudoLabelLoss
 from refilled.models import create_model
 from refilled.outputs import Outputs
-from refilled.stages import FineTuning, Prepares, Readout
+from refilled.stages import FineTuning, Precomputes, Readout
 
 CLASSES = 7
 SETTINGS = {"self_training": {"threshold": 0.0}}  # guesses of random logits are not sure
@@ -62,8 +62,8 @@ TRAINING = [name for name in list_methods() if stages(name)]
 def terms(name):
     for stage in stages(name):
         for term in stage.terms.values():
-            if isinstance(term.loss, Prepares) and term.teacher is not None:
-                term.loss.prepare(torch.randn(70, 24), torch.arange(70) % CLASSES)
+            if isinstance(term.loss, Precomputes) and term.teacher is not None:
+                term.loss.precompute(torch.randn(70, 24), torch.arange(70) % CLASSES)
             yield term
 
 
@@ -294,7 +294,7 @@ def test_refilled_takes_in_regression_and_can_leave_out_stage_1():
 def test_regression_is_least_where_a_linear_map_gives_the_centred_teacher():
     loss = EmbeddingRegressionLoss(4, 6).double()
     teacher = 5 + torch.randn(50, 6, dtype=torch.float64)
-    loss.prepare(teacher, torch.zeros(50))
+    loss.precompute(teacher, torch.zeros(50))
     student = (teacher - teacher.mean(0))[:, :4]
     with torch.no_grad():
         loss.projector.bias.zero_()
@@ -313,8 +313,8 @@ def test_centring_takes_the_training_sets_mean_away_before_all_else():
     for centers in ("batch", "leave-one-out", "global"):
         centered = LocalKDLoss(centers=centers, normalize=True, centered=True)
         plain = LocalKDLoss(centers=centers, normalize=True)
-        centered.prepare(everything, torch.arange(40) % 4)
-        plain.prepare(everything - everything.mean(0), torch.arange(40) % 4)
+        centered.precompute(everything, torch.arange(40) % 4)
+        plain.precompute(everything - everything.mean(0), torch.arange(40) % 4)
         torch.testing.assert_close(
             centered(logits, teacher, labels), plain(logits, teacher - everything.mean(0), labels)
         )
@@ -324,7 +324,7 @@ def test_centring_takes_the_training_sets_mean_away_before_all_else():
 
 
 def test_centring_without_a_mean_says_what_to_do():
-    with pytest.raises(MethodError, match=r"no mean of the training set yet; call prepare"):
+    with pytest.raises(MethodError, match=r"no mean of the training set yet; call precompute"):
         LocalKDLoss(centered=True)(torch.randn(4, 2), torch.randn(4, 3), torch.arange(4) % 2)
 
 

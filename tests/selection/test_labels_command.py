@@ -221,10 +221,10 @@ def test_a_class_that_the_other_folds_lack_has_probability_zero():
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (("labels", "{copied}"), "name a network that embeds the images: --teacher"),
+        (("labels", "{copied}"), "there is no network to embed the images; give one, for example --teacher"),
         (("labels", "{copied}", *LETTERS, "--out", "l.txt"), "must end in .csv"),
         (("labels", "{copied}", *LETTERS, "--out", "there.csv"), "there.html exists; choose another --out"),
-        (("labels", "{student}", *LETTERS, "--image-size", 8, "--seed", 1), "which settles --image-size, --seed"),
+        (("labels", "{student}", *LETTERS, "--image-size", 8, "--seed", 1), "which determines --image-size, --seed"),
         (("labels", "nowhere", *LETTERS), "nowhere"),
         (("labels", "{copied}", "--teacher", "refilled/leters"), "refilled/leters"),
     ],

@@ -120,14 +120,14 @@ def test_multiplications_are_those_of_the_layers(here):
 
 def test_a_teacher_of_no_use_is_said_to_be_of_none(here):
     said = refilled("teachers", here / "d", "--candidates", f"{here}/t.py:nearly_constant", "--threads", 1)
-    assert "none of these will help" in said
+    assert "no teacher has a forecast gain of 1 point or more" in said
 
 
-def test_a_sick_teacher_is_named_and_the_others_are_measured(here):
+def test_an_unusable_teacher_is_named_and_the_others_are_measured(here):
     given = ("--candidates", f"{here}/t.py:constant", "--candidates", f"{here}/t.py:colour")
     first, last = teachers(here / "d", *given)["candidates"]
     assert (first["candidate"], last["candidate"]) == (f"{here}/t.py:colour", f"{here}/t.py:constant")
-    assert last["sick"]
+    assert last["unusable"]
     assert "not finite" in last["fault"]
     assert last["linear_probe"] is None
 
@@ -177,7 +177,7 @@ def test_a_csv_has_one_row_per_candidate_and_size(here):
         (("--candidates", "nothing"), "candidate nothing: 'nothing' is not a teacher"),
         (("--candidates", "timm/resnet5o"), "did you mean timm/resnet50"),
         (("--candidates", "refilled/letters", "--sizes", "big"), "'big' is not a size in pixels"),
-        (("--candidates", "refilled/letters", "--json", "--csv"), "--json and --csv exclude each other"),
+        (("--candidates", "refilled/letters", "--json", "--csv"), "--json and --csv cannot be combined"),
         (("--candidates", "refilled/letters") * 2, "given twice"),
         (("--candidates", "refilled/letters", "--shots", 1), "two classes need two images"),
         ((), "cannot be reached .* and these weights are not on this machine"),

@@ -149,9 +149,9 @@ def test_limits_and_mistakes_get_json_with_a_reason(app, pictures):
         (post(app, good, headers={"Content-Type": "multipart/mixed"}), 415, "send multipart/form-data"),
         (post(app, good, headers=form), 400, "the form"),
         (post(app, good, headers={"Content-Type": "multipart/form-data"}), 400, "the form cannot be read"),
-        (post(app, data={"a": "b"}, files=[("c", (None, "d"))]), 400, "the form holds no file"),
+        (post(app, data={"a": "b"}, files=[("c", (None, "d"))]), 400, "the form contains no file"),
         (post(app, files=[("p", (f"{n}.png", b"x")) for n in range(65)]), 400, "the form cannot be read"),
-        (post(app, good, path="/predict?top=none"), 400, "top must be a whole number"),
+        (post(app, good, path="/predict?top=none"), 400, "top must be an integer"),
         (post(app, good, path="/nothing"), 404, "Not Found"),
         (ask(app, ("GET", "/predict", {}))[0], 405, "Method Not Allowed"),
     ]
@@ -225,7 +225,7 @@ def test_a_signal_ends_the_server_cleanly(served, student, pictures, number):
         assert answer["class"] in load_model(student).class_names
         process.send_signal(number)
         assert process.wait(30) == 0
-        assert process.stderr.read().strip() == "ended"
+        assert process.stderr.read().strip() == "stopped"
 
 
 def test_a_student_without_its_images_is_served_with_a_note(student, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.errors import RunError
+from refilled.recipe import Recipe
 from refilled.runs.experiment import complete, distill, resume
 from refilled.runs.prepared import Prepared, resolve
 from refilled.runs.teacher_caches import fabric_of

@@ -20,13 +20,14 @@ from torch import nn
 
 from ranks import Ranks
 from refilled.cli import app as cli
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.data import Split, Task
 from refilled.errors import NonFiniteError, RankError, RunError
 from refilled.methods import list_methods, load_method
 from refilled.models import Backbone, create_model
 from refilled.models.backbone import freeze
 from refilled.presets import with_preset
+from refilled.recipe import Recipe
 from refilled.runs.experiment import begin, distill, resume
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared, resolve

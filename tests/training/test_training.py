@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.data import epoch_batches
 from refilled.errors import NonFiniteError, RunError
 from refilled.models import load_model
+from refilled.recipe import Recipe
 from refilled.runs.experiment import carry_out, complete, distill, resume
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import evaluate
@@ -31,8 +32,9 @@ from refilled.stages import Stage, Term
 from refilled.training import loop as training
 from refilled.training.cuda_graphs import GraphedNetwork
 from refilled.training.journal import Interrupted, RunJournal
-from refilled.training.loop import Journal, fit, learning_rate, share_epochs, views_of
+from refilled.training.loop import Journal, fit, views_of
 from refilled.training.progress import Display
+from refilled.training.schedule import learning_rate, share_epochs
 from refilled.training.teacher_cache import VIEW_SEED
 from soak import repetitions
 from stopping import Stopping

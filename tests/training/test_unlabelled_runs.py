@@ -9,9 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from refilled.cli.app import app
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.cost.run import forecast
 from refilled.errors import RunError
+from refilled.recipe import Recipe
 from refilled.runs.experiment import distill, resume
 from refilled.runs.result import Result
 from refilled.training.journal import Interrupted

@@ -51,10 +51,11 @@ def _options(
     ] = False,
     offline: Annotated[
         bool,
-        typer.Option("--offline", help="Use no network: only files of this machine. As with REFILLED_OFFLINE=1."),
+        typer.Option("--offline", help="Do not use the network. Same as REFILLED_OFFLINE=1."),
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Handle the options before the command."""
+    """Handle the options before the command; :func:`main` handles ``--debug``."""
     if offline:
         go_offline()
 
@@ -117,8 +118,8 @@ def _refuse_torchrun(arguments: list[str]) -> None:
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if processes() > 1 and command not in (None, "train", "distill"):
         raise RunError(
-            f"torchrun starts one 'refilled train' or 'refilled distill' in several processes; start 'refilled "
-            f"{command}' without torchrun. Commands that execute many runs divide them among processes with --jobs"
+            f"torchrun works with 'refilled train' and 'refilled distill' only; start 'refilled {command}' without "
+            "torchrun. Commands that execute many runs divide them among processes with --jobs"
         )
 
 

@@ -8,15 +8,15 @@ from rich.markup import escape
 
 from refilled.cli.options import MOST_JOBS, Cpus, Executor, Gpus, Quiet, configure, descriptions, run_flags
 from refilled.cli.show import console, printable, say, silent
-from refilled.config import Recipe
 from refilled.errors import RunError
 from refilled.ranges import MOST
+from refilled.recipe import Recipe
 
 if TYPE_CHECKING:
     from refilled.training.teacher_cache import TeacherCache
 
 
-cache = typer.Typer(help="Cached embeddings of teachers, for runs with --views.", no_args_is_help=True)
+cache = typer.Typer(help="Manage cached embeddings of teachers, for runs with --views.", no_args_is_help=True)
 _NOT_CACHED = {f.name for f in fields(Recipe)} - {
     "augmentation",
     "mixup",
@@ -33,20 +33,23 @@ _NOT_CACHED = {f.name for f in fields(Recipe)} - {
 @run_flags("student", "method", "settings", "score", "pretrained", *_NOT_CACHED)
 def build(
     task: Annotated[
-        str, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
+        str, typer.Argument(help="Task, for example digits:5-9, or a folder of images.", show_default=False)
     ],
     teacher: Annotated[str, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)],
     views: Annotated[
         int, typer.Option(help="Number of augmented views per image.", min=1, max=MOST, show_default=False)
     ],
-    jobs: Annotated[int, typer.Option(help="Processes that share the work.", min=1, max=MOST_JOBS)] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of processes that share the work.", min=1, max=MOST_JOBS)] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
     quiet: Quiet = False,
     **flags: Any,
 ) -> None:
-    """Embed views of a task's images with a teacher, for all runs with these views. Several commands can share it."""
+    """Embed views of a task's images with a teacher, for all runs with these views.
+
+    Several commands can share the work.
+    """
     from refilled.grid.cache_building import build_cache_together
     from refilled.grid.executors import find_executor
     from refilled.runs.teacher_caches import build_cache
@@ -67,7 +70,10 @@ def info() -> None:
 
 @cache.command()
 def verify() -> None:
-    """Check all caches on this machine and print what is damaged or missing; a run or 'cache build' repairs it."""
+    """Check all caches on this machine, and print damaged and missing files.
+
+    A run or 'cache build' repairs them. Exits with 1 if any file is damaged.
+    """
     damaged = 0
     for each in _open_caches():
         problems = each.problems()
@@ -88,7 +94,7 @@ def _open_caches() -> list["TeacherCache"]:
     for folder in list_caches():
         try:
             opened.append(TeacherCache.open(folder))
-        except RunError as error:  # for example of an earlier version; show the others
+        except RunError as error:  # for example a cache of an earlier version; show the others
             say(str(error))
     return opened
 

@@ -13,6 +13,7 @@ from refilled.cli.options import (
     Executor,
     Gpus,
     Preset,
+    RunsOut,
     Teachers,
     configure,
     descriptions,
@@ -32,24 +33,23 @@ if TYPE_CHECKING:
 def compare(
     task: Annotated[
         str,
-        typer.Argument(
-            help="A task or a folder of images, or a description of a comparison, FILE.toml.", show_default=False
-        ),
+        typer.Argument(help="Task, folder of images, or FILE.toml that describes a comparison.", show_default=False),
     ],
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names separated by commas; the first is the baseline. METHOD:PRESET uses the preset's settings of "
-            "the method. [default: vanilla,rkd,refilled,refilled:good, or the one of --preset]",
+            help="Methods, separated by commas; the first is the baseline. METHOD:PRESET uses the preset's settings "
+            "of the method. Default: vanilla, rkd, refilled and refilled:PRESET, with the preset of --preset or "
+            "else good.",
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per method.", min=1, max=MOST_JOBS)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1, max=MOST_JOBS)] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
-    out: Annotated[Path | None, typer.Option(help="Folder for the runs and the page.", show_default=False)] = None,
+    out: RunsOut = None,
     jobs: Annotated[
-        int, typer.Option(help="Number of concurrent runs; use --threads 1 with it.", min=1, max=MOST_JOBS)
+        int, typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1, max=MOST_JOBS)
     ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
@@ -57,7 +57,7 @@ def compare(
     preset: Preset = None,
     **flags: Any,
 ) -> None:
-    """Find out whether the teacher helps: compare methods over several seeds at equal cost, in a table and a page."""
+    """Compare methods at equal cost over several seeds, to see whether the teacher helps."""
     from refilled.compare.comparison import Comparison
     from refilled.grid.executors import find_executor
 
@@ -84,7 +84,7 @@ def demo(
         int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, max=MOST_JOBS)
     ] = 2,
 ) -> None:
-    """Distil a teacher of printed letters into students that read handwritten digits. Takes one to two minutes."""
+    """Run a comparison that takes one to two minutes: a teacher of letters, students of digits."""
     from importlib.resources import files
 
     from refilled.compare.comparison import Comparison

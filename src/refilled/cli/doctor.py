@@ -14,11 +14,14 @@ from refilled.cli.show import console, say
 
 def doctor(
     offline: Annotated[
-        bool, typer.Option("--offline", help="Do not try to reach the Hugging Face hub, as with HF_HUB_OFFLINE=1.")
+        bool, typer.Option("--offline", help="Do not contact the Hugging Face hub. Same as HF_HUB_OFFLINE=1.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Examine this machine: packages, devices, speed, memory, folders, network. Exits with 1 if runs cannot work."""
+    """Check this machine: packages, devices, speed, memory, folders, network.
+
+    Exits with 1 if there is a problem.
+    """
     from refilled.runs.doctor import examine
 
     found = examine(offline)
@@ -32,7 +35,7 @@ def doctor(
         for problem in found["problems"]:
             say(f"problem: {problem}")
         if not found["problems"]:
-            console.print("runs work here")
+            console.print("no problems found")
     if found["problems"]:
         raise typer.Exit(1)
 

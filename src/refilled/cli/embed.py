@@ -13,31 +13,35 @@ def embed(
         str,
         typer.Argument(
             metavar="RUN|TEACHER",
-            help="Folder of a run, or a teacher in any form that --teacher of 'distill' takes.",
+            help="Folder of a run, or a teacher in any form of 'distill --teacher'.",
             show_default=False,
         ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The table: FILE.parquet, FILE.csv or FILE.npz.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Table to write: FILE.parquet, FILE.csv or FILE.npz.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side length in pixels at which images are read; default: the model's.", min=1, max=4096),
+        typer.Option(
+            metavar="<int>", help="Side length in pixels of the images. Default: the model's.", min=1, max=4096
+        ),
     ] = None,
     teacher_mean: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="Mean per channel, on the scale 0 to 1.")
+        tuple[float, float, float] | None,
+        typer.Option(metavar="R G B", help="Channel means of the teacher's input, from 0 to 1."),
     ] = None,
     teacher_std: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="Standard deviation per channel.")
+        tuple[float, float, float] | None,
+        typer.Option(metavar="R G B", help="Channel standard deviations, on the same scale."),
     ] = None,
     teacher_size: Annotated[
-        int | None, typer.Option(help="Side length of a teacher's input in pixels.", min=1, max=4096)
+        int | None, typer.Option(help="Side length in pixels of the teacher's input.", min=1, max=4096)
     ] = None,
     teacher_embedding: Annotated[
-        str | None, typer.Option(help="The output that is the embedding: pooled, token, mean or both.")
+        str | None, typer.Option(help="Output of the teacher that is its embedding: pooled, token, mean or both.")
     ] = None,
 ) -> None:
-    """Write the embeddings of images to a table; of a student also the class and its probability."""
+    """Write the embeddings of images to a table; for a student, also classes and probabilities."""
     from typing import cast, get_args
 
     from refilled.errors import RunError, unknown

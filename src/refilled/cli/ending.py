@@ -1,6 +1,6 @@
-"""How a command ends when it cannot continue: one sentence and an exit code, for faults of the machine and for signals.
+"""The end of a command that cannot continue: a message and an exit code, for errors and signals.
 
-Exit codes: 0 done; 1 done in part; 2 a mistake or a fault that the message explains; 128 + n ended by signal n.
+Exit codes: 0 success; 1 partial success; 2 an error that the message explains; 128 + n ended by signal n.
 """
 
 import errno
@@ -19,43 +19,43 @@ from refilled.errors import RefilledError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 _MEMORY_KNOBS = (
-    "memory ran out. Use less: --image-memory 0 keeps decoded images on disk; a smaller --batch-size, --image-size or "
-    "--student needs less for each step; with --jobs, fewer at a time. The files of an unfinished run are intact, and "
-    "'refilled distill --resume FOLDER' continues it"
+    "out of memory. To use less, keep decoded images on disk with --image-memory 0, choose a smaller --batch-size, "
+    "--image-size or --student, or lower --jobs. An unfinished run is intact; continue it with 'refilled distill "
+    "--resume FOLDER'"
 )
 _NO_SPACE = "no space left on device"
 _MAKE_ROOM = (
-    "Make room, then resume: an unfinished run with 'refilled distill --resume FOLDER', any other command by repeating "
-    "it. REFILLED_CACHE and TMPDIR move what can be computed again"
+    "Free some space. Then resume an unfinished run with 'refilled distill --resume FOLDER', or repeat any other "
+    "command. REFILLED_CACHE and TMPDIR set the folders of files that can be computed again"
 )
 _REMEDIES = {
-    errno.EACCES: "grant the right to read and write it, or choose another place",
-    errno.EPERM: "grant the right to read and write it, or choose another place",
-    errno.EROFS: "its disk is mounted read-only; choose another place",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one, as with --out",
+    errno.EACCES: "grant read and write permission, or choose another path",
+    errno.EPERM: "grant read and write permission, or choose another path",
+    errno.EROFS: "the file system is read-only; choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one, for example with --out",
     errno.ENOTDIR: "a part of the path is a file where a folder is needed; choose another path",
-    errno.EEXIST: "a file lies where a folder is needed; choose another path, as with --out",
-    errno.EISDIR: "a folder lies where a file is needed; remove it, or choose another path",
+    errno.EEXIST: "a file exists where a folder is needed; choose another path, for example with --out",
+    errno.EISDIR: "a folder exists where a file is needed; remove it, or choose another path",
     errno.ENOENT: "check the path",
     errno.EMFILE: "too many files are open; raise the limit with 'ulimit -n'",
 }
 
 
 class Terminated(BaseException):
-    """SIGTERM came while no loop was saving its state."""
+    """SIGTERM arrived outside a loop that saves its state."""
 
 
 def explain(error: BaseException) -> str | None:
-    """Return what an error means for the user; None for an error that is a defect of refilled.
+    """Return the message of an error for the user; None for an error that is a defect of refilled.
 
-    The message names the file, and how to mend it.
+    The message names the file and a remedy.
     """
     if isinstance(error, RefilledError):
         cause = error.__cause__
         if not (isinstance(cause, OSError) and cause.errno in _FULL):
             return str(error)
         return f"{error}; {_MAKE_ROOM}" if cause.filename is None else _disk_full(cause)
-    if not isinstance(error, OSError) and _NO_SPACE in str(error).lower():  # of a library that is no Python
+    if not isinstance(error, OSError) and _NO_SPACE in str(error).lower():  # from a native library
         return f"the disk is full ({error}). {_MAKE_ROOM}"
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
@@ -87,9 +87,10 @@ def _disk_full(error: OSError) -> str:
 
 @contextmanager
 def ending_by_signal() -> Iterator[None]:
-    """Let SIGTERM raise :class:`Terminated`, so that files are closed and half-written ones removed; twice: at once.
+    """Raise :class:`Terminated` on SIGTERM, so that files are closed and partial files are removed.
 
-    The training loop replaces the handler while it runs, since it has a state to save.
+    A second SIGTERM ends the process immediately. The training loop replaces the handler while it runs, because it
+    saves its state.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -104,14 +105,15 @@ def ending_by_signal() -> Iterator[None]:
 
 
 def what_was_left(arguments: list[str]) -> str:
-    """Return what a command that a signal ended has left on disk, and how to resume it."""
+    """Return what a command that was ended by a signal has left on disk, and how to resume it."""
     folder = next(
         (Path(value) for name, value in pairwise(arguments) if name in ("--out", "--resume")),
         None,
     )
     if folder is not None and (folder / "run.toml").exists() and arguments[0] in ("train", "distill"):
         if (folder / "DONE").exists():
-            return f"the run in {folder} is finished and whole"
-        saved = "its last saved state is" if (folder / "last.ckpt").exists() else "no step was saved; its set-up is"
-        return f"{saved} in {folder}. Resume with: refilled distill --resume {folder}"
-    return "what was written whole is kept, and nothing half-written. Repeat the command to continue"
+            return f"the run in {folder} is finished"
+        saved = (folder / "last.ckpt").exists()
+        left = "its last saved state is" if saved else "no step was saved; its configuration is"
+        return f"{left} in {folder}. Resume with: refilled distill --resume {folder}"
+    return "complete files are kept, partial files are removed. Repeat the command to continue"

@@ -17,25 +17,26 @@ _NAMES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "weights"}
 
 def export(
     folder: Folder,
-    format_: Annotated[str, typer.Option("--format", help="onnx, torch or safetensors.")] = "onnx",
+    format_: Annotated[str, typer.Option("--format", help="Format of the file: onnx, torch or safetensors.")] = "onnx",
     out: Annotated[
         Path | None,
-        typer.Option(help="The file; for safetensors, a folder. Default: in RUN/export.", show_default=False),
+        typer.Option(help="File to write; for safetensors, a folder. Default: in RUN/export.", show_default=False),
     ] = None,
     preprocess: Annotated[
-        bool, typer.Option("--preprocess", help="Take uint8 images, and normalise them inside the file.")
+        bool, typer.Option("--preprocess", help="Include normalisation in the file, which then takes uint8 images.")
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Also write FILE.int8.onnx, quantised to 8 bits, and print what that costs.")
+        bool,
+        typer.Option("--int8", help="Also write FILE.int8.onnx in 8 bits, and compare accuracy and speed."),
     ] = False,
 ) -> None:
-    """Write a student as a file that runs without this package, and compare it with torch."""
+    """Export a student to a file that runs without this package, and check it against torch."""
     if format_ not in _NAMES:
         raise RunError(unknown("format", format_, _NAMES))
     if int8 and format_ != "onnx":
         raise RunError(f"--int8 quantises ONNX files; leave out --format {format_}")
     if preprocess and format_ == "safetensors":
-        raise RunError("weights hold no computation: --preprocess needs --format onnx or torch")
+        raise RunError("--preprocess needs --format onnx or torch; a safetensors file contains only weights")
     from refilled.export.student import open_student
 
     model = open_student(folder)
@@ -73,7 +74,7 @@ def _quantize(folder: Path, path: Path) -> None:
 
 
 def _sentence(cost: "Cost") -> str:
-    """Return in one line what 8 bits cost."""
+    """Return the cost of 8 bits as one line."""
     before, after = cost.before, cost.after
     accuracy = "no images to score"
     if before.accuracy is not None and after.accuracy is not None:

@@ -10,7 +10,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import MOST_JOBS, AsJson, Cpus, Executor, Gpus, Quiet, Set, descriptions, key_value, run_flags
+from refilled.cli.options import (
+    MOST_JOBS,
+    AsJson,
+    Cpus,
+    Executor,
+    Gpus,
+    Out,
+    Quiet,
+    Set,
+    descriptions,
+    key_value,
+    run_flags,
+)
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
 from refilled.ranges import MOST
@@ -23,13 +35,14 @@ def fewshot(
     tune: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="A parameter to tune on the validation classes before the test; may be repeated.",
+            metavar="KEY=VALUES",
+            help="Values to try for a parameter of the method, on the validation classes and before the test: "
+            "KEY=A,B,C, KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Number of settings to try when tuning.", min=1, max=MOST)] = 30,
-    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting.", min=1, max=MOST)] = 100,
-    out: Annotated[Path | None, typer.Option(help="Folder for the test.", show_default=False)] = None,
+    trials: Annotated[int, typer.Option(help="Number of settings to try with --tune.", min=1, max=MOST)] = 30,
+    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting with --tune.", min=1, max=MOST)] = 100,
+    out: Out = None,
     jobs: Annotated[
         int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1, max=MOST_JOBS)
     ] = 1,
@@ -40,7 +53,10 @@ def fewshot(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Test a few-shot method on many tasks of unseen classes. Repeat the command to resume an interrupted test."""
+    """Test a few-shot method on many tasks of unseen classes.
+
+    Repeat the command to resume an interrupted test.
+    """
     from refilled.fewshot.evaluation import evaluate_few_shot
     from refilled.grid.executors import find_executor
     from refilled.grid.sharing import shared_testing
@@ -87,12 +103,15 @@ def fewshot(
 def meta_train(
     data: Annotated[str, typer.Option(help=escape(descriptions(MetaRun)["data"]), show_default=False)],
     set_: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    out: Out = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Meta-train ProtoNet, FEAT or MAML on seen classes; 'refilled fewshot --teacher' accepts the folder."""
+    """Meta-train ProtoNet, FEAT or MAML on seen classes.
+
+    Test the result with 'refilled fewshot --teacher RUN'. Repeat the command to resume an interrupted run.
+    """
     from refilled.fewshot.meta_training import meta_train as train
     from refilled.training.journal import Interrupted
 

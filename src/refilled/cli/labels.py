@@ -13,8 +13,8 @@ from rich.cells import cell_len, set_cell_size
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
-from refilled.config import Recipe
 from refilled.ranges import MOST
+from refilled.recipe import Recipe
 
 if TYPE_CHECKING:
     from refilled.selection.doubtful import Findings
@@ -33,27 +33,28 @@ def labels(
         str,
         typer.Argument(
             metavar="RUN|FOLDER",
-            help="Folder of a run, or a folder of images or other task with --teacher.",
+            help="Folder of a run; with --teacher, also a folder of images or another task.",
             show_default=False,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write all findings to this table, FILE.csv, and a page with pictures to FILE.html.",
+            help="Table of all findings to write, FILE.csv; a page with pictures is written to FILE.html.",
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files if they exist.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     with_test: Annotated[
-        bool, typer.Option("--with-test", help="Also judge the labels of the test images; copies are always sought.")
+        bool,
+        typer.Option("--with-test", help="Also check test labels; near copies are found in all images."),
     ] = False,
-    top: Annotated[int, typer.Option(help="Number of findings of each kind that are printed.", min=0, max=MOST)] = 20,
+    top: Annotated[int, typer.Option(help="Number of findings of each kind to print.", min=0, max=MOST)] = 20,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Find doubtful labels of training images, and near copies, also between training and test images."""
+    """Find doubtful labels of training images, and near copies among training and test images."""
     from refilled.report.labels import check_table, write_findings
     from refilled.runs.folder import RunFolder
     from refilled.selection.doubtful import find_doubtful, run_in
@@ -99,7 +100,7 @@ def _print(findings: "Findings", top: int) -> None:
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns; long names of classes are cut. No path is broken, so that it can be copied."""
+    """Print aligned columns. Long class names are cut; paths are not, so that they can be copied."""
     texts = [[printable(text) for text in line] for line in lines]
     widths = [min(_LONGEST, max(map(cell_len, column))) for column in zip(*texts, strict=True)]
     for *first, last in texts:

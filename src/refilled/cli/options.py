@@ -2,17 +2,18 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.errors import RunError
 from refilled.presets import PRESETS, with_preset
+from refilled.recipe import Recipe
 
 _LONGEST_TIME = 365 * 24 * 3600
 _LEAST_STEPS = 1000
@@ -21,42 +22,56 @@ _LEAST_STEPS = 1000
 MOST_JOBS = 10_000
 """The largest number of processes, cores or seeds. A mistyped larger one would only be noticed when memory ran out."""
 
-
-Folder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the run. Default: in runs/, named after the options.", show_default=False),
+]
+RunsOut = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the runs and the page. Default: in runs/, named after the task.", show_default=False),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html and README.md.")]
 Executor = Annotated[
-    str, typer.Option(help="local: processes; ray: Ray, on this machine or on the cluster at $RAY_ADDRESS.")
+    str, typer.Option(help="local (processes), or ray (Ray on this machine, or on the cluster at $RAY_ADDRESS).")
 ]
-Cpus = Annotated[float, typer.Option(help="CPU cores per run or process, for Ray.", min=0.0, max=MOST_JOBS)]
+Cpus = Annotated[
+    float, typer.Option(metavar="<float>", help="CPU cores per run or process, with Ray.", min=0.0, max=MOST_JOBS)
+]
 Gpus = Annotated[
     float,
-    typer.Option(help="Accelerators per run or process, for Ray; with 0.5, two share one.", min=0.0, max=MOST_JOBS),
+    typer.Option(
+        metavar="<float>", help="GPUs per run or process, with Ray; 0.5 lets two share one.", min=0.0, max=MOST_JOBS
+    ),
 ]
 Tracker = Annotated[
     list[str] | None,
-    typer.Option("--tracker", help="tensorboard, mlflow, wandb or trackio, which get each epoch; may be repeated."),
+    typer.Option("--tracker", help="Log each epoch to tensorboard, mlflow, wandb or trackio; may be repeated."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the configuration and the predicted time and memory, and exit.")
 ]
-Ranks = Annotated[int, typer.Option(help="With --dry-run: number of processes under torchrun.", min=1, max=MOST_JOBS)]
-Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.", show_default=False)]
+Ranks = Annotated[int, typer.Option(help="Number of processes under torchrun, for --dry-run.", min=1, max=MOST_JOBS)]
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"Preset: {', '.join(PRESETS)}. Other options override its settings.", show_default=False),
+]
 DataRoot = Annotated[
     str | None, typer.Option(help="Folder of the data sets. Default: $REFILLED_DATA.", show_default=False)
 ]
 TimeLimit = Annotated[
     str | None,
     typer.Option(
-        help="Choose the number of epochs so that the whole run takes about this long, as in 90s, 30m or 1h30m.",
+        help="Approximate time of the whole run, which determines the number of epochs: 90s, 30m or 1h30m.",
         show_default=False,
         rich_help_panel="Training",
     ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Parameter of the method; may be repeated."),
 ]
 
 
@@ -81,28 +96,44 @@ def run_flags(*without: str, of: type = Run) -> Callable[[Callable[..., None]], 
 
 def _flag(setting: Field[Any], of: type) -> inspect.Parameter:
     """Return the flag of a field. Its default is None, so that a preset can set the field."""
-    hint = str if setting.name == "teacher" else get_type_hints(of)[setting.name]  # one, unless a command takes more
-    default = setting.default if setting.default is not MISSING else None
-    description = descriptions(of)[setting.name] + (f" [default: {default}]" if default is not None else "")
+    hint = str if setting.name == "teacher" else get_type_hints(of)[setting.name]  # several if a command takes them
+    parts = (hint, *get_args(hint))
+    choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    description = f"{descriptions(of)[setting.name]} {_values(choices, setting.default)}".strip()
+    # In 80 columns, help texts need the width that lists of choices and the negative names of switches would take.
+    metavar = "NAME" if choices else "R G B" if any(get_origin(part) is tuple for part in parts) else None
     panel = "Training" if of is Run and setting.name in {f.name for f in fields(Recipe)} else "Data, models, machine"
-    option = typer.Option(help=escape(description), show_default=False, rich_help_panel=panel)
+    panel = "Switches" if hint is bool else panel
+    option = typer.Option(help=escape(description), metavar=metavar, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint | None, option]
     )
 
 
+def _values(choices: Sequence[str], default: object) -> str:
+    """Return the choices and the default of a field in brackets; an empty text if it has neither."""
+    parts = [f"one of: {', '.join(choices)}"] if choices else []
+    if default is not MISSING and default is not None:
+        parts.append(f"default: {('off', 'on')[default] if isinstance(default, bool) else default}")
+    return f"[{'; '.join(parts)}]" if parts else ""
+
+
 def descriptions(of: type = Run) -> dict[str, str]:
-    """Return the help of each field of a configuration, from its docstring."""
+    """Return the help of each field of a configuration, from its docstring.
+
+    A flag has a default instead of None. It has no sentence about the file of a configuration.
+    """
     text = "\n".join(base.__doc__ or "" for base in reversed(of.__mro__[:-1]))
     lines = re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", text, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text).replace("``", "'") for name, text in lines}
+    on_one_line = {name: re.sub(r"\s+", " ", text).partition(" In a file,")[0] for name, text in lines}
+    return {name: text.replace("``", "'").replace("None: ", "Default: ") for name, text in on_one_line.items()}
 
 
 Teachers = Annotated[
     list[str] | None,
     typer.Option(
         "--teacher",
-        help=escape(f"{descriptions()['teacher'].partition(' In a file,')[0]} May be repeated, for several teachers."),
+        help=escape(f"{descriptions()['teacher']} May be repeated, for several teachers."),
         show_default=False,
     ),
 ]

@@ -28,8 +28,8 @@ class CsvRows:
         self._begun = False
 
     def add(self, batch: "Predicted") -> None:
-        """Print the rows of a batch, and what was left out."""
-        if not self._begun:  # not before: a command that fails prints no header
+        """Print the rows of a batch, and the skipped files."""
+        if not self._begun:  # only now, so that a command that fails prints no header
             self._writer.writerow(["image", "class", *self._classes])
             self._begun = True
         numbers = batch.probabilities.numpy()
@@ -40,7 +40,7 @@ class CsvRows:
         _print_unreadable(batch)
 
     def close(self) -> None:
-        """End the output: nothing is left to be printed."""
+        """Do nothing; all rows are printed already."""
 
 
 class JsonRows:
@@ -50,7 +50,7 @@ class JsonRows:
         self._classes = classes
 
     def add(self, batch: "Predicted") -> None:
-        """Print the rows of a batch, and what was left out."""
+        """Print the rows of a batch, and the skipped files."""
         numbers = batch.probabilities.numpy()
         for image, best, row in zip(batch.images, numbers.argmax(1), numbers.tolist(), strict=True):
             probabilities = dict(zip(self._classes, row, strict=True))
@@ -59,14 +59,14 @@ class JsonRows:
         _print_unreadable(batch)
 
     def close(self) -> None:
-        """End the output: nothing is left to be printed."""
+        """Do nothing; all rows are printed already."""
 
 
 class TableRows:
     """A table of the most probable classes.
 
-    The widths of its columns are those that the first batch needs, and at least those of the names of the classes, so
-    that the rows of later batches go below. It ends where files are named that could not be read, and begins again.
+    The columns fit the first batch and all class names, and keep their widths for later batches. The table ends before
+    each list of skipped files, and a new table starts after it.
     """
 
     def __init__(self, classes: Sequence[str], top: int, to: Console = console) -> None:
@@ -77,7 +77,7 @@ class TableRows:
         self._open = False
 
     def add(self, batch: "Predicted") -> None:
-        """Print the rows of a batch, and what was left out."""
+        """Print the rows of a batch, and the skipped files."""
         if batch.images:
             self._print(self._rows(batch))
         if batch.unreadable:
@@ -85,7 +85,7 @@ class TableRows:
             _print_unreadable(batch)
 
     def close(self) -> None:
-        """Draw the lower edge."""
+        """Draw the bottom border."""
         if self._open:
             self._print_lines(self._table(), slice(-1, None))
             self._open = False
@@ -108,7 +108,7 @@ class TableRows:
         table = self._table()
         for row in rows:
             table.add_row(*map(escape, row))
-        # Without the lower edge, and in a table that is open without its heading: edge, names, edge.
+        # Without the bottom border, and in an open table also without the heading: border, names, border.
         self._print_lines(table, slice(3 if self._open else 0, -1))
         self._open = True
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 def report(
     folder: Folder,
     against: Annotated[
-        Path | None, typer.Option(help="A run without the teacher, on the same images.", show_default=False)
+        Path | None,
+        typer.Option(help="Run without the teacher on the same images, for comparison.", show_default=False),
     ] = None,
 ) -> None:
-    """Write the page report.html and the model card README.md of a finished run."""
+    """Write report.html and the model card README.md of a finished run."""
     from refilled.report.page import report_on
 
     page = report_on(folder, against)
@@ -37,7 +38,7 @@ def push(
 
 
 def report_after(prepared: "Prepared", folder: Path) -> None:
-    """Write the report of a run that has just finished. An error is a warning: the run stays done."""
+    """Write the report of a run that has just finished. An error is only a warning, because the run is complete."""
     try:
         from refilled.report.page import report_on_prepared
 

@@ -12,26 +12,31 @@ from refilled.cli.show import console
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help="'list', or a table or figure of the paper: table1, s1, figure3 ...")],
-    scale: Annotated[str, typer.Option(help="smoke (minutes), mini (hours) or paper.")] = "smoke",
-    recipe: Annotated[str, typer.Option(help="Optimisation of the networks: paper2020 or crd240.")] = "paper2020",
+    table: Annotated[
+        str, typer.Argument(help="Table or figure of the paper, such as table1, s1 or figure3; 'list' prints all.")
+    ],
+    scale: Annotated[str, typer.Option(help="Scale of the runs: smoke (minutes), mini (hours) or paper.")] = "smoke",
+    recipe: Annotated[str, typer.Option(help="Training recipe: paper2020 or crd240.")] = "paper2020",
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW/COLUMN", help="A cell, a row (ROW) or a column (/COLUMN); may be repeated."),
+        typer.Option(metavar="ROW/COLUMN", help="Cell, row (ROW) or column (/COLUMN) to fill in; may be repeated."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per cell.", min=1, max=MOST_JOBS)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs per cell.", min=1, max=MOST_JOBS)] = 3,
     jobs: Annotated[
         int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, max=MOST_JOBS)
     ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
-    out: Annotated[Path, typer.Option(help="Folder of the runs of all tables.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs of all tables.")] = Path("runs/reproduce"),
     data_root: DataRoot = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the predicted time, and exit.")] = False,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the predicted time and exit.")] = False,
 ) -> None:
-    """Reproduce a table or figure of the paper next to the published numbers. Rerun to fill in missing cells."""
+    """Reproduce a table or figure of the paper next to the published numbers.
+
+    Repeat the command to fill in missing cells.
+    """
     from refilled.grid.executors import find_executor
     from refilled.paper.cells import Choice
     from refilled.paper.fill import estimate_table, fill, find_table

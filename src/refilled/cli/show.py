@@ -33,7 +33,7 @@ def processes() -> int:
 def carry_out(
     call: "Callable[[Display], Result]", folder: Path, quiet: bool, as_json: bool, trackers: Sequence[str] = ()
 ) -> None:
-    """Execute a run and print its progress and result, or after an interruption the command that resumes it."""
+    """Execute a run, and print its progress and result; after an interruption, the command that resumes it."""
     from refilled.training.journal import Interrupted
 
     shown = display(quiet)

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
-from refilled.config import Recipe
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
 from refilled.ranges import MOST, PIXELS
+from refilled.recipe import Recipe
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy
@@ -30,34 +30,34 @@ _NOT_MEASURED = {f.name for f in fields(Recipe)} - {"seed"}
     "cuda_graphs", *_NOT_MEASURED,
 )  # fmt: skip
 def teachers(
-    task: Annotated[str, typer.Argument(help="A task, as digits:5-9, or a folder of images.", show_default=False)],
+    task: Annotated[
+        str, typer.Argument(help="Task, for example digits:5-9, or a folder of images.", show_default=False)
+    ],
     candidates: Annotated[
         list[str] | None,
         typer.Option(
-            help="A teacher in any form that 'distill --teacher' takes; may be repeated. Without it, a short list of "
-            "timm models, which needs --download unless they are on this machine.",
+            help="Teacher to measure, in any form of 'distill --teacher'; may be repeated. Default: four timm models, "
+            "which need --download unless they are on this machine.",
             show_default=False,
         ),
     ] = None,
     sizes: Annotated[
         list[str] | None,
         typer.Option(
-            help="Side lengths in pixels at which each candidate is measured, as 96,128,160; may be repeated.",
+            help="Input sizes in pixels to measure each candidate at, for example 96,128,160; may be repeated.",
             show_default=False,
         ),
     ] = None,
-    sample: Annotated[
-        int, typer.Option(help="Maximum number of training images that are embedded.", min=20, max=MOST)
-    ] = 2000,
+    sample: Annotated[int, typer.Option(help="Maximum number of training images to embed.", min=20, max=MOST)] = 2000,
     download: Annotated[bool, typer.Option("--download", help="Download the default candidates.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per candidate and size.")] = False,
     **flags: Any,
 ) -> None:
-    """Measure which teacher knows your classes best, at what cost, and forecast what it gains."""
+    """Rank teachers by how well they separate your classes, with cost and forecast gain."""
     if as_json and as_csv:
-        raise RunError("--json and --csv exclude each other; give one")
+        raise RunError("--json and --csv cannot be combined; give one of them")
     sides = _sizes_in(sizes or [])
     run = configure(None, {"task": task, **flags})
     from refilled.selection.candidates import DEFAULT, downloads_of, refuse_offline
@@ -69,7 +69,7 @@ def teachers(
     if downloads:
         say(f"weights to download: {', '.join(map(str, downloads))}")
         if not candidates and not download:
-            raise RunError("add --download to download them, or name teachers of your own by --candidates")
+            raise RunError("add --download to download them, or name your own teachers with --candidates")
     ranking = rank_teachers(run, chosen, sides, sample, silent if quiet else say)
     if as_json:
         print(json.dumps(ranking.to_dict()))
@@ -105,12 +105,12 @@ def _print(ranking: "Ranking") -> None:
     for one in ranking.candidates:
         notes = [*([one.fault] if one.fault else []), *one.notes]
         for note in notes:
-            say(f"{'sick' if one.sick else 'note'}: {printable(one.candidate)}: {printable(note)}")
+            say(f"{'unusable' if one.unusable else 'note'}: {printable(one.candidate)}: {printable(note)}")
     for candidate, size in ranking.sizes.items():
         text = f"smallest size within one standard error of the best, for {printable(candidate)}: {size} pixels"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if any(one.extrapolated for one in ranking.candidates):
-        say("note: the forecast was fitted to fewer or more labels per class than these")
+        say("note: the forecast was not fitted to this number of labels per class")
     console.print(printable(ranking.verdict), style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -118,7 +118,7 @@ def _cells(one: "Measured") -> list[str]:
     name = escape(printable(_short(one.candidate)))
     size = "" if one.size is None else str(one.size)
     if one.nearest_class_mean is None or one.linear_probe is None or one.cost is None:
-        return [name, size, "sick"]
+        return [name, size, "unusable"]
     operations = one.cost.multiplications
     return [
         name,
@@ -145,7 +145,7 @@ def _short(candidate: str) -> str:
 def _print_csv(ranking: "Ranking") -> None:
     writer = csv.writer(sys.stdout)
     accuracies = [f"{name}{end}" for name in ("nearest_class_mean", "linear_probe") for end in ("", "_low", "_high")]
-    rest = ["label_information", "logme", "multiplications", "milliseconds", "gain", "error", "sick", "fault"]
+    rest = ["label_information", "logme", "multiplications", "milliseconds", "gain", "error", "unusable", "fault"]
     writer.writerow(["candidate", "size", *accuracies, *rest])
     for one in ranking.candidates:
         row: list[Any] = [spreadsheet_cell(one.candidate), one.size]
@@ -160,7 +160,7 @@ def _print_csv(ranking: "Ranking") -> None:
                 *cost,
                 one.gain,
                 ranking.error,
-                one.sick,
+                one.unusable,
                 spreadsheet_cell(one.fault or ""),
             ]
         )

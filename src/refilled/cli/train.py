@@ -14,9 +14,11 @@ from refilled.cli.options import (
     AsJson,
     DryRun,
     NoReport,
+    Out,
     Preset,
     Quiet,
     Ranks,
+    Set,
     Teachers,
     TimeLimit,
     Tracker,
@@ -40,12 +42,12 @@ _AUTO = "auto"
 )
 def train(
     task: Annotated[
-        str, typer.Argument(help="A task, for example digits:0-4, or a folder of images.", show_default=False)
+        str, typer.Argument(help="Task, for example digits:0-4, or a folder of images.", show_default=False)
     ],
     model: Annotated[str, typer.Option("--model", "--student", help=escape(descriptions()["student"]))] = "wrn_16_1",
-    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    out: Out = None,
     preset: Preset = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the folder.")] = False,
     time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
@@ -55,7 +57,7 @@ def train(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a model with labels only: a teacher, or a student without a teacher."""
+    """Train a model on labels only: a teacher, or a student without a teacher."""
     run = configure(preset, {"task": task, "student": model, **flags})
     run = _within(run, time_limit, flags, silent if quiet or as_json else say)
     if dry_run:
@@ -68,15 +70,15 @@ def train(
 def distill(
     context: typer.Context,
     task: Annotated[
-        str | None, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
+        str | None, typer.Argument(help="Task, for example digits:5-9, or a folder of images.", show_default=False)
     ] = None,
     teacher: Teachers = None,
     teacher_size: Annotated[
         str | None,
         typer.Option(
             help=escape(
-                f"{descriptions()['teacher_size']} 'auto' measures a few sizes on a sample and takes the smallest "
-                "that is as good as the best."
+                f"{descriptions()['teacher_size']} 'auto' measures a few sizes on a sample and selects the smallest "
+                "one within one standard error of the best."
             ),
             show_default=False,
             rich_help_panel="Data, models, machine",
@@ -84,23 +86,20 @@ def distill(
     ] = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
-        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+        str, typer.Option(help="Method ('refilled list methods' prints all), or a Python file that defines one.")
     ] = "refilled",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; may be repeated."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
+    set_: Set = None,
+    out: Out = None,
     preset: Preset = None,
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Resume the run in this folder. Only options such as --device, which do not affect the result, may "
-            "be added.",
+            help="Resume the run in this folder. Only options that do not affect the result, such as --device, may be "
+            "added.",
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the folder.")] = False,
     time_limit: TimeLimit = None,
     dry_run: DryRun = False,
     ranks: Ranks = 1,
@@ -110,7 +109,7 @@ def distill(
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Train a student with a teacher or several, whose classes may differ from the student's."""
+    """Train a student with one or more teachers, whose classes may differ from the student's."""
     if resume is not None:
         _resume(context, resume, no_report, quiet, as_json, tracker or ())
         return
@@ -141,13 +140,13 @@ def _size(text: str | None) -> int | None:
 def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
     if processes() > 1:
         raise RunError(
-            f"--teacher-size {_AUTO} measures in one process; find the size by 'refilled teachers --sizes ...' first, "
-            "and give it to torchrun"
+            f"--teacher-size {_AUTO} measures in one process; find the size with 'refilled teachers --sizes ...', and "
+            "pass it to torchrun"
         )
     if len(run.teachers) > 1:
         raise RunError(
-            f"--teacher-size {_AUTO} measures one teacher; measure each by 'refilled teachers --candidates ... --sizes "
-            "...', and give a number of pixels that suits all"
+            f"--teacher-size {_AUTO} measures one teacher; measure each with 'refilled teachers --candidates ... "
+            "--sizes ...', and give a number of pixels that suits all"
         )
     from refilled.selection.ranking import settle_size
 
@@ -157,14 +156,16 @@ def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:
 
 
 def _within(run: Run, limit: str | None, flags: dict[str, Any], tell: Callable[[str], None]) -> Run:
-    """Return the run with as many epochs as fit the time limit, if one was given."""
+    """Return the run with the number of epochs that fits the time limit, if there is one."""
     if limit is None:
         return run
     seconds = seconds_of(limit)
     if any(flags.get(name) is not None for name in ("epochs", "least_steps")):
         raise RunError("--time-limit chooses the number of epochs; leave out --epochs and --least-steps")
     if processes() > 1:
-        raise RunError("--time-limit is not for several processes, which would choose differently; give --epochs")
+        raise RunError(
+            "--time-limit does not work under torchrun, where each process would choose its own epochs; give --epochs"
+        )
     from refilled.cost.budget import within
 
     run, line = within(run, seconds)

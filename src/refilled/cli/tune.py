@@ -1,4 +1,4 @@
-"""The command ``tune``."""
+"""The command ``tune``: parameters chosen on held-out images."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from refilled.cli.options import (
     AsJson,
+    Out,
     Preset,
     Teachers,
     configure,
@@ -30,34 +31,35 @@ if TYPE_CHECKING:
 @run_flags("task", "settings", "score")
 def tune(
     task: Annotated[
-        str, typer.Argument(help="A task, for example digits:5-9, or a folder of images.", show_default=False)
+        str, typer.Argument(help="Task, for example digits:5-9, or a folder of images.", show_default=False)
     ],
     search: Annotated[
         list[str],
         typer.Option(
-            metavar="KEY=LOW..HIGH[:log]|A,B,C",
-            help="Values to try for a parameter of the method or a training flag such as lr; may be repeated.",
+            metavar="KEY=VALUES",
+            help="Values to try for a parameter of the method or a training option such as lr: KEY=A,B,C, "
+            "KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
             show_default=False,
         ),
     ],
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     method: Annotated[
-        str, typer.Option(help="A method ('refilled list methods'), or a file that defines one.")
+        str, typer.Option(help="Method ('refilled list methods' prints all), or a Python file that defines one.")
     ] = "refilled",
     trials: Annotated[
         int, typer.Option(help="Total number of trials, including those already in the folder.", min=1, max=MOST)
     ] = 20,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter that is not tuned; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Parameter that is not tuned; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the trials.", show_default=False)] = None,
+    out: Out = None,
     preset: Preset = None,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
-    """Choose parameters on held-out training images, then train on all training images and score the test images once.
+    """Tune parameters on held-out training images, then train on all and test once.
 
     Repeat the command to resume after an interruption. Several commands with the same --out share the work.
     """
@@ -74,7 +76,7 @@ def tune(
         err.print("interrupted; the state is saved. Repeat the command to resume", markup=False)
         sys.exit(128 + interruption.number)
     if tuned is None:
-        err.print("other processes still work on trials; the last of them trains on all images", markup=False)
+        err.print("other processes are still running trials; the last one trains on all images", markup=False)
     elif as_json:
         best = {"values": tuned.values, "val_accuracy": tuned.val_accuracy, "accuracy": tuned.result.accuracy}
         print(json.dumps({**best, "run": str(tuned.folder)}))

@@ -22,11 +22,14 @@ from refilled.ranges import MOST
 
 def evaluate(
     folder: Folder,
-    task: Annotated[str | None, typer.Argument(help="Another task with the same classes.", show_default=False)] = None,
+    task: Annotated[
+        str | None,
+        typer.Argument(help="Another task with the same classes. Default: the task of the run.", show_default=False),
+    ] = None,
     data_root: DataRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a student on the test images of its task or of another task."""
+    """Evaluate a student on the test images of its task or of another task."""
     from refilled.runs.inference import evaluate as score
 
     result = score(folder, task, data_root)
@@ -47,15 +50,17 @@ def evaluate(
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, or an exported .onnx file.", show_default=False)],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or an exported .onnx file.", show_default=False)
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images.", show_default=False)],
     top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1, max=MOST)] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
-    """Print the class of each image, with probabilities."""
+    """Predict the class of each image, with its probability."""
     if as_json and as_csv:
-        raise RunError("--json and --csv exclude each other; give one")
+        raise RunError("--json and --csv cannot be combined; give one of them")
     if folder.suffix == ".onnx" and not folder.is_dir():
         from refilled.export.onnx_file import open_classifier_file
 
@@ -75,9 +80,11 @@ def predict(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, fewshot, models or datasets", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(help="What to list: methods, fewshot, models or datasets.", show_default=False)
+    ],
 ) -> None:
-    """List the methods or few-shot methods with their parameters, the models, or the data sets."""
+    """List methods, few-shot methods, models or data sets."""
     kinds = {"methods": _methods, "fewshot": _few_shot_methods, "models": _models, "datasets": _datasets}
     if what not in kinds:
         raise RunError(unknown("list", what, kinds))

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from refilled.compare.summary import Gain, mean_and_spread, paired_gain
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.data import Split, Task
 from refilled.files import read_json_lines, write_atomic
 from refilled.models import Backbone
+from refilled.recipe import Recipe
 from refilled.report.pictures import (
     COLORS,
     address,

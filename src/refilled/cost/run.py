@@ -21,8 +21,9 @@ from refilled.runs.examination import SAMPLE_IMAGES
 from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
-from refilled.training.loop import share_epochs, views_of
+from refilled.training.loop import views_of
 from refilled.training.progress import duration
+from refilled.training.schedule import share_epochs
 
 _FLOAT = 4  # bytes
 _IMAGES = 32  # random, to build the run with

@@ -131,7 +131,7 @@ def latencies(students: Sequence[OnnxStudent], repeats: int) -> list[float]:
     """Return the median time in ms in which each student computes one image; the students take turns."""
     taken: list[list[float]] = [[] for _ in students]
     size = students[0].metadata["size"]
-    image = students[0].prepare(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    image = students[0].preprocess(torch.zeros(1, 3, size, size, dtype=torch.uint8))
     for student in students:  # the first call plans and allocates
         student(image)
     for _ in range(repeats):
@@ -143,7 +143,7 @@ def latencies(students: Sequence[OnnxStudent], repeats: int) -> list[float]:
 
 
 def _classes(student: OnnxStudent, split: Split, rows: Tensor) -> Tensor:
-    parts = [student(student.prepare(split.pixels[part])).argmax(1) for part in rows.split(_BATCH) if len(part)]
+    parts = [student(student.preprocess(split.pixels[part])).argmax(1) for part in rows.split(_BATCH) if len(part)]
     return torch.cat(parts) if parts else rows
 
 
@@ -153,7 +153,7 @@ def _percent(right: Tensor) -> float | None:
 
 def _calibration(student: OnnxStudent, train: Split) -> Iterator[dict[str, Any]]:
     for part in spread(len(train), _CALIBRATION).split(_BATCH):
-        yield {"images": student.prepare(train.pixels[part]).contiguous().numpy()}
+        yield {"images": student.preprocess(train.pixels[part]).contiguous().numpy()}
 
 
 class _Reader:

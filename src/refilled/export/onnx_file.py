@@ -107,7 +107,7 @@ class OnnxStudent:
         if not self.metadata.keys() >= _KEYS:
             raise ModelError(f"{path} does not name its classes and image size; write it with 'refilled export'")
 
-    def prepare(self, pixels: Tensor) -> Tensor:
+    def preprocess(self, pixels: Tensor) -> Tensor:
         """Bring uint8 images ``(N, 3, S, S)`` into the form that the graph takes."""
         if self.metadata["preprocess"]:
             return pixels
@@ -134,4 +134,4 @@ def open_classifier_file(path: Path) -> Classifier:
     student = OnnxStudent(path)
     said = student.metadata
     grey = None if said["grey_range"] is None else GreyRange(*said["grey_range"])
-    return Classifier(lambda pixels: student(student.prepare(pixels)), tuple(said["classes"]), said["size"], grey)
+    return Classifier(lambda pixels: student(student.preprocess(pixels)), tuple(said["classes"]), said["size"], grey)

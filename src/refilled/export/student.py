@@ -73,7 +73,7 @@ def open_student(folder: Path) -> Backbone:
 
 
 def metadata_of(model: Backbone, preprocess: bool) -> dict[str, Any]:
-    """Return what a program must know to prepare images for a student and to read its logits."""
+    """Return what a program must know to preprocess images for a student and to read its logits."""
     return {
         "classes": list(model.class_names or ()),
         "size": model.image_size,

@@ -17,7 +17,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from refilled.config import Recipe
 from refilled.data import Episodes
 from refilled.data.keyed import keyed_integers
 from refilled.errors import NonFiniteError
@@ -28,10 +27,11 @@ from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs, not_computed
 from refilled.ranges import COUNT, POSITIVE, WHOLE, check_fields
+from refilled.recipe import Recipe
 from refilled.stages import Stage, needs_training_set
-from refilled.training.loop import learning_rate, share_epochs
 from refilled.training.optimizers import create_optimizer
 from refilled.training.precision import resolve_precision
+from refilled.training.schedule import learning_rate, share_epochs
 
 Stages = Callable[[ModelShape, ModelShape | None], Sequence[Stage]]
 StudentPrecision = Literal["auto", "32-true", "bf16-mixed"]
@@ -261,7 +261,7 @@ class _Group:
             seeds = self._seeds(f"classifier of {stages[0].name}")
             self.students.reset_classifiers([torch.Generator().manual_seed(seed) for seed in seeds])
         losses = nn.ModuleList(term.loss for stage in stages for term in stage.terms.values()).to(device)
-        self._prepare(stages)
+        self._precompute(stages)
         parameters = [*self.students.parameters(), *losses.parameters()]
         of_a_run = recipe.of_a_run
         optimizer = create_optimizer(parameters, of_a_run, device)
@@ -349,13 +349,13 @@ class _Group:
         for view in range(self.recipe.views):
             self.students(self.bank.images(self.episodes.support, view).to(self.bank.device))
 
-    def _prepare(self, stages: Sequence[Stage]) -> None:
+    def _precompute(self, stages: Sequence[Stage]) -> None:
         labels = self.episodes.labels.to(self.bank.device)
         for task, stage in enumerate(stages):
             for term in stage.terms.values():
                 if needs_training_set(term.loss):
                     embedding = self.bank.embedding(self.episodes.support[task])
-                    term.loss.prepare(embedding.to(self.bank.device), labels)
+                    term.loss.precompute(embedding.to(self.bank.device), labels)
 
     def _seeds(self, purpose: str) -> list[int]:
         drawn: list[int] = keyed_integers(2**31, self.recipe.seed, purpose, self.episodes.numbers.numpy()).tolist()

@@ -150,20 +150,20 @@ class LocalKDLoss(nn.Module):
         temperature: Temperature of the teacher's probabilities.
         student_temperature: Temperature of the student's probabilities; 1 in the paper.
         centers: Class means over the ``"batch"`` (the paper), ``"leave-one-out"``, or ``"global"`` for means over the
-            whole training set. Global means are a buffer, set by ``class_centers``, by :meth:`prepare` or by loading
+            whole training set. Global means are a buffer, set by ``class_centers``, by :meth:`precompute` or by loading
             a state dict.
         classes: ``"batch"`` compares with the classes in the batch (the paper), ``"all"`` with all classes, which needs
             global centres.
         normalize: Scale the teacher's embedding to length 1 first.
         centered: Subtract the mean over the training set from the teacher's embedding first. The mean is set by
-            :meth:`prepare` or by loading a state dict.
+            :meth:`precompute` or by loading a state dict.
         class_centers: Global class means ``(C, d)``, of embeddings scaled to length 1 if ``normalize``.
         right_only: Set the loss of images that the teacher's classifier gets wrong to 0.
         average: ``"images"`` or ``"elements"``.
         doubt: Power of the weight that reduces the loss of unlabelled images on which the teacher is unsure.
         refine: Number of times that the global class means are recomputed with the unlabelled images, each weighted by
             its share in every class at a quarter of the temperature (soft k-means; Ren et al., ICLR 2018). For
-            unlabelled images of the same classes only. No effect if :meth:`prepare` gets no unlabelled images.
+            unlabelled images of the same classes only. No effect if :meth:`precompute` gets no unlabelled images.
 
     Raises:
         MethodError: A parameter is out of range, or (on a call) shapes or labels do not fit, or the global class means
@@ -201,7 +201,7 @@ class LocalKDLoss(nn.Module):
             raise MethodError(f"class_centers need centers='global', but centers is '{centers}'; remove one of them")
         if class_centers is not None and centered:
             raise MethodError(
-                "class_centers do not include the mean that centered subtracts; drop centered, or use prepare()"
+                "class_centers do not include the mean that centered subtracts; drop centered, or use precompute()"
             )
         self.temperature = temperature
         self.student_temperature = student_temperature
@@ -223,10 +223,10 @@ class LocalKDLoss(nn.Module):
 
     @property
     def needs_training_set(self) -> bool:
-        """Whether :meth:`prepare` must be called."""
+        """Whether :meth:`precompute` must be called."""
         return self.centered or self.centers == "global"
 
-    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+    def precompute(self, teacher_embedding: Tensor, labels: Tensor) -> None:
         """Compute the mean and class means as configured, from the training set ``(N, d)`` with class ids ``(N,)``.
 
         Unlabelled images have class id -1. They contribute to the mean, and to the class means if ``refine`` > 0.
@@ -259,14 +259,14 @@ class LocalKDLoss(nn.Module):
     def forward(self, student_logits: Tensor, teacher_embedding: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of logits ``(N, C)`` and embedding ``(N, d)`` with class ids ``(N,)``."""
         if self.centered:
-            teacher_embedding = teacher_embedding - self._prepared(self.mean, "mean")
+            teacher_embedding = teacher_embedding - self._precomputed(self.mean, "mean")
         return local_kd(
             student_logits,
             teacher_embedding,
             labels,
             temperature=self.temperature,
             student_temperature=self.student_temperature,
-            centers=self._prepared(self.class_centers, "class means") if self.centers == "global" else self.centers,
+            centers=self._precomputed(self.class_centers, "class means") if self.centers == "global" else self.centers,
             classes=self.classes,
             normalize=self.normalize,
             right_only=self.right_only,
@@ -279,11 +279,11 @@ class LocalKDLoss(nn.Module):
         names = ("centers", "classes", "temperature", "normalize", "centered", "right_only", "average")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def _prepared(self, buffer: Tensor | None, what: str) -> Tensor:
+    def _precomputed(self, buffer: Tensor | None, what: str) -> Tensor:
         if buffer is None:
             raise MethodError(
                 f"LocalKDLoss({self.extra_repr()}) has no {what} of the training set yet; call "
-                "prepare(teacher_embedding, labels) with the whole training set, or give class_centers"
+                "precompute(teacher_embedding, labels) with the whole training set, or give class_centers"
             )
         return buffer
 
@@ -338,7 +338,9 @@ def _given_centers(centers: Tensor, present: Tensor, classes: Classes, embedding
     known = ~centers.isnan().any(1)
     missing = present[~known[present]].tolist()
     if missing:
-        raise MethodError(f"class {missing[0]} had no image when the class means were computed; call prepare() again")
+        raise MethodError(
+            f"class {missing[0]} had no image when the class means were computed; call precompute() again"
+        )
     compared = present if classes == "batch" else known.nonzero().flatten()
     return centers.to(embedding)[compared], compared
 

@@ -147,7 +147,7 @@ class Trusted(nn.Module):
             entropy. None: no limit.
 
     Raises:
-        MethodError: The power is negative, ``worth`` is not above 0, or (on a call) :meth:`prepare` was not called.
+        MethodError: The power is negative, ``worth`` is not above 0, or (on a call) :meth:`precompute` was not called.
     """
 
     share: Tensor
@@ -170,10 +170,11 @@ class Trusted(nn.Module):
             self.register_buffer("prior", torch.tensor(math.nan))
         self._share_is_known = False  # checked once, because the check waits for a GPU
 
-    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
-        """Compute the label information of the training set ``(N, d)`` with class ids ``(N,)``, and prepare the loss.
+    def precompute(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+        """Compute the label information of the training set ``(N, d)`` with class ids ``(N,)``.
 
-        Only the loss uses unlabelled images, whose class id is -1.
+        The given loss precomputes its own values from the same tensors; only it uses unlabelled images, with class id
+        -1.
         """
         known = labels >= 0
         share = label_information(teacher_embedding[known], labels[known])
@@ -182,13 +183,13 @@ class Trusted(nn.Module):
             of_a_class = known.sum().item() / labels[known].unique().numel()
             self.prior.fill_(min(1.0, self.worth * share / max(1 - share, 1e-6) / of_a_class))
         if needs_training_set(self.loss):
-            self.loss.prepare(teacher_embedding, labels)
+            self.loss.precompute(teacher_embedding, labels)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss."""
         if not self._share_is_known and self.share.isnan():
             raise MethodError(
-                "the teacher's label information is missing; call prepare(teacher_embedding, labels) first"
+                "the teacher's label information is missing; call precompute(teacher_embedding, labels) first"
             )
         self._share_is_known = True
         loss: Tensor = self.loss(student, teacher, labels)

@@ -51,7 +51,7 @@ class ContrastiveLoss(nn.Module):
         temperature: 0.07 in the paper.
 
     Raises:
-        MethodError: The temperature is not positive, or (on a call) :meth:`prepare` was not called.
+        MethodError: The temperature is not positive, or (on a call) :meth:`precompute` was not called.
     """
 
     bank: Tensor
@@ -68,7 +68,7 @@ class ContrastiveLoss(nn.Module):
         self.register_buffer("bank", torch.empty(0, teacher_dim))
         self.register_buffer("bank_labels", torch.empty(0, dtype=torch.long))
 
-    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+    def precompute(self, teacher_embedding: Tensor, labels: Tensor) -> None:
         """Store the embeddings ``(M, d_T)`` and class ids ``(M,)`` of the training set, to contrast with."""
         self.bank, self.bank_labels = teacher_embedding.float(), labels
 
@@ -76,7 +76,9 @@ class ContrastiveLoss(nn.Module):
         """Return the scalar loss of embeddings ``(N, d_S)`` and ``(N, d_T)`` with class ids ``(N,)``."""
         check_batch(labels, student_embedding, teacher_embedding)
         if len(self.bank) == 0:
-            raise MethodError("there are no embeddings to contrast with; call prepare(teacher_embedding, labels) first")
+            raise MethodError(
+                "there are no embeddings to contrast with; call precompute(teacher_embedding, labels) first"
+            )
         with torch.autocast(labels.device.type, enabled=False):
             student = unit_rows(self.of_student(student_embedding.float()))
             teacher = unit_rows(self.of_teacher(teacher_embedding.detach().float()))

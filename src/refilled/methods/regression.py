@@ -45,7 +45,7 @@ class EmbeddingRegressionLoss(nn.Module):
         self.projector = nn.Linear(student_dim, teacher_dim)
         self.register_buffer("mean", torch.zeros(teacher_dim))
 
-    def prepare(self, teacher_embedding: Tensor, labels: Tensor) -> None:
+    def precompute(self, teacher_embedding: Tensor, labels: Tensor) -> None:
         """Compute the mean of the training set's embeddings ``(N, d_T)``; the initial mean is 0."""
         self.mean.copy_(teacher_embedding.mean(0))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from refilled.config import YOUNGER, FewShotRun, MetaRun, Recipe, Run
+from refilled.config import YOUNGER, FewShotRun, MetaRun, Run
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.methods import list_meta_learners
 from refilled.files import read_toml
@@ -14,6 +14,7 @@ from refilled.grid.jobs import FewShotTest, Job, JobResult, load, name_of
 from refilled.methods import load_method
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES, Data, PaperRecipe, Protocol
 from refilled.paper.schema import Column, FewShotRow, Row, Table
+from refilled.recipe import Recipe
 from refilled.runs.experiment import refuse_other_images
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import with_absolute_paths

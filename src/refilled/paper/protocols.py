@@ -100,7 +100,7 @@ class PaperRecipe:
 
     summary: str
     fields: Mapping[str, Any]
-    """Fields of :class:`~refilled.config.Recipe`, for students and teachers."""
+    """Fields of :class:`~refilled.recipe.Recipe`, for students and teachers."""
     teacher_epochs: int
     """Epochs of a teacher, instead of those in ``fields``."""
 

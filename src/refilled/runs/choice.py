@@ -9,9 +9,10 @@ from time import perf_counter
 
 import torch
 
-from refilled.config import Precision, Run
+from refilled.config import Run
 from refilled.files import alone, cache_folder, write_atomic
 from refilled.models import Backbone
+from refilled.recipe import Precision
 from refilled.runs.environment import device_name
 from refilled.runs.prepared import Prepared
 from refilled.training.distributed import ALONE, World

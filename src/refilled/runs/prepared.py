@@ -262,7 +262,7 @@ class Prepared:
         return self.task.test if self.run.score == "test" else self.task.val
 
     def ignore_teachers(self, ignored: Sequence[bool]) -> None:
-        """Prepare again without some of the teachers, or as ``vanilla`` without any.
+        """Prepare the run again without some of the teachers, or as ``vanilla`` without any.
 
         Stages, initial weights and random numbers are those of a run without them.
 

@@ -1,1 +1,1 @@
-"""Which teacher, and at which size: candidates measured on a sample of the training images, before any training."""
+"""The choice of a teacher and its size, and checks of the labels, before any training."""

@@ -12,7 +12,7 @@ DEFAULT = (
     "timm/convnext_tiny.fb_in22k",
     "timm/vit_small_patch14_dinov2.lvd142m",
 )
-"""Teachers with licences for any use and different training; the cheapest first."""
+"""Teachers with licences for any use, trained in different ways; the cheapest first."""
 
 _BYTES = 4  # of a float32 weight
 
@@ -22,7 +22,7 @@ class Download:
     """Published weights that are not on this machine yet.
 
     Attributes:
-        candidate: The text that names the teacher.
+        candidate: Name of the teacher, in a form of ``--teacher``.
         megabytes: Size of the file in MB; None if it is not known before the download.
     """
 
@@ -35,10 +35,10 @@ class Download:
 
 
 def downloads_of(candidates: Sequence[str]) -> list[Download]:
-    """Return what the candidates would download; nothing is downloaded.
+    """Return the downloads that the candidates need, without downloading anything.
 
     Raises:
-        ModelError: Timm has no network of that name.
+        ModelError: timm has no model of that name.
     """
     found = []
     for candidate in candidates:
@@ -48,10 +48,10 @@ def downloads_of(candidates: Sequence[str]) -> list[Download]:
 
 
 def refuse_offline(downloads: Sequence[Download]) -> None:
-    """Refuse downloads if the user has asked for none, or the hub cannot be reached.
+    """Raise an error if a download is needed, but the network is not allowed or the hub cannot be reached.
 
     Raises:
-        ModelError: There is something to download, and no network.
+        ModelError: A download is needed, and there is no network.
     """
     if downloads and (reason := no_hub()):
         missing = ", ".join(map(str, downloads))
@@ -76,7 +76,7 @@ def _timm_megabytes(candidate: str) -> float | None:
     from refilled.models.timm_backbone import timm_model
 
     try:
-        with torch.device("meta"):  # the shapes alone
+        with torch.device("meta"):  # only the shapes
             model = timm_model(candidate.removeprefix("timm/"))
     except ModelError as error:
         if "unknown timm model" in str(error):

@@ -29,7 +29,7 @@ from refilled.selection.sample import embedding_of
 
 Say = Callable[[str], None]
 
-_FEWEST = 3  # different images of a class, of which one or two are learned from
+_FEWEST = 3  # different images per class; the classifier learns from one or two of them
 _INVERSE_STRENGTH = 10.0
 _POOR = 50.0  # percent
 _OF_A_RUN = ("task", *WHERE, "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding")
@@ -37,10 +37,10 @@ _OF_A_RUN = ("task", *WHERE, "teacher", "teacher_mean", "teacher_std", "teacher_
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image stands.
+    """The position of an image in a task.
 
     Attributes:
-        image: Its path within the folder, or what stands for it.
+        image: Its path within the folder, or another name.
         part: ``train``, ``val`` or ``test``.
         row: Its position in the part.
         label: Its class.
@@ -83,7 +83,7 @@ class CopyGroup:
 
     @property
     def across(self) -> bool:
-        """Whether they lie in different parts, so that a score is about images that were trained on."""
+        """Whether they are in different parts, so that a score includes images that were trained on."""
         return len({place.part for place in self.places}) > 1
 
     @property
@@ -93,24 +93,24 @@ class CopyGroup:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What to know of the group, in words."""
+        """Properties of the group, as short texts."""
         equal = "equal pixels" if self.correlation == 1 else f"correlation {self.correlation:.3f}"
         return (*(["across parts"] if self.across else []), *(["labels differ"] if self.disagree else []), equal)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found among the images of a task.
+    """Doubtful labels and near copies among the images of a task.
 
     Attributes:
-        task: The task, for pictures.
-        network: What embedded the images.
+        task: The task, whose images the page shows.
+        network: Name of the network that embedded the images.
         judged: Number of images whose labels were judged.
-        agreement: Percent of them whose most probable class is the given label; None if none were judged.
+        agreement: Percentage of them whose most probable class is the given label; None if none were judged.
         doubts: The doubtful labels, the most doubtful first.
         groups: Groups of near copies; first those across parts, then those whose labels differ.
-        limit: The correlation from which on two images count as copies.
-        notes: What a reader should know.
+        limit: Minimum correlation of two copies.
+        notes: Notes for the reader.
     """
 
     task: Task
@@ -123,7 +123,7 @@ class Findings:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it, without the images."""
+        """Return all fields as JSON-compatible data, without the images."""
         return {
             "task": self.task.name,
             "network": self.network,
@@ -142,15 +142,14 @@ def find_doubtful(
     """Find doubtful labels of training images, and near copies among the images of all parts.
 
     The images are embedded by the run's teacher; without one, by the student in ``folder``. Logistic regression on the
-    embedding gives each image the probabilities of the classes after training on the other folds. Near copies share a
-    fold. cleanlab estimates how many labels are wrong, and those with the lowest probability of the given label are
-    returned.
+    embedding, trained on the other folds, gives the class probabilities of each image. Near copies share a fold.
+    cleanlab estimates how many labels are wrong. The labels with the lowest probabilities are returned.
 
     References:
         Northcutt, Jiang and Chuang, Confident Learning: Estimating Uncertainty in Dataset Labels, JAIR 2021.
 
     Args:
-        run: The run; its task, teacher, seed and machine count.
+        run: The run. Only its task, teacher, seed and machine settings are used.
         with_test: Also judge the labels of the test images.
         say: Called with a line before each step.
         folder: The folder of a finished run, whose student embeds the images if the run has no teacher.
@@ -163,7 +162,7 @@ def find_doubtful(
     run = resolve(replace(run, precision="32-true", method="vanilla", settings={}, unlabelled=None))
     use_machine(run.threads, run.device)
     if run.teacher is None and folder is None:
-        raise RunError("name a network that embeds the images: --teacher; 'refilled list' names the forms")
+        raise RunError("there is no network to embed the images; give one, for example --teacher timm/resnet50")
     task = load_task_of(run)
     parts = {name: part for name, part in (("train", task.train), ("val", task.val), ("test", task.test)) if len(part)}
     embedding, network, notes = _embedding(run, task, parts, folder, say)
@@ -178,7 +177,9 @@ def find_doubtful(
     wanted = torch.tensor([with_test or place.part != "test" for place in places])
     rows, few = _enough(labels, copies, wanted)
     if few:
-        notes.append(f"not judged, fewer than {_FEWEST} different images: {Several.of(task.classes[n] for n in few)}")
+        notes.append(
+            f"not judged, with fewer than {_FEWEST} different images: {Several.of(task.classes[n] for n in few)}"
+        )
     doubts: list[Doubt] = []
     agreement = None
     classes = labels[rows].unique()
@@ -189,7 +190,9 @@ def find_doubtful(
         names = [task.classes[number] for number in classes.tolist()]
         doubts, agreement = _doubts(find_issues, probabilities, given, [places[row] for row in rows.tolist()], names)
         if agreement < _POOR:
-            notes.append(f"the embedding gives only {agreement:.0f} % of the given labels: expect many false alarms")
+            notes.append(
+                f"the classifier predicts only {agreement:.0f} % of the given labels; expect many false alarms"
+            )
     else:
         notes.append("no labels were judged: fewer than two classes have enough images")
     return Findings(
@@ -205,17 +208,17 @@ def find_doubtful(
 
 
 def run_in(folder: Path, changes: dict[str, Any]) -> Run:
-    """Return the run in a folder, with some of its fields changed: where it is executed, and its teacher.
+    """Return the run in a folder, with changes of its machine settings or its teacher.
 
-    A recorded teacher is dropped where the run ignored it since it had nothing to teach.
+    A recorded teacher is left out if the run ignored it.
 
     Raises:
-        RunError: Another field is to be changed, or the run names a Python file, which would be executed.
+        RunError: Another field is changed, or the run names a Python file, which would be executed.
     """
     others = sorted(set(changes) - set(_OF_A_RUN))
     if others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise RunError(f"{folder} holds a run, which settles {flags}; leave it out, or name the folder of images")
+        raise RunError(f"{folder} contains a run, which determines {flags}; leave it out, or give the folder of images")
     run = RunFolder(folder).run()
     if "teacher" in changes:
         recorded = {name: None for name in _OF_A_RUN if name.startswith("teacher_")}
@@ -261,7 +264,7 @@ def held_out_probabilities(
             probabilities[here, present[0]] = 1.0
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the order of the images is settled long before
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the order of the images converges much earlier
             classifier = LogisticRegression(C=_INVERSE_STRENGTH, max_iter=1000).fit(points[rest], ids[rest])
         probabilities[np.ix_(here, classifier.classes_)] = classifier.predict_proba(points[here])
     return probabilities
@@ -285,7 +288,7 @@ def _embedding(
     if name is not None:
         teacher = load_teacher_of(run, task.image_size)
         notes = list(examine(teacher, task.train, name))
-        say(f"embedding {count} images by {name}")
+        say(f"embedding {count} images with {name}")
         found = [
             embedding_of(teacher, replace(task, train=part, fingerprint=fingerprint(task.classes, (part,))), run)
             for part in parts.values()
@@ -293,12 +296,12 @@ def _embedding(
         return torch.cat(found), name, notes
     assert folder is not None  # find_doubtful has checked it
     if not RunFolder(folder).finished:
-        raise RunError(f"{folder} holds an unfinished run without a teacher to use; finish it, or name a --teacher")
+        raise RunError(f"the run in {folder} is unfinished and has no teacher to use; finish it, or give --teacher")
     student = network_of(folder)
-    say(f"embedding {count} images by the student in {folder}")
+    say(f"embedding {count} images with the student in {folder}")
     note = (
-        "the student's embedding was trained on these labels, so it may repeat wrong ones; a network that was not, "
-        "named by --teacher, finds more"
+        "the student was trained on these labels, so it may repeat wrong ones; a network that was not, given with "
+        "--teacher, finds more"
     )
     embedded = torch.cat([finite_embedding(student, part, run.device) for part in parts.values()])
     return embedded, f"the student in {folder}", [note]
@@ -321,7 +324,7 @@ def _doubts(
     places: Sequence[Place],
     names: Sequence[str],
 ) -> tuple[list[Doubt], float]:
-    """Return the doubtful labels, the most doubtful first, and the percentage of labels that are found again."""
+    """Return the doubtful labels, the most doubtful first, and the percentage of labels that are predicted."""
     given, best = labels.numpy(), probabilities.argmax(1)
     rows = find_issues(
         given,

@@ -1,11 +1,11 @@
-r"""A forecast of what a teacher gains, fitted to this project's own measurements.
+r"""A forecast of the gain of a teacher, fitted to the measurements of this project.
 
-The model has two numbers. The gain in percentage points is
+The model has two parameters. The gain in percentage points is
 
 .. math:: c \cdot e / (1 + n / n_0)
 
-with the teacher's excess e over the pixels and n labels per class. A teacher that tells the classes apart no better
-than the pixels gains nothing. A teacher counts like a fixed number of labels per class, as in the preset ``good``.
+with the teacher's excess e over the pixels and n labels per class. The gain is 0 if the teacher separates the classes
+no better than the pixels. A teacher counts like a fixed number of labels per class, as in the preset ``good``.
 """
 
 import json
@@ -26,11 +26,11 @@ _WORTHS = np.logspace(0, 3, 301)  # labels per class
 
 @dataclass(frozen=True)
 class Features:
-    """What the forecast is made from.
+    """The inputs of the forecast.
 
     Attributes:
-        excess: Percentage points by which the nearest class mean of the teacher's embedding is more often right on
-            held-out images than that of the pixels; 0 if it is less often right.
+        excess: Accuracy of the nearest class mean in the teacher's embedding minus that in the pixels, on held-out
+            images, in percentage points; 0 if it is negative.
         labels_per_class: Mean number of labelled training images per class.
     """
 
@@ -101,7 +101,7 @@ def fit(features: Sequence[Features], gains: Sequence[float], data_sets: Sequenc
         data_sets: The data set of each setting; at least two differ.
 
     Returns:
-        The model of all settings, and the forecast of each setting by a model that has not seen its data set.
+        The model of all settings, and the forecast of each setting by a model that was fitted without its data set.
     """
     from scipy.stats import spearmanr
 
@@ -128,7 +128,7 @@ def fit(features: Sequence[Features], gains: Sequence[float], data_sets: Sequenc
 
 
 def _least_squares(excess: NDArray[Any], labels: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
-    """Return the share, at least 0, and the worth, from a grid, with the smallest squared error."""
+    """Return the share, 0 or more, and the worth, from a grid, with the smallest squared error."""
     best = (np.inf, 0.0, 1.0)
     for worth in _WORTHS.tolist():
         x = excess / (1 + labels / worth)

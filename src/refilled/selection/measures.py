@@ -33,7 +33,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, right: Tensor) -> Self:
-        """Count what is right among ``(N,)`` booleans, N above 0."""
+        """Return the share of correct predictions; ``right`` has one boolean each, ``(N,)``, with N above 0."""
         from scipy.stats import binomtest
 
         found, images = int(right.sum()), len(right)
@@ -50,8 +50,8 @@ class Accuracy:
 def folds_of(images: Split, seed: int = 0) -> Tensor:
     """Assign images to :data:`FOLDS` folds, stratified by class; images with equal pixels share a fold.
 
-    There are fewer folds where most classes have fewer images, so that a fold has an image of each class. The folds of
-    scikit-learn cannot do that for copies.
+    There are fewer folds if most classes have fewer images, so that each fold has an image of each class. The folds of
+    scikit-learn do not support this together with copies.
 
     Args:
         images: N images.
@@ -75,7 +75,7 @@ def deal_folds(labels: Tensor, groups: NDArray[np.int64], seed: int = 0) -> Tens
     Returns:
         Number of the fold of each image, ``(N,)``.
     """
-    # A group counts where its first image stands.
+    # The first image of a group stands for the group.
     _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
     ids = labels.numpy()[first]
     _, counts = np.unique(ids, return_counts=True)

@@ -1,4 +1,4 @@
-"""Near copies: images that show the same picture, re-encoded, resized or shifted by a little."""
+"""Near copies: the same image, re-encoded, resized or slightly shifted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from refilled.data import Split
 from refilled.losses.distances import unit_rows
 from refilled.models.backbone import luma
 
-_NEIGHBOURS = 8  # of an image; copies of copies are joined through one another
+_NEIGHBOURS = 8  # per image; copies of copies are joined
 _COARSE = 8  # pixels
 _SIDE = 32  # pixels to which larger images are averaged down
 _SHIFTS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
@@ -33,7 +33,7 @@ class Copies:
         groups: A number for each image ``(N,)``; copies share one.
         correlation: For each group of several images, the lowest correlation by which two of them were joined. 1.0:
             all pixels are equal.
-        limit: The correlation from which on two images count as copies.
+        limit: Minimum correlation of two copies.
     """
 
     groups: NDArray[np.int64]
@@ -42,16 +42,17 @@ class Copies:
 
 
 def near_copies(embedding: Tensor, parts: Sequence[Split]) -> Copies:
-    """Find near copies: the embedding and the pixels name candidates, and the pixels confirm them.
+    """Find near copies: the embedding and the pixels give candidates, and the pixels confirm them.
 
     Images with equal pixels are copies. For each other image, the candidates are the 8 images with the highest cosine
     similarity of centred embeddings, and the 8 whose grey versions of 8 pixels correlate most. A candidate is a copy if
     the correlation of the grey versions, at most 32 pixels wide, reaches the limit at a shift of at most one pixel, and
     the colours agree.
 
-    How similar different images are depends on the data: drawings of digits correlate more than photographs. So the
-    limit is set by the median m, over the images, of the highest correlation with a candidate: a copy leaves at most a
-    tenth of what that pair leaves, ``1 - (1 - m) / 10``, and the limit lies between 0.95 and 0.995.
+    The similarity of different images depends on the data: drawings of digits correlate more than photographs. The
+    limit therefore depends on the median m, over the images, of the highest correlation with a candidate. It is
+    ``1 - (1 - m) / 10``, but at least 0.95 and at most 0.995: the distance of a copy to 1 is at most a tenth of that of
+    the median pair.
 
     Time grows with the square of the number of images.
 
@@ -94,7 +95,7 @@ def _candidates(points: Tensor) -> Tensor:
 
 
 def _coarse(pixels: Tensor) -> Tensor:
-    """Return grey versions of 8 pixels of uint8 images ``(N, 3, S, S)``, less their mean, as ``(N, 64)``."""
+    """Return grey versions of 8 pixels of uint8 images ``(N, 3, S, S)``, minus their mean, as ``(N, 64)``."""
     grey = torch.cat([_grey(block.float()) for block in pixels.split(_BLOCK)])
     coarse = F.interpolate(grey[:, None], (_COARSE, _COARSE), mode="area").flatten(1)
     return coarse - coarse.mean(1, keepdim=True)
@@ -105,7 +106,7 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def _small(pixels: Tensor) -> Tensor:
-    """Average uint8 images ``(B, 3, S, S)`` down to at most 32 pixels, still uint8 for the memory's sake."""
+    """Average uint8 images ``(B, 3, S, S)`` down to at most 32 pixels, as uint8 to save memory."""
     if pixels.shape[-1] <= _SIDE:
         return pixels.cpu().contiguous()
     return F.interpolate(pixels.cpu().float(), (_SIDE, _SIDE), mode="area").round().to(torch.uint8)
@@ -114,7 +115,7 @@ def _small(pixels: Tensor) -> Tensor:
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Return the highest correlation ``(B,)`` of uint8 images ``(B, 3, S, S)`` over small shifts; -1 for other colours.
 
-    A flat image has no correlation; it is a copy, 1, of an image whose pixels are the same up to noise.
+    A flat image has no correlation. Its value is 1 if the pixels are equal up to noise, and 0 otherwise.
     """
     a, b = a.float(), b.float()
     grey_a, grey_b = _grey(a), _grey(b)
@@ -128,7 +129,7 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _at_shift(a: Tensor, b: Tensor, down: int, right: int) -> Tensor:
-    """Return the correlation ``(B,)`` of what images ``(B, S, S)`` share when ``b`` is moved."""
+    """Return the correlation ``(B,)`` of the overlap of images ``(B, S, S)`` when ``b`` is shifted."""
     side = a.shape[-1]
     a = a[:, max(0, down) : side + min(0, down), max(0, right) : side + min(0, right)].flatten(1)
     b = b[:, max(0, -down) : side - max(0, down), max(0, -right) : side - max(0, right)].flatten(1)

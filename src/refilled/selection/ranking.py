@@ -1,4 +1,4 @@
-"""Candidates for a teacher, measured on a sample of the training images and put in order."""
+"""Candidate teachers, measured on a sample of the training images and ranked."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,28 +33,28 @@ _WORTH_A_TRIAL = 1.0  # percentage points; a smaller gain was never established 
 
 @dataclass(frozen=True)
 class Measured:
-    """A candidate at one size, and what was measured of it.
+    """The measurements of a candidate at one size.
 
     Attributes:
-        candidate: The text that names the teacher.
-        size: Side length in pixels of its input; None where it could not be asked.
-        fault: Why it cannot help, as far as that is known before training; None if nothing was found.
-        sick: Whether training would refuse it; nothing else is measured then.
+        candidate: Name of the teacher, in a form of ``--teacher``.
+        size: Side length in pixels of its input; None if it is not known.
+        fault: Reason why it cannot help, as far as it is known before training; None if there is none.
+        unusable: Whether training would refuse it. In this case, nothing else is measured.
         notes: Warnings of the check before training.
-        label_information: Share of the labels' entropy that its nearest class means take away.
+        label_information: Share of the labels' entropy that its nearest class means remove.
         nearest_class_mean: Accuracy of its nearest class means on held-out folds.
         linear_probe: Accuracy of logistic regression on held-out folds.
         logme: See :func:`~refilled.selection.measures.logme`.
         cost: The cost of an image.
-        gain: Forecast gain in percentage points of a student with ``--preset good``; 0 if it is at fault, since the
-            preset then ignores it.
+        gain: Forecast gain in percentage points of a student with ``--preset good``; 0 if there is a fault, because the
+            preset then ignores the teacher.
         extrapolated: Whether there are fewer or more labels per class than the forecast was fitted to.
     """
 
     candidate: str
     size: int | None = None
     fault: str | None = None
-    sick: bool = False
+    unusable: bool = False
     notes: tuple[str, ...] = ()
     label_information: float | None = None
     nearest_class_mean: Accuracy | None = None
@@ -67,7 +67,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates, the best first, and what they were measured on.
+    """Candidates, the best first, and the sample on which they were measured.
 
     Attributes:
         task: Name of the task.
@@ -92,14 +92,14 @@ class Ranking:
 
     @property
     def helpful(self) -> list[Measured]:
-        """The candidates that are forecast to help by a point or more."""
+        """The candidates with a forecast gain of 1 point or more."""
         return [one for one in self.candidates if one.fault is None and (one.gain or 0) >= _WORTH_A_TRIAL]
 
     @property
     def verdict(self) -> str:
-        """The recommendation, in words."""
+        """The recommendation, as text."""
         if not self.helpful:
-            return "none of these will help"
+            return "no teacher has a forecast gain of 1 point or more"
         best = self.helpful[0]
         size = self.sizes.get(best.candidate)
         where = "" if size is None else f" at {size} pixels"
@@ -107,7 +107,7 @@ class Ranking:
         return f"{best.candidate}{where}: forecast gain {best.gain:+.1f} ± {self.error:.1f} points{doubt}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
+        """Return all fields as JSON-compatible data."""
         return {**asdict(self), "verdict": self.verdict}
 
 
@@ -115,7 +115,7 @@ class Bench:
     """A sample of a task's images on which teachers are measured.
 
     Args:
-        run: The run; its task, seed, teacher settings and machine count.
+        run: The run. Only its task, seed, teacher settings and machine settings are used.
         images: Maximum number of images of the sample.
         task: The task, if it is loaded already.
 
@@ -144,7 +144,7 @@ class Bench:
         return held_out_accuracy(linear_probe, embedding, self.labels, self.folds)
 
     def load(self, candidate: str, size: int | None) -> Backbone:
-        """Load a candidate; a mistake in its name or size names it."""
+        """Load a candidate. The message of an error names it."""
         try:
             return load_teacher_of(self._run_of(candidate, size), self.task.image_size)
         except ModelError as error:
@@ -155,12 +155,12 @@ class Bench:
         return embedding_of(teacher, self.task, self._run_of(candidate, size))
 
     def measure(self, teacher: Backbone, candidate: str, size: int | None) -> Measured:
-        """Measure a candidate; one that training would refuse is returned as sick."""
+        """Measure a candidate. One that training would refuse is unusable."""
         try:
             notes = examine(teacher, self.task.train, candidate)
             embedding = self.embed(teacher, candidate, size)
         except ModelError as error:
-            return Measured(candidate, size, fault=str(error), sick=True)
+            return Measured(candidate, size, fault=str(error), unusable=True)
         found = self.accuracy(embedding)
         fault = fault_in(embedding, self._pixels, self.labels)
         features = Features.of(found.percent, self.pixels.percent, self.labels_per_class)
@@ -190,15 +190,15 @@ def rank_teachers(
     images: int = SAMPLE,
     say: Say = lambda text: None,
 ) -> Ranking:
-    """Measure candidates for a teacher on a sample of a task's training images, and put the best first.
+    """Measure candidate teachers on a sample of a task's training images, and rank them.
 
     Candidates are ordered by the forecast gain, then by the label information. Those that training would refuse, or
-    that know no more of the classes than chance or the pixels, come last.
+    that separate the classes no better than chance or the pixels, come last.
 
     Args:
-        run: The run; its task, shots, seed, teacher settings and machine count.
-        candidates: Texts that ``--teacher`` takes.
-        sizes: Side lengths in pixels at which each candidate is measured; none: each at its own.
+        run: The run. Only its task, shots, seed, teacher settings and machine settings are used.
+        candidates: Names of teachers, in the forms of ``--teacher``.
+        sizes: Side lengths in pixels at which each candidate is measured. Empty: each at its own size.
         images: Maximum number of images of the sample.
         say: Called with a line before each candidate.
 
@@ -210,7 +210,7 @@ def rank_teachers(
     bench = Bench(run, images)
     wanted = [(candidate, size) for candidate in candidates for size in (sizes or (None,))]
     for candidate, size in wanted:
-        bench.load(candidate, size)  # a mistake is found before an hour of embedding
+        bench.load(candidate, size)  # errors appear now, and not after an hour of embedding
     measured = []
     for candidate, size in wanted:
         say(f"{candidate}{'' if size is None else f' at {size} pixels'}: {len(bench.labels)} images")
@@ -233,8 +233,8 @@ def settle_size(run: Run, sizes: Sequence[int] = (), images: int = 1000) -> tupl
 
     Args:
         run: The run, with a teacher.
-        sizes: Side lengths in pixels to measure; none: the size of the images, 1.5 times, twice and 3 times that, and
-            the teacher's own, up to 224 pixels.
+        sizes: Side lengths in pixels to measure. Empty: 1, 1.5, 2 and 3 times the size of the images, and the teacher's
+            own size, up to 224 pixels.
         images: Maximum number of images of the sample.
 
     Returns:
@@ -270,11 +270,11 @@ def _sizes_for(image_size: int, teacher: Backbone) -> list[int]:
 
 
 def _order(one: Measured) -> tuple[bool, bool, float, float]:
-    return one.sick, one.fault is not None, -(one.gain or 0.0), -(one.label_information or 0.0)
+    return one.unusable, one.fault is not None, -(one.gain or 0.0), -(one.label_information or 0.0)
 
 
 def _settled(measured: Sequence[Measured]) -> dict[str, int]:
-    """Return the size of each candidate that could be measured."""
+    """Return the best size of each candidate that could be measured."""
     by_candidate: dict[str, dict[int, Accuracy]] = {}
     for one in measured:
         if one.size is not None and one.linear_probe is not None:

@@ -20,7 +20,7 @@ from refilled.runs.teacher_caches import embedder, fabric_of
 from refilled.training.teacher_cache import teacher_cache
 
 SAMPLE = 2000
-"""Number of images of a sample."""
+"""Default number of images in a sample."""
 
 _TIMED = 8  # images at a time
 _TIMES = 3
@@ -32,8 +32,8 @@ class Cost:
 
     Attributes:
         size: Side length in pixels of the teacher's input.
-        multiplications: Multiply-accumulate operations; None where they cannot be counted.
-        milliseconds: Time, in batches of 8, on this machine.
+        multiplications: Number of multiply-accumulate operations; None if they cannot be counted.
+        milliseconds: Time in ms on this machine, in batches of 8.
     """
 
     size: int
@@ -44,7 +44,7 @@ class Cost:
 def sample_of(task: Task, images: int = SAMPLE, seed: int = 0) -> Task:
     """Return the task with a sample of its training images, spread evenly over its classes.
 
-    Each class keeps two images or more. Where the sample is too small for that, classes are left out.
+    Each class keeps two images or more. If the sample is too small for that, classes are left out.
 
     Args:
         task: The task.
@@ -80,14 +80,14 @@ def sample_of(task: Task, images: int = SAMPLE, seed: int = 0) -> Task:
 
 
 def embedding_of(teacher: Backbone, sample: Task, run: Run) -> Tensor:
-    """Return the teacher's embedding of the sample's training images ``(N, d)``, from the cache if it is there.
+    """Return the teacher's embedding of the sample's training images ``(N, d)``, from the cache if possible.
 
-    The embedding of a teacher from a Python file is not cached: its weights do not say what its code does.
+    The embedding of a teacher from a Python file is not cached, because its code may change with equal weights.
 
     Args:
         teacher: The teacher.
         sample: See :func:`sample_of`.
-        run: The run, resolved; its device and precision are used, and it names the teacher.
+        run: The resolved run, which gives the device, the precision and the name of the teacher.
 
     Raises:
         ModelError: An embedding is NaN or infinite.

@@ -1,1 +1,1 @@
-"""A local web server for a run's student: a page, and predictions as JSON."""
+"""A local web server for a run's student: a web page, and predictions as JSON."""

@@ -1,4 +1,4 @@
-"""The web application: a page, predictions as JSON, limits on everything that comes in."""
+"""The web application: a page, predictions as JSON, and limits on requests."""
 
 import asyncio
 import ipaddress
@@ -19,7 +19,7 @@ from refilled.serve.engine import Engine, Refusal
 from refilled.serve.queue import BatchQueue, Full
 
 MAX_FILES = 64
-"""Pictures per request."""
+"""Maximum number of pictures per request."""
 
 _BATCH = 32
 _WAITING = 4  # requests of the largest size that may wait
@@ -42,10 +42,10 @@ def make_app(engine: Engine, max_bytes: int, host: str = "127.0.0.1") -> Starlet
     """Return the application.
 
     Args:
-        engine: What answers.
-        max_bytes: The most bytes of a request, all its pictures together.
-        host: The address that it is served at. At a loopback address, requests to other names are refused, so that
-            no web page can reach the server through a name of its own (DNS rebinding).
+        engine: The student that answers the requests.
+        max_bytes: Maximum size of a request in bytes, with all its pictures.
+        host: Address of the server. At a loopback address, requests for other host names are refused, so that no web
+            page can reach the server by DNS rebinding.
     """
     queue: BatchQueue[dict[str, Any] | Refusal] = BatchQueue(engine.answer, _BATCH, _WAITING * max_bytes)
 
@@ -61,7 +61,7 @@ def make_app(engine: Engine, max_bytes: int, host: str = "127.0.0.1") -> Starlet
         try:
             answers = await asyncio.gather(*(queue.ask(picture) for _, picture in pictures))
         except Full:
-            raise HTTPException(503, "too many pictures wait; try again", {"Retry-After": "1"}) from None
+            raise HTTPException(503, "too many pictures are waiting; try again", {"Retry-After": "1"}) from None
         described = [
             {"name": name, "error": answer.reason, "status": answer.status}
             if isinstance(answer, Refusal)
@@ -115,7 +115,7 @@ def make_app(engine: Engine, max_bytes: int, host: str = "127.0.0.1") -> Starlet
 
 
 class _Guard:
-    """Add the security headers to every response, and refuse requests to names that are not the server's."""
+    """Add the security headers to every response, and refuse requests for other host names."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], own_names: frozenset[str] | None) -> None:
         self._app, self._own_names = app, own_names
@@ -133,14 +133,16 @@ class _Guard:
         name = Request(scope).headers.get("host", "").lower()
         name = name.rpartition(":")[0] if name.rpartition(":")[2].isdecimal() else name
         if self._own_names is not None and name.strip("[]") not in self._own_names:
-            refusal = JSONResponse({"error": f"this server is called {', '.join(sorted(self._own_names))}"}, 400)
+            refusal = JSONResponse(
+                {"error": f"unknown host name; use one of: {', '.join(sorted(self._own_names))}"}, 400
+            )
             await refusal(scope, receive, send_with_headers)
             return
         await self._app(scope, receive, send_with_headers)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -163,14 +165,14 @@ def _static(name: str, path: str, kind: str) -> Route:
 async def _as_json(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    return JSONResponse({"error": "the server failed on this request; its log says why"}, 500)
+    return JSONResponse({"error": "the server failed on this request; see its log"}, 500)
 
 
 def _whole_number(text: str | None, default: int) -> int:
     if text is None:
         return default
     if not text.isdecimal() or not int(text[:9]) > 0:
-        raise HTTPException(400, "top must be a whole number above 0")
+        raise HTTPException(400, "top must be an integer above 0")
     return int(text[:9])
 
 
@@ -183,7 +185,7 @@ async def _pictures_of(request: Request, max_bytes: int) -> list[tuple[str | Non
     """Return the names and bytes of the pictures of a request: the parts of a form, or the whole body."""
     body = await _body_of(request, max_bytes)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not kind.startswith("multipart/"):  # whatever curl calls it
+    if not kind.startswith("multipart/"):  # of any content type, because curl sets its own
         if not body:
             raise HTTPException(400, "the body is empty; send a picture, as the body or as multipart/form-data")
         return [(None, body)]
@@ -192,7 +194,7 @@ async def _pictures_of(request: Request, max_bytes: int) -> list[tuple[str | Non
         yield body
 
     if kind != "multipart/form-data":
-        raise HTTPException(415, f"{kind} is not read; send multipart/form-data, or a picture as the body")
+        raise HTTPException(415, f"{kind} is not supported; send multipart/form-data, or a picture as the body")
     try:
         form = await MultiPartParser(request.headers, stream(), max_files=MAX_FILES, max_fields=MAX_FILES).parse()  # type: ignore[arg-type]
     except (MultiPartException, KeyError) as error:
@@ -202,7 +204,7 @@ async def _pictures_of(request: Request, max_bytes: int) -> list[tuple[str | Non
         parts = [part for _, part in form.multi_items() if not isinstance(part, str)]
         pictures: list[tuple[str | None, bytes]] = [(part.filename, await part.read()) for part in parts]
     if not pictures:
-        raise HTTPException(400, "the form holds no file; send each picture as a file, as curl -F picture=@a.jpg does")
+        raise HTTPException(400, "the form contains no file; send each picture as a file, as in curl -F picture=@a.jpg")
     return pictures
 
 
@@ -216,7 +218,7 @@ async def form_closed(form: Any) -> AsyncIterator[None]:
 
 
 async def _body_of(request: Request, max_bytes: int) -> bytes:
-    """Read a body and stop where it is too large, whatever length it declares."""
+    """Read a body, and stop as soon as it is too large, whatever its declared length."""
     too_large = HTTPException(413, f"more than {max_bytes:,} bytes; send fewer or smaller pictures")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:18]) > max_bytes:
@@ -228,5 +230,5 @@ async def _body_of(request: Request, max_bytes: int) -> bytes:
             if len(body) > max_bytes:
                 raise too_large
     except ClientDisconnect:
-        raise HTTPException(400, "the client left") from None
+        raise HTTPException(400, "the client disconnected") from None
     return bytes(body)

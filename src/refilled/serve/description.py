@@ -22,7 +22,7 @@ def openapi(max_bytes: int, max_files: int) -> dict[str, Any]:
                         {
                             "name": "top",
                             "in": "query",
-                            "description": "Classes in probabilities; default: all.",
+                            "description": "Number of classes in probabilities. Default: all.",
                             "schema": {"type": "integer", "minimum": 1},
                         }
                     ],
@@ -41,11 +41,14 @@ def openapi(max_bytes: int, max_files: int) -> dict[str, Any]:
                         },
                     },
                     "responses": {
-                        "200": _json("One entry per picture, in their order", {"$ref": "#/components/schemas/Answer"}),
+                        "200": _json(
+                            "One entry per picture, in their order",
+                            {"$ref": "#/components/schemas/Answer"},
+                        ),
                         "400": {"description": "Empty or damaged", **error},
                         "413": {"description": "Too many bytes or pixels", **error},
-                        "415": {"description": "No picture in a known format", **error},
-                        "503": {"description": "Too many pictures wait", **error},
+                        "415": {"description": "Not a picture in a known format", **error},
+                        "503": {"description": "Too many pictures are waiting", **error},
                     },
                 }
             },

@@ -1,4 +1,4 @@
-"""What the server answers for pictures: classes, the nearest training images, and the teacher's nearest class mean."""
+"""The answers for pictures: classes, the nearest training images, and the teacher's nearest class means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ _THUMBNAIL = 96  # pixels
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a picture is not answered."""
+    """The reason why a picture is refused."""
 
     status: int
-    """The HTTP status: 400 damaged, 413 too large, 415 no picture in a known format."""
+    """HTTP status. 400: damaged; 413: too large; 415: not a picture in a known format."""
     reason: str
 
 
@@ -74,7 +74,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class TeacherMeans:
-    """Nearest class mean in a teacher's embedding, as in :func:`~refilled.runs.inference.teacher_accuracies`."""
+    """The class means in a teacher's embedding, as in :func:`~refilled.runs.inference.teacher_accuracies`."""
 
     teacher: Backbone
     mean: Tensor
@@ -83,7 +83,7 @@ class TeacherMeans:
 
     @classmethod
     def of(cls, teacher: Backbone, images: Split, names: tuple[str, ...]) -> "TeacherMeans":
-        """Embed the training images by the teacher, and keep the mean of each class."""
+        """Embed the training images with the teacher, and compute the mean of each class."""
         embedding = finite_embedding(teacher, images)
         mean = embedding.mean(0)
         centers, classes = class_centers(normalize(embedding - mean), images.labels)
@@ -103,13 +103,13 @@ class TeacherMeans:
 
 
 class Engine:
-    """A run's student, ready to answer.
+    """A run's student, which answers requests.
 
     Args:
         folder: The run's folder.
-        nearest: Whether to find the nearest training images. They are embedded once, here.
-        teacher: Whether to ask the teacher, too.
-        max_pixels: The most pixels of a picture; the header is read before anything is decoded.
+        nearest: Whether to find the nearest training images, which are embedded here.
+        teacher: Whether to find the teacher's nearest class means also.
+        max_pixels: Maximum number of pixels per picture, checked in the header before anything is decoded.
 
     Raises:
         RefilledError: There is no student, or the teacher or its images cannot be opened.
@@ -152,7 +152,7 @@ class Engine:
             self.teacher = TeacherMeans.of(network, task.train, task.classes)
 
     def answer(self, pictures: Sequence[bytes]) -> list[dict[str, Any] | Refusal]:
-        """Answer encoded pictures, in their order."""
+        """Return an answer for each encoded picture, in their order."""
         answers: dict[int, dict[str, Any] | Refusal] = {}
         for place, picture in enumerate(pictures):
             if (refusal := self._refusal(picture)) is not None:
@@ -174,7 +174,7 @@ class Engine:
         except Exception as error:  # decoders raise errors of any type for damaged pictures
             return Refusal(415, describe(error))
         if width * height > self.max_pixels:
-            return Refusal(413, f"too large: {width}x{height}, over {self.max_pixels:,} pixels")
+            return Refusal(413, f"too large: {width}x{height}; the limit is {self.max_pixels:,} pixels")
         return None
 
     def _predicted(self, pixels: Tensor) -> list[dict[str, Any]]:

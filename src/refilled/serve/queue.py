@@ -11,18 +11,18 @@ Answer = TypeVar("Answer")
 
 
 class Full(Exception):
-    """Too many bytes wait already."""
+    """Too many bytes are waiting."""
 
 
 class BatchQueue(Generic[Answer]):
-    """A queue in front of a function that answers many pictures in one call, on one thread.
+    """A queue for a function that answers a batch of pictures per call, on one thread.
 
-    A lone request is answered at once. Under load the batches grow by themselves up to ``most``.
+    A single request is answered immediately. Under load, batches grow up to ``most`` pictures.
 
     Args:
-        work: Gives an answer for each picture, in their order.
-        most: Pictures per batch.
-        bytes_waiting: The number of bytes that may wait; beyond it :meth:`ask` raises :class:`Full`.
+        work: Returns an answer for each picture, in their order.
+        most: Maximum number of pictures per batch.
+        bytes_waiting: Maximum number of bytes that may wait. Above it, :meth:`ask` raises :class:`Full`.
     """
 
     def __init__(self, work: Callable[[Sequence[bytes]], list[Answer]], most: int, bytes_waiting: int) -> None:
@@ -30,7 +30,7 @@ class BatchQueue(Generic[Answer]):
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
-        """Start to answer, in the running event loop."""
+        """Start answering in the running event loop."""
         self._queue: asyncio.Queue[tuple[bytes, asyncio.Future[Answer]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "batches")
         self._task = asyncio.create_task(self._answer_batches())
@@ -47,7 +47,7 @@ class BatchQueue(Generic[Answer]):
         """Return the answer for a picture.
 
         Raises:
-            Full: Too much waits already.
+            Full: Too many bytes are waiting.
         """
         if len(picture) > self._room:
             raise Full
@@ -65,12 +65,12 @@ class BatchQueue(Generic[Answer]):
             batch = [await self._queue.get()]
             while len(batch) < self._most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            batch = [(picture, future) for picture, future in batch if not future.done()]  # the client may have left
+            batch = [(picture, future) for picture, future in batch if not future.done()]  # a client may leave
             if not batch:
                 continue
             try:
                 answers = await loop.run_in_executor(self._thread, self._work, [picture for picture, _ in batch])
-            except Exception as error:  # of any kind: it belongs to these requests, and the next batch is answered
+            except Exception as error:  # of any type; only these requests fail
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Listening at an address until Ctrl-C or SIGTERM."""
+"""The HTTP server, which runs until Ctrl-C or SIGTERM."""
 
 import signal
 import socket
@@ -22,17 +22,17 @@ def serve(
     max_pixels: int = 50_000_000,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Serve a run's student until Ctrl-C or SIGTERM; requests that were begun are finished.
+    """Serve a run's student until Ctrl-C or SIGTERM, and complete the requests in progress.
 
     Args:
         folder: The run's folder.
-        host: The address; a loopback address is reached by this machine only.
-        port: The port; 0 takes a free one.
+        host: Address to listen on. Only this machine can reach a loopback address.
+        port: Port to listen on. 0: a free one.
         nearest: Whether to show the nearest training images.
         teacher: Whether to show the teacher's nearest class means.
-        max_bytes: The most bytes of a request.
-        max_pixels: The most pixels of a picture.
-        say: Told of the address and of notes.
+        max_bytes: Maximum size of a request in bytes.
+        max_pixels: Maximum number of pixels per picture.
+        say: Called with the address and with notes.
 
     Raises:
         RunError: A package is missing, the address cannot be used, or the folder holds no student.
@@ -43,7 +43,7 @@ def serve(
 
         from refilled.serve.app import is_loopback, make_app
     except ModuleNotFoundError as error:
-        raise RunError(f"serving needs the package {error.name}; pip install 'refilled[serve]'") from None
+        raise RunError(f"serving needs the package {error.name}: pip install 'refilled[serve]'") from None
     from refilled.serve.engine import Engine
 
     with _listening(host, port) as listener:
@@ -51,7 +51,9 @@ def serve(
         for note in engine.notes:
             say(f"note: {note}")
         if not is_loopback(host):
-            say("note: whoever reaches this machine can send pictures and see training images; there is no password")
+            say(
+                "note: anyone who reaches this machine can use the server and see training images; there is no password"
+            )
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
             make_app(engine, max_bytes, host),
@@ -65,7 +67,7 @@ def serve(
             signal.signal(number, lambda *_: None)
         say(f"serving {folder} at http://{shown}:{listener.getsockname()[1]}/ until Ctrl-C")
         server.run(sockets=[listener])
-    say("ended")
+    say("stopped")
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -74,10 +76,10 @@ def _listening(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     except OSError as error:
-        raise RunError(f"'{host}' is no address of this machine: {error.strerror}") from error
+        raise RunError(f"'{host}' is not an address of this machine: {error.strerror}") from error
     try:
         listener.bind(address)
-        listener.listen()  # or a second server could take the port, too
+        listener.listen()  # otherwise a second server could bind the same port
     except OSError as error:
         listener.close()
         raise RunError(

@@ -10,9 +10,9 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from refilled.config import Precision
 from refilled.models import Backbone
 from refilled.outputs import Outputs, not_computed
+from refilled.recipe import Precision
 from refilled.stages import Part
 
 _MOST = 4  # recordings; each keeps the memory of a pass, and an epoch has batches of one or two sizes

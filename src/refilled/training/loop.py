@@ -5,36 +5,32 @@ needed to resume from there as a state, so an interrupted run resumes bit-identi
 meta-training have loops of their own in ``fewshot/``.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from refilled.config import Recipe
 from refilled.data import Task, Views, joined_batches
 from refilled.data.keyed import keyed_bits
 from refilled.errors import NonFiniteError, RunError
 from refilled.models import Backbone
 from refilled.outputs import Outputs
+from refilled.recipe import Recipe
 from refilled.stages import Reports, Stage, Term, numbered
 from refilled.training.averaging import WeightAverage
 from refilled.training.checkpoints import State, refusing_another_state
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, predict_classes
-from refilled.training.optimizers import create_optimizer
+from refilled.training.optimizers import create_optimizer, optimizer_tensors, restore_optimizer
 from refilled.training.precision import resolve_precision
+from refilled.training.schedule import learning_rate, share_epochs
 from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
 from refilled.training.teaching import Teaching
-
-_FALLS = {"step": (0.2, (0.25, 0.5, 0.75)), "late-step": (0.1, (0.625, 0.75, 0.875))}
-"""Factor by which the learning rate falls, and the shares of a stage after which it does."""
 
 
 @dataclass(frozen=True)
@@ -82,30 +78,6 @@ class Journal(Protocol):
     def end_stage(self, stage: Stage, student: Backbone) -> None:
         """A stage ended that is not the last."""
         return
-
-
-def share_epochs(stages: Sequence[Stage], epochs: int) -> list[int]:
-    """Divide the epochs among the stages in proportion to their shares."""
-    total = sum(stage.share for stage in stages)
-    if total <= 0:
-        raise RunError(f"the shares of the stages must add up to more than 0, not {total}")
-    ends = [0]
-    reached = 0.0
-    for stage in stages:
-        reached += stage.share
-        ends.append(math.floor(epochs * reached / total + 0.5))
-    return [end - begin for begin, end in pairwise(ends)]
-
-
-def learning_rate(recipe: Recipe, epochs: int, time: float) -> float:
-    """Return the learning rate at ``time``, in epochs since its stage of ``epochs`` began."""
-    warmup = min(recipe.warmup, epochs / 2)
-    if time < warmup:
-        return recipe.lr * (time + 1e-2) / (warmup + 1e-2)  # above 0, because a first step of 0 would be lost
-    if recipe.schedule in _FALLS:
-        factor, milestones = _FALLS[recipe.schedule]
-        return recipe.lr * factor ** sum(time >= milestone * epochs for milestone in milestones)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (time - warmup) / (epochs - warmup)))
 
 
 def views_of(recipe: Recipe, task: Task) -> Views:
@@ -373,7 +345,7 @@ class _Training:
             self.student.reset_classifier(generator)
         self._follow_weights()
         for teaching in self.teaching:
-            teaching.prepare(self.task)
+            teaching.precompute(self.task)
 
     def _follow_weights(self) -> None:
         if self.recipe.ema > 0:
@@ -383,8 +355,7 @@ class _Training:
         tensors = {f"student/{name}": value for name, value in self.student.state_dict().items()}
         tensors |= {f"losses/{name}": value for name, value in self.losses.state_dict().items()}
         tensors |= {f"sums/{name}": value for name, value in self.sums.items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": v for name, v in entries.items() if v is not None}
+        tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
         tensors["random"] = torch.get_rng_state()
         if self.fabric.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state()
@@ -401,15 +372,7 @@ class _Training:
         self.losses.load_state_dict(dict(_under("losses/", state.tensors)))
         self.losses.to(self.fabric.device)  # tensors whose size only the state determines were created on the CPU
         self.sums = {name: state.tensors[f"sums/{name}"] for name in state.data["sums"]}
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for name, value in _under("optimizer/", state.tensors):
-            index, entry = name.split("/")
-            parameter = parameters[int(index)]
-            if entry == "step":  # AdamW counts its steps in a tensor
-                self.optimizer.state[parameter][entry] = value.to(self.fabric.device)
-                continue
-            # In the memory layout of its parameter: the fused step walks both in the order of memory.
-            self.optimizer.state[parameter][entry] = torch.empty_like(parameter).copy_(value)
+        restore_optimizer(self.optimizer, dict(_under("optimizer/", state.tensors)), self.fabric.device)
         self._follow_weights()
         if self.average is not None:
             self.average.restore(dict(_under("average/", state.tensors)), int(state.tensors["updates"]))

@@ -2,7 +2,7 @@
 
 import torch
 
-from refilled.config import Precision
+from refilled.recipe import Precision
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:

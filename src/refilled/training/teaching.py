@@ -64,8 +64,8 @@ class Teaching:
             taught = cast(Outputs, self.teacher(images, features="features" in self.parts))
         return self.world.gather_outputs(taught, len(batch), self.parts)
 
-    def prepare(self, task: Task) -> None:
-        """Show the losses of the stage the embedding of the whole training set, if any asks for it."""
+    def precompute(self, task: Task) -> None:
+        """Embed the whole training set for the losses of the stage that need it."""
         terms = [term for term in self.stage.terms.values() if needs_training_set(term.loss)]
         if not terms:
             return
@@ -81,7 +81,7 @@ class Teaching:
         for term in terms:
             assert needs_training_set(term.loss)
             shown = len(labels) if term.sees_unlabelled else len(task.train)
-            term.loss.prepare(embedding[:shown], labels[:shown])
+            term.loss.precompute(embedding[:shown], labels[:shown])
 
     def refuse_sick(self, taught: Outputs, sources: Sequence[str], hint: str) -> None:
         """Blame the teacher, and name the images, where it is its outputs that are not finite."""

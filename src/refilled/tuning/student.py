@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from refilled.config import Recipe, Run
+from refilled.config import Run
 from refilled.errors import NonFiniteError, RunError, unknown
 from refilled.files import alone, read_toml, write_atomic
 from refilled.methods import load_method
+from refilled.recipe import Recipe
 from refilled.runs.experiment import check, complete
 from refilled.runs.prepared import resolve
 from refilled.runs.result import Result
@@ -65,7 +66,7 @@ def tune(
 
     Args:
         run: The run that all trials share. Its ``val`` is the fraction of the training images that is held out.
-        search: By name of a parameter of the method or a field of :class:`~refilled.config.Recipe`, the values to try;
+        search: By name of a parameter of the method or a field of :class:`~refilled.recipe.Recipe`, the values to try;
             see :mod:`refilled.tuning.search_space`.
         trials: Number of trials, including those of earlier calls and of other processes.
         folder: Folder of the tuning.
