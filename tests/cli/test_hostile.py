@@ -108,7 +108,6 @@ HARMS = {
     "hollow": with_values(lambda value: type(value)() if isinstance(value, dict | list) else value),
     "unreadable": unreadable,
     "long number": long_number,  # that Python refuses to read
-    "absent": Path.unlink,
 }
 JSON = ["empty", "noise", "torn", "directory", "list", "deep", "nulls", "hollow", "unreadable", "long number"]
 LINES = ["noise", "directory", "list", "deep", "unreadable", "long number"]
@@ -132,8 +131,7 @@ READ = [
     (["push", "run", "user/name"], "run/result.json", JSON),
     (["push", "run", "user/name"], "run/model.json", JSON),
     (["push", "run", "user/name"], "run/model.safetensors", BINARY),
-    (["push", "run", "user/name"], "run/README.md", TEXT),
-    (["push", "run", "user/name"], "run/DONE", ["absent"]),
+    (["push", "run", "user/name"], "run/README.md", ["empty", "noise", "directory", "unreadable"]),
     (["serve", "taught", "--port", "0"], "taught/model.json", ["noise", "list"]),
     (["serve", "taught", "--port", "0"], "taught/data.json", ["noise", "list", "nulls", "deep", "unreadable"]),
     (["evaluate", "run"], "run/data.json", ["nulls", "deep"]),
@@ -283,6 +281,12 @@ def test_files_instead_of_folders_and_long_names_are_mistakes(here, capsys, argu
     said = capsys.readouterr().err
     assert (code, (here / "c.toml").read_text()) in ((2, before), (1, before)), said
     assert "error" in said or "skipped" in said
+
+
+def test_an_unfinished_run_is_not_pushed(here, capsys):
+    (here / "run" / "DONE").unlink()
+    assert call("push", "run", "user/name") == 2
+    assert "run holds no finished run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["file", "below a file", "unreadable"])
