@@ -1,5 +1,6 @@
 """Comparisons: what is run, what is repeated, and what the page says."""
 
+import io
 import re
 import shutil
 import signal
@@ -9,9 +10,12 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.parse import unquote
 
 import pytest
 import torch
+from rich.console import Console
 
 from refilled.compare.comparison import Comparison, compare
 from refilled.compare.page import RowResults, on_the_unlabelled, verdict
@@ -19,6 +23,9 @@ from refilled.compare.summary import Gain
 from refilled.config import Run
 from refilled.errors import RunError
 from refilled.presets import PRESETS
+from refilled.report import many
+from refilled.report.many import Leave, write_missing
+from refilled.report.page import Surroundings
 from refilled.report.pictures import examples
 from refilled.runs.experiment import complete
 from refilled.runs.inference import teacher_accuracies
@@ -97,6 +104,27 @@ def test_the_page_shows_the_images_of_teacher_and_student(page):
 
 
 @pytest.mark.slow
+def test_each_run_has_a_report_against_the_student_alone_and_the_page_links_to_it(page):
+    parsed = _Page()
+    parsed.feed(page.read_text())
+    links = [unquote(attributes["href"]) for tag, attributes in parsed.tags if tag == "a"]
+    runs = [f"{row}-s{seed}" for row in ("vanilla", "_i_Re_Filled__i_") for seed in (0, 1)]
+    assert links == [f"{name}/report.html" for name in [*runs, "teacher"]]
+    for link in links:
+        report = _Page()
+        report.feed((page.parent / link).read_text())
+        assert ("a", {"href": "../report.html"}) in report.tags
+        assert "Did the teacher help?" not in report.text  # the comparison knows
+        seed, alone = link.split("/")[0][-1], "A single run establishes nothing."
+        if link.startswith("_"):
+            theirs = Result.load(page.parent / f"vanilla-s{seed}")
+            alone = f"and vanilla-s{seed} {theirs.accuracy:.2f} %"
+        assert alone in report.text
+        assert ("Classes that gained and lost" in report.text) == link.startswith("_")
+        assert (page.parent / link).with_name("README.md").exists()
+
+
+@pytest.mark.slow
 def test_raw_results_lie_beside_the_page(page):
     lines = (page.parent / "results.csv").read_text().splitlines()
     assert lines[0].startswith("row,seed,accuracy,ncm_accuracy,ncm_after_embedding")
@@ -109,8 +137,50 @@ def test_a_second_start_repeats_nothing(page):
     folder = page.parent
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     assert len(before) == 5
+    reports = {path: path.stat().st_mtime_ns for path in folder.rglob("*/report.html")}
     compare(Comparison.from_toml(TEXT), folder, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*/report.html")} == reports
+
+
+@pytest.mark.slow
+def test_reports_that_are_missing_are_written_and_a_failure_loses_no_run(page, tmp_path, monkeypatch, in_process):
+    """As after an end between a run and its report, and with an image that has gone since."""
+    folder = tmp_path / "copy"
+    shutil.copytree(page.parent, folder)
+    comparison = Comparison.from_toml(TEXT)
+    comparison = replace(comparison, seeds=[0], rows=dict(list(comparison.rows.items())[:1]), teacher=None)
+    lost, kept = folder / "vanilla-s0" / "report.html", folder / "vanilla-s1" / "report.html"
+    there, before = lost.read_text(), kept.stat().st_mtime_ns
+    lost.unlink()
+    monkeypatch.setattr(many, "report_among", Mock(side_effect=OSError("gone\x1b")))
+    console = Console(record=True, width=10_000, file=io.StringIO())
+    compare(comparison, folder, console=console, executor=in_process)
+    text = console.export_text()
+    assert (
+        f"no report was written (OSError: gone\\x1b). The run is complete; try: refilled report {lost.parent}" in text
+    )
+    assert "vanilla-s0/report.html" not in (folder / "report.html").read_text()
+    monkeypatch.undo()
+    compare(comparison, folder, console=console, executor=in_process, reports=False)
+    assert not lost.exists()
+    compare(comparison, folder, console=console, executor=in_process)
+    assert _without_times(lost.read_text()) == _without_times(there)
+    assert kept.stat().st_mtime_ns == before
+
+
+def _without_times(page: str) -> str:
+    return re.sub(r"<tr><td>time per image.*?</td></tr>\s*", "", page)
+
+
+def test_a_run_that_ends_before_the_one_it_is_compared_with_waits_for_it(tmp_path):
+    around = Surroundings(tmp_path / "alone")
+    Leave(around)(None, tmp_path / "run")  # would fail, but is not begun
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "DONE").touch()
+    Leave(around)(None, tmp_path / "run")  # fails, and the run does not notice
+    assert write_missing({tmp_path / "run": around}) == {}  # it is not finished
 
 
 @pytest.mark.slow

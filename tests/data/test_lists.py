@@ -274,7 +274,7 @@ def test_labels_that_differ_in_case_are_said(tmp_path, names):
         (b"image,label\nimages/000.png,cat\n../images/001.png,dog\n", r"line 3: '\.\./images/001\.png' leads out of"),
         (b'image,label\n"images/000.png,cat\nimages/001.png,dog\n', "an earlier quotation mark is not closed"),
         (b"image,label\na.png,cat\nb.png,dog\n", "none of the 2 images .* the first is 'a.png'"),
-        (b"no list of images\n", r"none of the 1 images in column '1' of .*labels\.csv is below"),
+        (b"no list of images\n", r"none of the 1 image in column '1' of .*labels\.csv is below"),
         (b"", "is empty"),
         (b"image,label\n", "is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\r", "is not text"),

@@ -77,7 +77,7 @@ def test_what_is_missing_or_left_over_is_named(teacher, tmp_path):
     del weights[gone]
     save_file({**weights, "queue.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     _, notes = start(f"wrn_10_1:{tmp_path / 'w.safetensors'}")
-    assert f"initialised at random: 1 tensors, {gone}" in notes[0]
+    assert f"initialised at random: 1 tensor, {gone}" in notes[0]
     assert "not used from" in notes[1]
     assert "queue.weight" in notes[1]
 

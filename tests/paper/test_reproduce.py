@@ -526,9 +526,25 @@ def test_two_schedulers_on_one_folder_run_nothing_twice_and_both_get_all_results
 
 
 @pytest.mark.slow
+def test_each_training_run_leaves_a_report_against_the_student_alone(tmp_path, in_process):
+    table = small_table(Row("alone", "vanilla", (None,)), Row("taught", "regression", (None,)))
+    both = cells(table, ONE)
+    graph = JobGraph(both, tmp_path / "runs")
+    alone, taught = map(graph.run_of, both)
+    assert graph.alone(graph.runs[taught]) == alone
+    assert graph.alone(graph.runs[alone]) is None
+    fill(table, ONE, tmp_path, console=quiet(), executor=in_process)
+    pages = {path.parent.name: path.read_text() for path in (tmp_path / "runs").glob("*/report.html")}
+    assert pages.keys() == graph.runs.keys()  # with the teacher
+    assert f"and {alone} {Result.load(tmp_path / 'runs' / alone).accuracy:.2f} %" in pages[taught]
+    assert "Classes that gained and lost" not in pages[alone]
+
+
+@pytest.mark.slow
 def test_a_table_goes_to_the_executor_that_it_is_given(tmp_path, in_process):
     table = small_table(Row("alone", "vanilla", (None,)))
-    outcome = fill(table, ONE, tmp_path, 2, quiet(), in_process)
+    outcome = fill(table, ONE, tmp_path, 2, quiet(), in_process, reports=False)
+    assert not list(tmp_path.rglob("runs/*/report.html"))
     assert outcome.failures == {}
     assert in_process.jobs == [2]
     assert len(in_process.calls) == 1

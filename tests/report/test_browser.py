@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 from typer.testing import CliRunner
 
 from browser import chromium
 from refilled.cli.app import app
+from refilled.report.teachers import teacher_rows
 
 COMPLETE = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
 
@@ -58,3 +60,24 @@ def test_the_page_is_whole_fits_and_asks_for_nothing(folders, width, scheme):
             assert not complaints
             assert not [url for url in requests if url != address and not url.startswith("data:")]
             page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_wide_table_scrolls_in_its_own_box(tmp_path, width):
+    names = [f"/home/somebody/teachers/{'a_long_name_' * 8}{n}" for n in (1, 2)]
+    about = {"label_information": 0.3, "ignored": False, "weight": 0.5, "terms": ["regression", "local_kd"]}
+    rows = teacher_rows([{"name": name, **about} for name in names], [{"regression": 0.1, "local_kd": 0.2}])
+    environment = Environment(loader=PackageLoader("refilled.report"), autoescape=True)
+    empty = {"pictures": {}, "worst": [], "notes": [], "data": [["class"], ["a"]], "provenance": {"command": "x" * 300}}
+    text = environment.get_template("report.html").render(
+        title="wide", sentences=["y" * 300], tables={"What each teacher brought": rows}, **empty
+    )
+    (tmp_path / "page.html").write_text(text)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box = page.locator(".scroll").first
+        assert box.evaluate("box => box.scrollWidth > box.clientWidth && box.clientWidth < innerWidth")
+        assert box.evaluate("box => { box.scrollLeft = 50; return box.scrollLeft }") == 50

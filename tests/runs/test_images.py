@@ -86,7 +86,7 @@ def test_classes_are_matched_by_name_and_missing_ones_are_named(trained, tmp_pat
     shutil.rmtree(folder / "a")
     said = refilled("evaluate", trained / "run", folder)
     assert "100.00 %" in said
-    assert "no images of 1 classes: a" in said
+    assert "no images of 1 class: a" in said
     (folder / "b").rename(folder / "zebra")
     with pytest.raises(RunError, match=r"classes that the student in .* does not know: zebra"):
         evaluate(trained / "run", str(folder))

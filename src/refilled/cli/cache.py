@@ -11,6 +11,7 @@ from refilled.cli.show import console, printable, say, silent
 from refilled.errors import RunError
 from refilled.ranges import MOST
 from refilled.recipe import Recipe
+from refilled.words import count_of, plural
 
 if TYPE_CHECKING:
     from refilled.training.teacher_cache import TeacherCache
@@ -81,7 +82,8 @@ def verify() -> None:
         for shard, problem in problems.items():
             say(f"{each.path(shard)}: {problem}")
         complete = each.contents.shards - len(problems)
-        console.print(f"{each.folder.name}: {complete} of {each.contents.shards} shards complete", highlight=False)
+        shards = count_of(each.contents.shards, "shard")
+        console.print(f"{each.folder.name}: {complete} of {shards} complete", highlight=False)
     if damaged:
         raise typer.Exit(1)
 
@@ -101,7 +103,13 @@ def _open_caches() -> list["TeacherCache"]:
 
 def _print_cache(cache: "TeacherCache") -> None:
     contents, (teacher, task) = cache.contents, cache.of
-    shape = f"{contents.images:,} images x {contents.views} views x {contents.embedding_dim} numbers"
-    made = f"{cache.shards_on_disk()} of {contents.shards} shards, {cache.size / 2**20:,.1f} MB"
+    shape = " x ".join(
+        [
+            f"{contents.images:,} {plural(contents.images, 'image')}",
+            count_of(contents.views, "view"),
+            count_of(contents.embedding_dim, "number"),
+        ]
+    )
+    made = f"{cache.shards_on_disk()} of {count_of(contents.shards, 'shard')}, {cache.size / 2**20:,.1f} MB"
     lines = cache.folder.name, f"  {shape}, {made}", f"  of {teacher}, in {contents.precision}", f"  on {task}"
     console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)

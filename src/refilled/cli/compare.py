@@ -1,5 +1,6 @@
 """Commands that compare methods: ``compare`` and ``demo``."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +13,13 @@ from refilled.cli.options import (
     Cpus,
     Executor,
     Gpus,
+    NoReports,
     Preset,
     RunsOut,
     Teachers,
     configure,
     descriptions,
+    key_value,
     run_flags,
     run_name,
 )
@@ -44,6 +47,12 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A parameter of the last method of --methods; may be repeated."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1, max=MOST_JOBS)] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
@@ -55,6 +64,7 @@ def compare(
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
     preset: Preset = None,
+    no_report: NoReports = False,
     **flags: Any,
 ) -> None:
     """Compare methods at equal cost over several seeds, to see whether the teacher helps."""
@@ -72,10 +82,12 @@ def compare(
         # All rows use the preset's training; only the row that names the preset uses its settings.
         run = replace(configure(preset, {"task": task, "teacher": teacher, "student": student, **flags}), settings={})
         names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
-        rows = {name: _row(name) for name in names.split(",")}
+        rows = {name: _row(name, flags) for name in names.split(",")}
+        last = list(rows.values())[-1]
+        last["settings"] = {**last["settings"], **dict(key_value(text) for text in set_ or ())}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
-        out = out or Path("runs") / run_name(run)
-    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus))
+        out = out or Path("runs") / run_name(replace(run, method="compare"))  # a run with labels only is "vanilla"
+    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus), not no_report)
 
 
 def demo(
@@ -99,17 +111,21 @@ def demo(
     _compare(comparison, out, jobs, processes)
 
 
-def _compare(comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor") -> None:
+def _compare(
+    comparison: "Comparison", folder: Path, jobs: int, executor: "executors.Executor", reports: bool = True
+) -> None:
     from refilled.compare.comparison import compare as carry_out
 
-    page = carry_out(comparison, folder, jobs, console, executor)
+    page = carry_out(comparison, folder, jobs, console, executor, reports)
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _row(name: str) -> dict[str, Any]:
-    method, _, preset = name.partition(":")
-    fields = with_preset(preset or None, {"method": method})
-    return {"method": method, "settings": fields.get("settings", {}), "guard": fields.get("guard", False)}
+def _row(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the comparison, METHOD, METHOD:PRESET or the path of a file."""
+    method, preset = (name, "") if name.endswith(".py") else name.partition(":")[::2]
+    fields = with_preset(preset or None, {"method": method, "unlabelled": flags["unlabelled"]})
+    guard = fields.get("guard", False) if flags["guard"] is None else flags["guard"]
+    return {"method": method, "settings": dict(fields.get("settings", {})), "guard": guard}
 
 
 def _read(path: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from refilled.cli.show import console, err, printable, say
+from refilled.words import count_of
 
 
 def embed(
@@ -67,8 +68,8 @@ def embed(
     for image, reason in written.unreadable:
         line = f"left out {printable(str(image))}: {printable(reason)}"
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    summary = f"{written.images} embeddings of {written.embedding_dim} numbers: {printable(str(out))}"
-    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+    summary = f"{count_of(written.images, 'embedding')} of {count_of(written.embedding_dim, 'number')}"
+    console.print(f"{summary}: {printable(str(out))}", markup=False, highlight=False, soft_wrap=True)
     if written.unreadable:
-        say(f"{len(written.unreadable)} images could not be read")
+        say(f"{count_of(len(written.unreadable), 'image')} could not be read")
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ import typer
 from refilled.cli.options import Folder
 from refilled.cli.show import printable, say
 from refilled.errors import RunError, unknown
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from refilled.export.int8 import Cost
@@ -80,7 +81,7 @@ def _sentence(cost: "Cost") -> str:
     if before.accuracy is not None and after.accuracy is not None:
         accuracy = (
             f"accuracy {before.accuracy:.2f} to {after.accuracy:.2f} % ({after.accuracy - before.accuracy:+.2f}) on "
-            f"{cost.images} {cost.part} images, {cost.agreement:.1f} % in the same class"
+            f"{count_of(cost.images, f'{cost.part} image')}, {cost.agreement:.1f} % in the same class"
         )
     ratio = after.milliseconds / before.milliseconds
     speed = f"{ratio:.1f} times slower" if ratio > 1 else f"{1 / ratio:.1f} times faster"

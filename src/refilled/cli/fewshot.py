@@ -26,6 +26,7 @@ from refilled.cli.options import (
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
 from refilled.ranges import MOST
+from refilled.words import count_of
 
 
 @run_flags("settings", of=FewShotRun)
@@ -87,8 +88,9 @@ def fewshot(
         return
     table = Table(show_header=False)
     spread = "" if result.interval is None else f" ± {result.interval:.2f}"
-    table.add_row("accuracy", f"{result.accuracy:.2f}{spread} % over {result.n_episodes} tasks, 95 % interval")
-    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {result.n_query} queries per class, seed {run.seed}")
+    tasks, queries = count_of(result.n_episodes, "task"), count_of(result.n_query, "query", "queries")
+    table.add_row("accuracy", f"{result.accuracy:.2f}{spread} % over {tasks}, 95 % interval")
+    table.add_row("tasks", f"{run.n_way}-way {run.n_shot}-shot, {queries} per class, seed {run.seed}")
     table.add_row(
         "images", escape(f"{result.data['pool']}: {result.data['images']} of {result.data['classes']} classes")
     )

@@ -15,6 +15,7 @@ from refilled.cli.options import AsJson, Quiet, configure, run_flags
 from refilled.cli.show import console, printable, say, silent
 from refilled.ranges import MOST
 from refilled.recipe import Recipe
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from refilled.selection.doubtful import Findings
@@ -96,7 +97,8 @@ def _print(findings: "Findings", top: int) -> None:
     for sentence in summary(findings):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     if any(left):
-        say(f"not printed: {left[0]} labels and {left[1]} groups; --out labels.csv writes all, --top prints more")
+        left_out = f"{count_of(left[0], 'label')} and {count_of(left[1], 'group')}"
+        say(f"not printed: {left_out}; --out labels.csv writes all, --top prints more")
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:

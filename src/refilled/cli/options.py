@@ -34,6 +34,7 @@ RunsOut = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write report.html and README.md.")]
+NoReports = Annotated[bool, typer.Option("--no-report", help="Write no report.html and README.md for each run.")]
 Executor = Annotated[
     str, typer.Option(help="local (processes), or ray (Ray on this machine, or on the cluster at $RAY_ADDRESS).")
 ]

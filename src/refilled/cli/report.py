@@ -44,5 +44,6 @@ def report_after(prepared: "Prepared", folder: Path) -> None:
 
         report_on_prepared(prepared, folder)
     except Exception as error:
-        reason = printable(f"{type(error).__name__}: {error}")
-        say(f"warning: no report was written ({reason}). The run is complete; try: refilled report {folder}")
+        from refilled.report.many import no_report
+
+        say(printable(no_report(folder, f"{type(error).__name__}: {error}")))

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import MOST_JOBS, Cpus, DataRoot, Executor, Gpus
+from refilled.cli.options import MOST_JOBS, Cpus, DataRoot, Executor, Gpus, NoReports
 from refilled.cli.show import console
 
 
@@ -30,6 +30,7 @@ def reproduce(
     gpus: Gpus = 0.0,
     out: Annotated[Path, typer.Option(help="Folder for the runs of all tables.")] = Path("runs/reproduce"),
     data_root: DataRoot = None,
+    no_report: NoReports = False,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the predicted time and exit.")] = False,
 ) -> None:
@@ -49,7 +50,7 @@ def reproduce(
         for line in estimate_table(find_table(table), choice, out, jobs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-    outcome = fill(find_table(table), choice, out, jobs, console, find_executor(executor, cpus, gpus))
+    outcome = fill(find_table(table), choice, out, jobs, console, find_executor(executor, cpus, gpus), not no_report)
     console.print(f"page: {outcome.page}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         raise typer.Exit(1)

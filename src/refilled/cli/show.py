@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from refilled.words import count_of
+
 if TYPE_CHECKING:
     from refilled.runs.result import Result
     from refilled.training.progress import Display
@@ -79,13 +81,14 @@ def _print_result(result: "Result", folder: Path) -> None:
     table = Table(show_header=False)
     part = result.data.get("scored", "test")
     when = ", after the last epoch" if (folder / "model.json").exists() else ""  # some methods do not train
-    table.add_row("accuracy", f"{result.accuracy:.2f} % of {images[part]} {part} images{when}")
+    table.add_row("accuracy", f"{result.accuracy:.2f} % of {count_of(images[part], f'{part} image')}{when}")
     if result.balanced_accuracy is not None:
         table.add_row("balanced accuracy", f"{result.balanced_accuracy:.2f} %, mean over classes")
     table.add_row("nearest class mean", f"{result.ncm_accuracy:.2f} %")
     for name, measures in result.stages.items():
         table.add_row(f"  after stage {name}", f"{measures['ncm_accuracy']:.2f} %")
-    table.add_row("trained on", f"{images['train']} images of {len(result.class_accuracies)} classes")
+    classes = count_of(len(result.class_accuracies), "class")
+    table.add_row("trained on", f"{count_of(images['train'], 'image')} of {classes}")
     about = result.teacher or {}
     several: Sequence[Mapping[str, Any]] = about.get("teachers", ())
     for number, each in enumerate(several or [about], start=1):
@@ -98,12 +101,12 @@ def _print_result(result: "Result", folder: Path) -> None:
             difference = f"largest difference {cached['largest_difference']:.1g} of the root mean square"
             table.add_row(
                 f"  cache of teacher {number}" if several else "teacher cache",
-                f"{accuracies}, of {cached['images']} training images by class mean; {difference}",
+                f"{accuracies}, of {count_of(cached['images'], 'training image')} by class mean; {difference}",
             )
     table.add_row("network", f"{result.parameters:,} parameters")
-    table.add_row("time", f"{result.seconds / 60:.1f} minutes, {result.hardware['threads']} threads")
+    table.add_row("time", f"{result.seconds / 60:.1f} minutes, {count_of(result.hardware['threads'], 'thread')}")
     if result.data["skipped"]:
-        table.add_row("left out", f"{len(result.data['skipped'])} unreadable images; see result.json")
+        table.add_row("left out", f"{count_of(len(result.data['skipped']), 'unreadable image')}; see result.json")
     for note in result.data["notes"]:
         table.add_row("note", escape(printable(note)))
     console.print(table)

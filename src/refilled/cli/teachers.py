@@ -17,6 +17,7 @@ from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
 from refilled.ranges import MOST, PIXELS
 from refilled.recipe import Recipe
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy
@@ -101,7 +102,8 @@ def _print(ranking: "Ranking") -> None:
     one_fold = f"{ranking.images} images of {ranking.classes} classes, held-out folds (95 % interval)"
     console.print(f"{printable(ranking.task)}: {one_fold}", markup=False, highlight=False, soft_wrap=True)
     pixels = f"nearest class mean of the pixels: {_accuracy(ranking.pixels)} %"
-    console.print(f"{pixels}; {ranking.labels_per_class:.0f} labels per class", markup=False, soft_wrap=True)
+    labels = count_of(round(ranking.labels_per_class), "label")
+    console.print(f"{pixels}; {labels} per class", markup=False, soft_wrap=True)
     for one in ranking.candidates:
         notes = [*([one.fault] if one.fault else []), *one.notes]
         for note in notes:

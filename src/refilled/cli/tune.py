@@ -23,6 +23,7 @@ from refilled.cli.options import (
 )
 from refilled.cli.show import console, err, listed, printable
 from refilled.ranges import MOST
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from refilled.tuning.student import Tuned
@@ -95,7 +96,7 @@ def _print_tuned(tuned: "Tuned") -> None:
     table = Table(show_header=False)
     table.add_row("best values", escape(printable(listed(tuned.values))))
     table.add_row("held-out accuracy", f"{tuned.val_accuracy:.2f} %, the best of the trials")
-    table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {images['test']} images")
-    table.add_row("trained on", f"{images['train']} images, including the held-out ones")
+    table.add_row("test accuracy", f"{tuned.result.accuracy:.2f} % of {count_of(images['test'], 'image')}")
+    table.add_row("trained on", f"{count_of(images['train'], 'image')}, including the held-out ones")
     console.print(table)
     console.print(f"run: {tuned.folder}", markup=False, highlight=False, soft_wrap=True)

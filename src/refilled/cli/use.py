@@ -41,7 +41,7 @@ def evaluate(
         table.add_row(escape(printable(name)), "no images" if accuracy is None else f"{accuracy:.1f} %")
     table.add_section()
     share = "no images" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
-    table.add_row(f"all {result['images']} images", share)
+    table.add_row("the only image" if result["images"] == 1 else f"all {result['images']} images", share)
     if result["balanced_accuracy"] is not None:
         table.add_row("mean over classes", f"{result['balanced_accuracy']:.2f} %")
     console.print(table)

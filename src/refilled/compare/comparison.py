@@ -41,17 +41,23 @@ from refilled.compare.page import (
     verdict,
     write_report,
 )
-from refilled.compare.summary import count_of
 from refilled.config import Run
 from refilled.errors import RunError, unknown
 from refilled.files import write_atomic
 from refilled.grid.executors import Executor, processes
-from refilled.grid.jobs import accuracy
+from refilled.grid.jobs import JobResult, accuracy
 from refilled.grid.runner import run_grid
 from refilled.methods import load_method
 from refilled.presets import with_preset
+from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
+from refilled.report.page import Surroundings
+from refilled.report.text import shown as visible
 from refilled.runs.prepared import resolve, with_absolute_paths
 from refilled.runs.result import Result
+from refilled.words import count_of
+
+PAGE = "report.html"
+"""Name of the page of a comparison in its folder."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,17 @@ def compare(
     jobs: int = 1,
     console: Console | None = None,
     executor: Executor = processes,
+    reports: bool = True,
 ) -> Path:
     """Execute the missing runs of a comparison, and write its table and page.
+
+    Args:
+        comparison: The comparison.
+        folder: Folder of the runs and the page.
+        jobs: Number of concurrent runs.
+        console: Where the results are printed.
+        executor: Opens the pool of workers.
+        reports: Whether each run gets a report, compared with the run of the first row and the same seed.
 
     Returns:
         The page, ``report.html``. The same folder holds ``results.csv``, one line per run, and ``results.md``.
@@ -121,12 +136,23 @@ def compare(
     for run in (comparison.teacher, *(row[comparison.seeds[0]] for row in grid.values())):
         if run is not None:
             with_absolute_paths(run)  # raises if there are no such images, before anything is written
+    around = _surroundings(comparison, folder, jobs)
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)
-        teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor)["teacher"]
+        after = {"teacher": Leave(around["teacher"])} if reports else None
+        teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor, after=after)["teacher"]
         console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
     runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
-    run_grid(runs, folder, jobs, lambda name, result: _tell(console, name, accuracy(result)), executor=executor)
+    after = {name: Leave(around[name]) for name in runs} if reports else None
+
+    def tell(name: str, result: JobResult) -> None:
+        console.print(f"  {name}: {accuracy(result):.2f} %", markup=False, highlight=False)
+
+    run_grid(runs, folder, jobs, tell, executor=executor, after=after)
+    if reports:
+        failures = write_missing({folder / name: each for name, each in around.items()}, jobs, executor)
+        for place, reason in failures.items():
+            console.print(visible(no_report(place, reason)), markup=False, highlight=False, soft_wrap=True)
     places = {name: [folder / _place(name, seed) for seed in row] for name, row in grid.items()}
     rows = [RowResults(name, [Result.load(place) for place in own], own) for name, own in places.items()]
     baseline, shown = rows[0], rows[-1]
@@ -143,8 +169,20 @@ def compare(
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     write_atomic(folder / "results.csv", _csv(rows, comparison.seeds).encode())
     write_atomic(folder / "results.md", _markdown(lines).encode())
-    write_report(folder / "report.html", comparison.title, rows, baseline, shown, sentences)
-    return folder / "report.html"
+    write_report(folder / PAGE, comparison.title, rows, baseline, shown, sentences)
+    return folder / PAGE
+
+
+def _surroundings(comparison: Comparison, folder: Path, jobs: int) -> dict[str, Surroundings]:
+    """Return what the report of each run says about the others, by the name of its folder."""
+    alone, *others = comparison.rows
+    each = Surroundings(home=f"../{PAGE}", images=FEW_IMAGES, timed=jobs == 1)
+    found = {"teacher": replace(each, timed=True)} if comparison.teacher is not None else {}
+    for seed in comparison.seeds:
+        found[_place(alone, seed)] = each
+        against = folder / _place(alone, seed)
+        found |= {_place(row, seed): replace(each, against=against) for row in others}
+    return found
 
 
 def _with(run: Run, changes: Mapping[str, Any]) -> Run:
@@ -164,10 +202,6 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
 def _place(row: str, seed: int) -> str:
     letters = "".join(c if c.isalnum() or c in ".+-" else "_" for c in row)
     return f"{letters}-s{seed}"
-
-
-def _tell(console: Console, name: str, reached: float) -> None:
-    console.print(f"  {name}: {reached:.2f} %", markup=False, highlight=False)
 
 
 def _terminal_table(lines: Sequence[Mapping[str, str]], title: str) -> Table:

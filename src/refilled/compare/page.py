@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, task_of, teacher_accuracies, teacher_task_of, teachers_of
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
+from refilled.words import count_of
 
 _EXAMPLES = 40  # of each group of images
 
@@ -130,8 +132,8 @@ def on_the_unlabelled(rows: Sequence[RowResults], baseline: RowResults, shown: R
         return []
     without_teacher = [row for row in rows if row.unlabelled is not None and row.results[0].teacher is None]
     return [
-        f"{shown.name} also learned from {shown.unlabelled['images']} images without labels, which {baseline.name} did "
-        "not see.",
+        f"{shown.name} also learned from {count_of(shown.unlabelled['images'], 'image')} without labels, which "
+        f"{baseline.name} did not see.",
         *(
             f"From the same images without a teacher, {row.name} reaches {mean(row.accuracies):.1f} %; gain of "
             f"{shown.name} over it: {shown.gain_over(row)} points."
@@ -148,8 +150,9 @@ def on_the_cache(row: RowResults) -> list[str]:
     recipe = _recipe(row.folders[0])
     mixed = ", each mixed with another image," if recipe["mixup"] or recipe["cutmix"] else ""
     return [
-        f"The teacher's embeddings of {cache['views']} views of each image came from disk. Nearest class mean "
-        f"classifies {cache['images']} training images{mixed} with {cache['cached_accuracy']:.1f} % accuracy in them, "
+        f"The teacher's embeddings of {count_of(cache['views'], 'view')} of each image came from disk. Nearest class "
+        f"mean classifies {cache['images']} training images{mixed} with {cache['cached_accuracy']:.1f} % accuracy in "
+        "them, "
         f"and with {cache['live_accuracy']:.1f} % in the live teacher's embeddings."
     ]
 
@@ -204,6 +207,9 @@ def write_report(
         sentences=sentences,
         rows=table(rows, baseline),
         shown=shown.name,
+        seeds=[_run(folder).seed for folder in baseline.folders],
+        runs=_runs(path.parent, rows),
+        teacher=_report_in(path.parent, path.parent / "teacher"),
         pictures={caption: address(picture) for caption, (_, picture) in drawn.items()},
         provenance={
             "data": f"{result.data['task']}; {_listed(result.data['images'])} images",
@@ -219,6 +225,23 @@ def write_report(
         },
     )
     write_atomic(path, text.encode())
+
+
+def _runs(folder: Path, rows: Sequence[RowResults]) -> dict[str, list[tuple[str, str | None]]]:
+    """Return each run's accuracy and the address of its report, by row; None without a report."""
+    return {
+        row.name: [
+            (f"{accuracy:.2f}", _report_in(folder, of_run))
+            for accuracy, of_run in zip(row.accuracies, row.folders, strict=True)
+        ]
+        for row in rows
+    }
+
+
+def _report_in(folder: Path, of_run: Path) -> str | None:
+    """Return the address of a run's report relative to the folder of the comparison."""
+    report = of_run / "report.html"
+    return quote(report.relative_to(folder).as_posix()) if report.exists() else None
 
 
 def _run(folder: Path) -> Run:

@@ -46,8 +46,3 @@ def paired_gain(ours: Sequence[float], theirs: Sequence[float]) -> Gain:
 def mean_and_spread(values: Sequence[float]) -> str:
     """Write accuracies of several seeds as ``mean ± standard deviation``."""
     return f"{mean(values):.2f} ± {spread(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-
-
-def count_of(number: int, what: str) -> str:
-    """Write ``1 seed``, ``3 seeds``, ``2 processes``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"

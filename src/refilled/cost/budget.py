@@ -8,6 +8,7 @@ from refilled.config import Run
 from refilled.cost.run import forecast
 from refilled.errors import RunError
 from refilled.training.progress import duration
+from refilled.words import count_of
 
 _RESERVE = 0.03  # share of the limit for work that a forecast does not include: start, saving, the report
 _EPOCHS = 100  # epochs of the forecast; with many, rounding to whole epochs per stage does not matter
@@ -38,5 +39,6 @@ def within(run: Run, seconds: float) -> tuple[Run, str]:
             f"no training fits {duration(seconds)}: loading, embedding by the teacher and scoring take about "
             f"{duration(rest)}, an epoch {duration(per_epoch)}; give --time-limit {needed}s or more"
         )
-    line = f"{duration(seconds)}: {epochs} epochs of {per_epoch:.2g} seconds, and {duration(rest)} for the rest"
+    training = f"{count_of(epochs, 'epoch')} of {per_epoch:.2g} seconds"
+    line = f"{duration(seconds)}: {training}, and {duration(rest)} for the rest"
     return replace(run, epochs=epochs, least_steps=0), line

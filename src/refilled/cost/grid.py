@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from refilled.compare.summary import count_of
 from refilled.config import MetaRun, Run
 from refilled.cost.few_shot import FewShotWork, meta_tasks_per_second, tasks_per_second
 from refilled.cost.speed import Work, images_per_second, keeps_embeddings
@@ -15,6 +14,7 @@ from refilled.data import TaskSize, task_size
 from refilled.grid.jobs import FewShotTest, Job
 from refilled.runs.teacher_caches import find_cache
 from refilled.training.progress import duration
+from refilled.words import count_of
 
 _SHORT = 3  # seconds; shorter work is not listed individually
 

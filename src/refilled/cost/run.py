@@ -24,6 +24,7 @@ from refilled.training.evaluation import SCORING_BATCH
 from refilled.training.loop import views_of
 from refilled.training.progress import duration
 from refilled.training.schedule import share_epochs
+from refilled.words import count_of
 
 _FLOAT = 4  # bytes
 _IMAGES = 32  # random, to build the run with
@@ -76,8 +77,8 @@ class Forecast:
         """Yield the forecast as pairs of a heading and a text."""
         size, run = self.size, self.run
         extra = f" and {size.unlabelled} without labels" if size.unlabelled else ""
-        counts = f"{size.train} images to train on{extra}, {size.val} to validate, {size.test} to test"
-        yield "task", f"{len(size.class_names)} classes; {counts}; {size.image_size} px"
+        counts = f"{count_of(size.train, 'image')} to train on{extra}, {size.val} to validate, {size.test} to test"
+        yield "task", f"{count_of(len(size.class_names), 'class')}; {counts}; {size.image_size} px"
         on_disk = sum(part for part in _image_bytes(size) if part > _image_limit(run))
         if on_disk:
             yield "images on disk", f"{on_disk / 2**30:.1f} GiB below {cache_folder()}"
@@ -85,7 +86,7 @@ class Forecast:
             yield name, f"{rate:,.0f} images/s"
         for stage in (stage for stage in self.stages if stage.epochs > 0):
             rate = sum(run.batch_over(size.train, size.unlabelled if stage.sees_unlabelled else 0)) / stage.seconds
-            epochs = f"{stage.epochs} epochs of {stage.steps} steps"
+            epochs = f"{count_of(stage.epochs, 'epoch')} of {count_of(stage.steps, 'step')}"
             yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms per step, {rate:,.0f} images/s"
             if self.ranks > 1:
                 share = f"{1000 * stage.communication:.3g} ms per step between {self.ranks} processes"

@@ -16,6 +16,7 @@ from refilled.data.store import Pixels, StoredImages, free_memory, stored_images
 from refilled.data.task import Split
 from refilled.data.task_text import TaskOptions
 from refilled.errors import TaskError
+from refilled.words import count_of, plural
 
 MAX_BAD_FRACTION = 0.01
 """Largest fraction of unreadable images that is left out without ``allow_bad``."""
@@ -159,8 +160,8 @@ def refuse_bad(skipped: Sequence[tuple[str, str]], read: int) -> None:
     first = "; ".join(f"{name}: {reason}" for name, reason in skipped[:_SHOWN])
     more = f"; and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
     raise TaskError(
-        f"{len(skipped)} of {total} images cannot be read, more than {MAX_BAD_FRACTION:.0%}: {first}{more}. Repair or "
-        "remove them, or leave them out with --allow-bad"
+        f"{len(skipped)} of {count_of(total, 'image')} cannot be read, more than {MAX_BAD_FRACTION:.0%}: {first}{more}"
+        ". Repair or remove them, or leave them out with --allow-bad"
     )
 
 
@@ -170,9 +171,9 @@ def refuse_too_few(train: Decoded, division: Division, source: Source, shots: in
     for position in division.classes:
         if counts[position] < (shots or 1):
             raise TaskError(
-                f"class '{source.classes[position]}' has {counts[position]} readable images to train on, after the "
-                f"held-out ones were cut off, fewer than the {shots or 1} needed; add images, ask for fewer shots, or "
-                "choose other classes"
+                f"class '{source.classes[position]}' has {count_of(counts[position], 'readable image')} to train on, "
+                f"after the held-out ones were cut off, fewer than the {shots or 1} needed; add images, ask for fewer "
+                "shots, or choose other classes"
             )
 
 
@@ -189,11 +190,15 @@ def grey_notes(used: GreyRange | None, given: GreyRange | None = None) -> list[s
 def copies_notes(decoded: dict[str, Decoded]) -> list[str]:
     """Return notes on images that were left out as copies, and on copies that the source's own parts share."""
     left_out = {name: part.copies.count for name, part in decoded.items() if part.copies.count}
-    notes = [f"{count} images of {name} left out: they equal held-out images" for name, count in left_out.items()]
+    notes = [
+        f"{count_of(count, 'image')} of {name} left out: "
+        f"{plural(count, 'it equals a held-out image', 'they equal held-out images')}"
+        for name, count in left_out.items()
+    ]
     for name in ("val", "test"):
         shared = int(np.isin(decoded[name].digests, decoded["train"].digests).sum())
         if shared:
-            notes.append(f"{shared} images of {name} are also in train")
+            notes.append(f"{count_of(shared, 'image')} of {name} {plural(shared, 'is', 'are')} also in train")
     return notes
 
 

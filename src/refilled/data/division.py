@@ -14,6 +14,7 @@ from refilled.data.several import NONE, Several
 from refilled.data.source import Part, Rows, Source, merge_parts
 from refilled.data.task_text import TaskOptions, TaskText
 from refilled.errors import TaskError
+from refilled.words import count_of
 
 TEST_FRACTION = 0.2
 """Fraction of each class that is cut off as the test part, where the source has none."""
@@ -129,7 +130,8 @@ def _cut(
     keys[rows] = content_keys(part.pictures(rows))
     copies = Several.of(rows[first_rows(rows, keys[rows]) != rows].tolist(), part.name)
     if copies.count:
-        notes.append(f"{copies.count} images are copies of others; copies are kept on one side of every cut")
+        equal = count_of(copies.count, "image is a copy of another", "images are copies of others")
+        notes.append(f"{equal}; copies are kept on one side of every cut")
     for name, fraction in fractions.items():
         remaining = cut["train"]
         labels, remaining_keys = part.labels[remaining], keys[remaining]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from refilled.data.keyed import keyed_bits
 from refilled.errors import TaskError
+from refilled.words import count_of
 
 
 class Episodes(NamedTuple):
@@ -60,7 +61,10 @@ def sample_episodes(
     _check_ways(labels, n_way, n_shot, n_query)
     left = queries_left(labels, n_shot, n_query)
     if left < n_query:
-        raise TaskError(f"the smallest class has {left} images left for queries after {n_shot} shots, not {n_query}")
+        raise TaskError(
+            f"the smallest class has {count_of(left, 'image')} left for queries after {count_of(n_shot, 'shot')}, not "
+            f"{n_query}"
+        )
     order = labels.argsort(stable=True).numpy()
     present, counts = np.unique(labels.numpy(), return_counts=True)
     images = np.split(order, np.cumsum(counts)[:-1])
@@ -102,7 +106,7 @@ def queries_left(labels: Tensor, n_shot: int, n_query: int, names: Sequence[str]
         number = int(present[counts.argmin()])
         name = names[number] if names else number
         raise TaskError(
-            f"class {name} has {smallest} images, but {n_shot} shots and at least one query "
+            f"class {name} has {count_of(smallest, 'image')}, but {count_of(n_shot, 'shot')} and at least one query "
             f"image need {n_shot + 1}; use fewer shots, or remove the class from the split"
         )
     return min(n_query, smallest - n_shot)

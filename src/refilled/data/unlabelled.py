@@ -16,6 +16,7 @@ from refilled.data.sources.parquet import is_parquet
 from refilled.data.task import Split
 from refilled.data.task_text import TaskOptions, parse_task_text
 from refilled.errors import TaskError
+from refilled.words import count_of, plural
 
 REST = "rest"
 """The text for the training images that the shots left out."""
@@ -98,6 +99,8 @@ def unlabelled_split(decoded: Decoded) -> Split:
 
 def unlabelled_notes(decoded: Decoded) -> list[str]:
     """Return a note on unlabelled images that were left out as copies."""
-    if not decoded.copies.count:
+    count = decoded.copies.count
+    if not count:
         return []
-    return [f"{decoded.copies.count} unlabelled images left out: they equal images of val or test"]
+    equal = plural(count, "it equals an image", "they equal images")
+    return [f"{count_of(count, 'unlabelled image')} left out: {equal} of val or test"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from refilled.data.decode import SUFFIXES, is_encoded_picture
 from refilled.errors import TaskError
+from refilled.words import count_of
 
 _IGNORED = frozenset(
     {
@@ -112,7 +113,8 @@ def unread_notes(unread: Counter[str]) -> list[str]:
     listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
     extras = sorted({_REMEDIES[suffix] for suffix in unread if suffix in _REMEDIES})
     remedy = f"; pip install '{extras[0]}' reads some of them" if extras else "; convert them to JPEG or PNG"
-    return [f"{unread.total()} files look like pictures and were not read: {listed}{remedy}"]
+    unread_files = count_of(unread.total(), "file looks like a picture and was", "files look like pictures and were")
+    return [f"{unread_files} not read: {listed}{remedy}"]
 
 
 def as_text(path: Path) -> str:

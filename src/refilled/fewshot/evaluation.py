@@ -39,6 +39,7 @@ from refilled.runs.environment import device_name, find_device, versions
 from refilled.runs.prepared import examine
 from refilled.training.checkpoints import hold
 from refilled.training.teacher_cache import fingerprint
+from refilled.words import count_of
 
 TASKS = "tasks.jsonl"
 """File with the accuracy of each task."""
@@ -287,7 +288,8 @@ def _batches(numbers: range, size: int, jobs: int) -> Iterator[range]:
 
 def _result(run: FewShotRun, pool: Task, bank: Bank, done: _Record, n_query: int) -> FewShotResult:
     accuracy, interval = mean_and_interval(done.accuracies)
-    fewer = [] if n_query == run.n_query else [f"{n_query} query images per class: the smallest class has no more"]
+    per_class = f"{count_of(n_query, 'query image')} per class"
+    fewer = [] if n_query == run.n_query else [f"{per_class}: the smallest class has no more"]
     return FewShotResult(
         accuracy=accuracy,
         interval=interval,

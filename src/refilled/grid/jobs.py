@@ -16,7 +16,7 @@ from refilled.fewshot.evaluation import FewShotResult, evaluate_few_shot
 from refilled.fewshot.meta_training import MetaResult, meta_train
 from refilled.fewshot.methods import load_few_shot_method, load_meta_learner
 from refilled.methods import load_method
-from refilled.runs.experiment import complete
+from refilled.runs.experiment import After, complete
 from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 from refilled.tuning.few_shot import tune
@@ -54,8 +54,13 @@ Job = Run | MetaRun | FewShotTest
 JobResult = Result | MetaResult | FewShotResult
 
 
-def carry_out(job: Job, folder: Path) -> JobResult:
+def carry_out(job: Job, folder: Path, after: After | None = None) -> JobResult:
     """Start or resume a job and return its result; a finished job is not repeated.
+
+    Args:
+        job: The job.
+        folder: Its folder.
+        after: Called with a training run that has just finished.
 
     Raises:
         InUseError: Another process holds the lock of the folder.
@@ -63,7 +68,7 @@ def carry_out(job: Job, folder: Path) -> JobResult:
     """
     match job:
         case Run():
-            return complete(job, folder)
+            return complete(job, folder, after=after)
         case MetaRun():
             return meta_train(job, folder)
         case FewShotTest():

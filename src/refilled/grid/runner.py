@@ -9,6 +9,7 @@ from pathlib import Path
 from refilled.errors import InUseError, RunError
 from refilled.grid.executors import Executor, Pool, processes
 from refilled.grid.jobs import Job, JobResult, carry_out
+from refilled.runs.experiment import After
 
 _SECONDS_BETWEEN_TRIES = 2.0  # to start a run whose lock another process holds
 
@@ -21,6 +22,7 @@ def run_grid(
     on_failure: Callable[[str, Exception], None] | None = None,
     needs: Mapping[str, Sequence[str]] | None = None,
     executor: Executor = processes,
+    after: Mapping[str, After] | None = None,
 ) -> dict[str, JobResult]:
     """Execute the runs, each in ``folder/<its name>``, ``jobs`` at a time.
 
@@ -37,6 +39,7 @@ def run_grid(
             failure ends all runs.
         needs: The names of the runs whose models a run reads; they are executed first.
         executor: Opens the pool of workers.
+        after: By name of a training run, what its worker calls when the run has finished; it must raise no error.
 
     Returns:
         The results of the runs that did not fail, in the order of ``runs``.
@@ -45,7 +48,7 @@ def run_grid(
         RefilledError: A run raised it and ``on_failure`` is None; the other runs are ended first.
         RunError: The system ended a process, usually because memory ran out.
     """
-    grid = _Grid(runs, folder, needs or {}, on_result, on_failure)
+    grid = _Grid(runs, folder, needs or {}, on_result, on_failure, after or {})
     with executor(jobs) as pool:
         grid.carry_out(pool)
     return {name: grid.results[name] for name in runs if name in grid.results}
@@ -61,8 +64,9 @@ class _Grid:
         needs: Mapping[str, Sequence[str]],
         on_result: Callable[[str, JobResult], None] | None,
         on_failure: Callable[[str, Exception], None] | None,
+        after: Mapping[str, After],
     ) -> None:
-        self.runs, self.folder, self.needs = runs, folder, needs
+        self.runs, self.folder, self.needs, self.after = runs, folder, needs, after
         self.on_result, self.on_failure = on_result, on_failure
         self.results: dict[str, JobResult] = {}
         self.failed: set[str] = set()
@@ -87,7 +91,9 @@ class _Grid:
                 self._fail(name, RunError(f"it needs {failed[0]}, which failed"))
             elif time.monotonic() >= earliest and all(other in self.results for other in needed):
                 del self._waiting[name]
-                self._under_way[pool.submit(carry_out, self.runs[name], self.folder / name)] = name
+                self._under_way[pool.submit(carry_out, self.runs[name], self.folder / name, self.after.get(name))] = (
+                    name
+                )
 
     def _take(self, name: str, future: Future[JobResult]) -> None:
         try:

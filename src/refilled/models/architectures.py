@@ -15,6 +15,7 @@ from refilled.models.mobilenet import MobileNet
 from refilled.models.resnet12 import ResNet12
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.wide_resnet import WideResNet
+from refilled.words import count_of
 
 
 class Family(NamedTuple):
@@ -176,7 +177,8 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
         model.classifier, model.num_classes = nn.Linear(model.embedding_dim, num_classes), num_classes
     classes = description["classes"]
     if classes is not None and len(classes) != model.num_classes:
-        raise ModelError(f"the description of the model names {len(classes)} classes but counts {model.num_classes}")
+        named = count_of(len(classes), "class")
+        raise ModelError(f"the description of the model names {named} but counts {model.num_classes}")
     model.grey_range = _grey_range(description.get("grey_range", _GREY_RANGE_BEFORE))
     model.class_names = None if classes is None else tuple(map(str, classes))
     return model

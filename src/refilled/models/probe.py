@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from refilled.errors import ModelError
 from refilled.models.backbone import Backbone
 from refilled.outputs import Outputs
+from refilled.words import count_of
 
 PROBE_IMAGES = 8
 """Number of images of a probe; enough to detect a constant embedding, and quick."""
@@ -89,8 +90,9 @@ def refuse_non_finite(rows: Tensor, sources: Sequence[str], what: str = "embeddi
         return
     shown = ", ".join(sources[row] for row in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
     raise ModelError(
-        f"the teacher's {what} is not finite (NaN or infinite) for {len(bad)} of {len(rows)} images: {shown}. The "
-        f"cause is the teacher or these images, and no setting of the training can fix it{hint}"
+        f"the teacher's {what} is not finite (NaN or infinite) for {len(bad)} of "
+        f"{count_of(len(rows), 'image')}: {shown}. The cause is the teacher or these images, and no setting of the "
+        f"training can fix it{hint}"
     )
 
 
@@ -115,8 +117,8 @@ def _refuse_wrong_shape(outputs: Outputs, teacher: Backbone, count: int) -> None
     ):
         if tuple(rows.shape) != (count, width):
             raise ModelError(
-                f"the teacher must return one row of {width} numbers per image as its {what}; for {count} images it "
-                f"returned a tensor of shape {tuple(rows.shape)}"
+                f"the teacher must return one row of {count_of(width, 'number')} per image as its {what}; for "
+                f"{count_of(count, 'image')} it returned a tensor of shape {tuple(rows.shape)}"
             )
         if not rows.is_floating_point():
             raise ModelError(f"the teacher's {what} must be floating-point numbers, but is {rows.dtype}")

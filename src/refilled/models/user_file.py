@@ -15,6 +15,7 @@ from refilled.errors import ModelError, unknown
 from refilled.models.backbone import Backbone, NoClassifier, Pooling
 from refilled.models.module_outputs import LinearCall, find_last_linear, linear_calls, read_embedding
 from refilled.models.timm_backbone import TimmBackbone
+from refilled.words import count_of
 
 _PROBE_SIZE = 64  # pixels, if the input size is not fixed
 
@@ -272,7 +273,8 @@ def _class_names(teacher: Backbone, module: nn.Module, about: Mapping[str, Any],
         return None
     names = _in_order(given) if isinstance(given, Mapping) else tuple(map(str, given))
     if len(names) != teacher.num_classes:
-        raise ModelError(f"{path}: {len(names)} class names for the {teacher.num_classes} classes of the teacher")
+        wanted = count_of(teacher.num_classes, "class")
+        raise ModelError(f"{path}: {count_of(len(names), 'class name')} for the {wanted} of the teacher")
     return names
 
 

@@ -14,6 +14,7 @@ from refilled.models.backbone import Backbone
 from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.timm_backbone import TimmBackbone, timm_model
 from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
+from refilled.words import count_of
 
 _SHOWN = 4  # names in a message, so that it stays readable
 _LEAST_FOUND = 0.5  # below this share of the tensors, a file belongs to another network
@@ -134,10 +135,11 @@ def _load_body(student: Backbone, start: Start) -> list[str]:
     unused = [name for name in given if name not in found]
     if missing:
         notes.append(
-            f"not found in {start.source}, and initialised at random: {len(missing)} tensors, {_first(missing)}"
+            f"not found in {start.source}, and initialised at random: {count_of(len(missing), 'tensor')}, "
+            f"{_first(missing)}"
         )
     if unused:
-        notes.append(f"not used from {start.source}: {len(unused)} tensors, {_first(unused)}")
+        notes.append(f"not used from {start.source}: {count_of(len(unused), 'tensor')}, {_first(unused)}")
     return notes
 
 

@@ -20,6 +20,7 @@ from refilled.errors import ModelError
 from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
 from refilled.models.timm_backbone import TimmBackbone, first_convolution, timm_model
+from refilled.words import count_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 """The suffixes of weight files."""
@@ -371,17 +372,20 @@ def _refuse_non_finite(weights: Mapping[str, Tensor], path: Path) -> None:
         if value.is_floating_point() and not value.isfinite().all()
     }
     if counts:
-        shown = _first(f"{name} ({count} of {weights[name].numel()} numbers)" for name, count in counts.items())
+        shown = _first(
+            f"{name} ({count} of {count_of(weights[name].numel(), 'number')})" for name, count in counts.items()
+        )
         raise ModelError(
-            f"{path} holds weights that are NaN or infinite, in {len(counts)} of {len(weights)} tensors: {shown}. The "
-            "training that wrote it had failed; use an earlier checkpoint of it"
+            f"{path} holds weights that are NaN or infinite, in {len(counts)} of {count_of(len(weights), 'tensor')}: "
+            f"{shown}. The training that wrote it had failed; use an earlier checkpoint of it"
         )
 
 
 def _in_float32(weights: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:
     others = Counter(v.dtype for v in weights.values() if v.is_floating_point() and v.dtype != torch.float32)
     for dtype, count in others.items():
-        say(f"{path}: {count} tensors were converted from {str(dtype).removeprefix('torch.')} to float32")
+        tensors = count_of(count, "tensor was", "tensors were")
+        say(f"{path}: {tensors} converted from {str(dtype).removeprefix('torch.')} to float32")
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 

@@ -252,6 +252,13 @@ class JobGraph:
         """Return the name of the run of a cell's teacher."""
         return None if cell in self.problems else self._names[cell][1]
 
+    def alone(self, run: Run) -> str | None:
+        """Return the name of the run that trains the same student alike without a teacher; None without such a run."""
+        if run.student is None or run.teacher is None:
+            return None
+        name = name_of(replace(run, teacher=None, method="vanilla", settings={}))
+        return name if name in self.runs else None
+
     def result(self, name: str | None) -> JobResult | None:
         """Return the result of a job, or None if it is not finished."""
         if name is None or not (self.folder / name / "DONE").exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refilled.compare.summary import count_of
+from refilled.config import Run
 from refilled.cost.grid import estimate
 from refilled.errors import RefilledError, RunError, unknown
 from refilled.fewshot.evaluation import FewShotResult
@@ -20,6 +20,10 @@ from refilled.paper.rendering import terminal, write
 from refilled.paper.report import Entry, TableReport
 from refilled.paper.schema import Table
 from refilled.paper.tables import TABLES
+from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
+from refilled.report.page import Surroundings
+from refilled.report.text import shown
+from refilled.words import count_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,22 @@ def fill(
     jobs: int = 1,
     console: Console | None = None,
     executor: Executor = processes,
+    reports: bool = True,
 ) -> Outcome:
     """Run the missing cells of a table, and report all cells next to the paper's numbers.
 
     The runs are in ``folder/runs`` and are shared by all tables. The report of a table is in
     ``folder/<table>-<scale>-<recipe>``. Several processes may fill the same table, or different ones, at once. A failed
     cell does not affect the others.
+
+    Args:
+        table: The table or figure.
+        choice: Scale, recipe, seeds and cells.
+        folder: Folder of the runs of all tables.
+        jobs: Number of concurrent runs.
+        console: Where progress and results are printed.
+        executor: Opens the pool of workers.
+        reports: Whether each training run gets a report, compared with the student alone if the table has it.
 
     Raises:
         RefilledError: A problem that affects more than single cells, such as missing data. Nothing has been run then.
@@ -73,7 +87,7 @@ def fill(
     for line in estimate(graph, missing, jobs):
         _say(console, line)
     failures = {cell.name: str(problem) for cell, problem in graph.problems.items() if cell in wanted}
-    failed = _carry_out(graph, missing, jobs, console, executor)
+    failed = _carry_out(graph, missing, jobs, console, executor, reports)
     failures |= {cell.name: failed[name] for cell in wanted if (name := graph.run_of(cell)) in failed}
     entries = [_entry(cell, graph, folder / "measures", failures) for cell in every]
     teachers = dict.fromkeys(name for cell in every if (name := graph.teacher_of(cell)) and graph.result(name))
@@ -103,7 +117,7 @@ def estimate_table(table: Table, choice: Choice, folder: Path, jobs: int = 1) ->
 
 
 def _carry_out(
-    graph: JobGraph, missing: Mapping[str, Job], jobs: int, console: Console, executor: Executor
+    graph: JobGraph, missing: Mapping[str, Job], jobs: int, console: Console, executor: Executor, reports: bool
 ) -> dict[str, str]:
     """Execute the missing jobs; return the reasons of failures, by the names of the jobs."""
     failures: dict[str, str] = {}
@@ -118,8 +132,25 @@ def _carry_out(
         _say(console, f"  {next(count)}/{len(missing)} {name} failed: {failures[name]}")
 
     needs = {name: [other for other in graph.needs.get(name, ()) if other in missing] for name in missing}
-    run_grid(missing, graph.folder, jobs, tell, note, needs, executor)
+    around = _surroundings(graph, missing, jobs) if reports else {}
+    after = {name: Leave(each) for name, each in around.items()}
+    run_grid(missing, graph.folder, jobs, tell, note, needs, executor, after)
+    unwritten = write_missing({graph.folder / name: each for name, each in around.items()}, jobs, executor)
+    for place, reason in unwritten.items():
+        _say(console, shown(no_report(place, reason)))
     return failures
+
+
+def _surroundings(graph: JobGraph, missing: Mapping[str, Job], jobs: int) -> dict[str, Surroundings]:
+    """Return what the report of each training run says about the student alone, by the name of its job."""
+    found = {}
+    for name, job in missing.items():
+        if isinstance(job, Run):
+            alone = graph.alone(job)
+            done = alone in missing or graph.result(alone) is not None
+            against = graph.folder / alone if alone not in (None, name) and done else None
+            found[name] = Surroundings(against, images=FEW_IMAGES, timed=jobs == 1)
+    return found
 
 
 def _entry(cell: Cell, graph: JobGraph, kept: Path, failures: dict[str, str]) -> Entry:

@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from refilled.compare.summary import count_of, mean_and_spread, paired_gain
+from refilled.compare.summary import mean_and_spread, paired_gain
 from refilled.config import Run
 from refilled.fewshot.evaluation import FewShotResult, recorded_accuracies
 from refilled.grid.jobs import load
@@ -20,6 +20,7 @@ from refilled.paper.cells import Cell, Choice
 from refilled.paper.protocols import FEW_SHOT, PROTOCOLS, RECIPES, SCALES
 from refilled.paper.schema import Column, Row, Table
 from refilled.runs.result import Result
+from refilled.words import count_of
 
 _FEWEST_ROWS = 3  # for an order to be meaningful
 _FIGURE = {
@@ -221,7 +222,7 @@ class TableReport:
         results = [entry.result for entry in self.entries]
         numbers = {result.n_episodes for result in results if isinstance(result, FewShotResult)}
         tasks = " or ".join(map(str, sorted(numbers, reverse=True)))
-        return f"mean over {tasks or 'no'} tasks ± its 95 % interval"
+        return f"mean over {tasks or 'no'} {'task' if numbers == {1} else 'tasks'} ± its 95 % interval"
 
     def provenance(self) -> dict[str, str]:
         """Return what the numbers depend on, as text by heading: command, protocol, data, hardware, versions, ..."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from refilled.config import Run
 from refilled.runs.result import Result
+from refilled.words import count_of
 
 _SHOWN = 20  # names of classes
 
@@ -55,7 +56,7 @@ def model_card(run: Run, result: Result, licence: str | None, ece: float | None)
         f"{f', teacher {teacher}' if teacher else ', without a teacher'}."
         f"{f' Licence of the teacher: {markdown(licence)}.' if licence else ''}\n\n"
         f"Classes: {', '.join(markdown(name[:80]) for name in names[:_SHOWN])}{more}.\n\n"
-        f"| figure, on {result.data['images'][part]} {part} images | |\n|---|---|\n{rows}\n"
+        f"| figure, on {count_of(result.data['images'][part], f'{part} image')} | |\n|---|---|\n{rows}\n"
         f"Images: {markdown(_last(run.task))}, {result.data['images']['train']} for training, "
         f"{result.data['image_size']} pixels; fingerprint `{result.data['fingerprint'][:16]}`. Seed {run.seed}.\n"
     )

@@ -15,6 +15,7 @@ from refilled.files import spreadsheet_cell, write_atomic
 from refilled.report.page import png
 from refilled.report.text import shown
 from refilled.selection.doubtful import Findings, Place
+from refilled.words import count_of, plural
 
 COLUMNS = (
     "finding", "image", "part", "label", "suggested", "score", "suggested_probability", "group", "across_parts",
@@ -68,10 +69,11 @@ def summary(findings: Findings) -> list[str]:
     """Return a summary of the findings, in sentences."""
     groups, across = len(findings.groups), sum(group.across for group in findings.groups)
     differ = sum(group.disagree for group in findings.groups)
-    doubts = f"{len(findings.doubts)} of {findings.judged} labels are doubtful."
+    judged = count_of(findings.judged, "label")
+    doubts = f"{len(findings.doubts)} of {judged} {plural(len(findings.doubts), 'is', 'are')} doubtful."
     if findings.agreement is not None:
         doubts += f" A classifier trained on other images gives {findings.agreement:.1f} % of the given labels."
-    copies = f"{groups} groups of near copies, {across} across parts, {differ} with different labels."
+    copies = f"{count_of(groups, 'group')} of near copies, {across} across parts, {differ} with different labels."
     return [doubts, copies]
 
 
@@ -117,6 +119,7 @@ def _page(findings: Findings, command: str) -> str:
             }
             for doubt in doubts
         ],
+        plural=plural,
         doubts_left=len(findings.doubts) - len(doubts),
         groups=[
             {

@@ -2,11 +2,10 @@
 
 import base64
 import io
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jinja2 import Environment, PackageLoader
@@ -14,17 +13,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from refilled.config import WHERE, Run
 from refilled.data import Task
 from refilled.data.several import Several
 from refilled.errors import RunError
 from refilled.files import read_json_lines, write_atomic
 from refilled.models import Backbone
 from refilled.report.card import model_card
+from refilled.report.command import command_of, how_to_know
 from refilled.report.matrix import matrix_of
 from refilled.report.measures import Reliability, confusion_matrix, most_confused, reliability, top_accuracy
 from refilled.report.pictures import COLORS, address, plain_text, svg
-from refilled.report.projection import networks_of, projection_of
+from refilled.report.projection import IMAGES, networks_of, projection_of
 from refilled.report.speed import speed_of
 from refilled.report.teachers import teacher_rows
 from refilled.report.text import shown, visible
@@ -33,6 +32,7 @@ from refilled.runs.inference import network_of, readout_classes, task_of
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
 from refilled.training.evaluation import predict
+from refilled.words import count_of
 
 _WORST = 16  # images
 _MANY = 20  # classes
@@ -40,9 +40,33 @@ _PAIRS, _PAIRS_OF_MANY = 12, 30
 _TOP5_ABOVE = 10  # classes
 
 
-def report_on_prepared(prepared: Prepared, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Surroundings:
+    """What the report of a run takes from the runs around it.
+
+    Attributes:
+        against: Folder of a run on the same images, such as that of a student without a teacher.
+        home: Address of the page of the comparison that the run belongs to, relative to the run's folder.
+        images: Images that are shown in the embedding, at most.
+        timed: Whether the network's passes are timed. Beside other runs, the times would be wrong.
+    """
+
+    against: Path | None = None
+    home: str | None = None
+    images: int = IMAGES
+    timed: bool = True
+
+    def without_other(self) -> Self:
+        """Return the same without the run to compare with."""
+        return replace(self, against=None)
+
+
+ALONE = Surroundings()
+
+
+def report_on_prepared(prepared: Prepared, folder: Path, around: Surroundings = ALONE) -> Path:
     """Write the report of a run whose images and networks are in memory; see :func:`report_on`."""
-    return _write(folder, prepared.task, prepared.student, prepared.found, None)
+    return _write(folder, prepared.task, prepared.student, prepared.found, around)
 
 
 def report_on(folder: Path, against: Path | None = None) -> Path:
@@ -55,13 +79,23 @@ def report_on(folder: Path, against: Path | None = None) -> Path:
     Raises:
         RunError: A run is not finished, or the two were scored on different images.
     """
+    return report_among(folder, Surroundings(against))
+
+
+def report_among(folder: Path, around: Surroundings) -> Path:
+    """Write the report of a finished run among others; see :func:`report_on`."""
     Result.load(folder)
     task, network = task_of(folder), network_of(folder)
     found = readout_classes(folder, task, network) if RunFolder(folder).trained_nothing else None
-    return _write(folder, task, network, found, against)
+    return _write(folder, task, network, found, around)
 
 
-def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, against: Path | None) -> Path:
+def comparable(ours: Result, theirs: Result) -> bool:
+    """Return whether two runs were scored on the same images."""
+    return all(ours.data[name] == theirs.data[name] for name in ("fingerprint", "scored"))
+
+
+def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, around: Surroundings) -> Path:
     """Write the report of a run.
 
     Args:
@@ -69,14 +103,14 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
         task: Its task.
         network: What is scored: the student, or the teacher whose embedding is classified by a readout.
         found: Class ids of the scored images ``(N,)`` by a readout; None: the classes of the network's highest logits.
-        against: Folder of another run.
+        around: The runs around it.
     """
     run, result = RunFolder(folder).run(), Result.load(folder)
     scored = task.test if run.score == "test" else task.val
     about = result.teacher or {}
     licences = [each.get("licence") for each in about.get("teachers", [about])]
     licence = ", ".join(dict.fromkeys(found for found in licences if found))
-    headline = [_how_to_know(run)]
+    headline = ["A single run establishes nothing." if around.home else how_to_know(run)]
     tables: dict[str, list[list[str]]] = {"Accuracy": _accuracies(result)}
     pictures: dict[str, str] = {}
     log = read_json_lines(folder / "log.jsonl")
@@ -105,17 +139,18 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
             caption = f"Calibration: expected calibration error {calibration.ece:.3f}"
             pictures[caption] = address(svg(_diagram(calibration)))
             worst = _worst(task, scored.pixels, scored.sources, probabilities, labels)
-        projection = projection_of(networks_of(folder, run, task, network), task, scored)
-    tables["Size and speed"] = speed_of(network, task.image_size).rows()
+        projection = projection_of(networks_of(folder, run, task, network), task, scored, around.images)
+    tables["Size and speed"] = speed_of(network, task.image_size, around.timed).rows()
     if not_used := _not_used(result):
         tables["Files that are not used, and copies"] = not_used
-    if against is not None:
-        other = Result.load(against)
-        headline, tables["Classes that gained and lost"] = _compared(folder, against, result, other)
+    if around.against is not None:
+        other = Result.load(around.against)
+        headline, tables["Classes that gained and lost"] = _compared(folder, around.against, result, other)
     page = Environment(loader=PackageLoader("refilled.report"), autoescape=True).get_template("report.html")
     text = page.render(
         title=f"{Path(run.task).name}: {run.method}, seed {run.seed}",
         sentences=headline,
+        home=around.home,
         tables={name: visible(rows) for name, rows in tables.items()},
         pictures=pictures,
         worst=worst,
@@ -124,12 +159,12 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
         notes=result.data["notes"],
         data=visible(_data(task, result)),
         provenance={
-            "command": _command(run),
+            "command": command_of(run),
             "data fingerprint": result.data["fingerprint"],
             **({"licence of the data": task.licence} if task.licence else {}),
             **_teachers(result.teacher),
             "network": f"{run.student or run.only_teacher}, {result.parameters:,} parameters",
-            "time": f"{result.seconds:.0f} seconds",
+            "time": f"{count_of(round(result.seconds), 'second')}",
             "hardware": _listed(result.hardware),
             "versions": _listed(result.versions),
         },
@@ -138,41 +173,6 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ag
     card = model_card(run, result, licence or None, None if calibration is None else calibration.ece)
     write_atomic(folder / "README.md", card.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
-
-
-def _how_to_know(run: Run) -> str:
-    return (
-        "Did the teacher help? One run cannot show it. Compare with students that are trained in the same way without "
-        "the teacher: "
-        f"{_command(run, compare=True)}"
-    )
-
-
-def _command(run: Run, compare: bool = False) -> str:
-    """Return the command that executes the run, or compares its method with the student alone."""
-    alone = run.method == "vanilla"  # `distill` would use another method
-    left_out = {"task", "settings", *WHERE} | ({"method", "seed"} if compare else set())
-    if alone and not compare:
-        left_out |= {"method", "teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding"}
-    words = ["refilled", "compare" if compare else "train" if alone else "distill", run.task]
-    for field in fields(Run):
-        value = getattr(run, field.name)
-        default = None if field.default is MISSING else field.default
-        if field.name in left_out or (value == default and field.name != "epochs"):
-            continue
-        flag = field.name.replace("_", "-")
-        if field.name == "teacher":
-            words += [word for name in run.teachers for word in ("--teacher", name)]
-        elif isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple | list) else [value])]
-    if compare:
-        method = "refilled" if run.method == "vanilla" else run.method
-        words += ["--methods", f"vanilla,{method}", "--seeds", "3", *([] if run.teacher else ["--teacher", "TEACHER"])]
-    else:
-        words += [word for name, value in run.settings.items() for word in ("--set", f"{name}={value}")]
-    return shlex.join(words)
 
 
 def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
@@ -189,7 +189,7 @@ def _teachers(about: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _compared(folder: Path, against: Path, ours: Result, theirs: Result) -> tuple[list[str], list[list[str]]]:
-    if ours.data["fingerprint"] != theirs.data["fingerprint"] or ours.data["scored"] != theirs.data["scored"]:
+    if not comparable(ours, theirs):
         raise RunError(f"{against} was scored on other images than {folder}; name a run on the same task and shots")
     gain = ours.accuracy - theirs.accuracy
     sentence = (

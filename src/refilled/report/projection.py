@@ -19,6 +19,7 @@ from refilled.runs.inference import network_of
 from refilled.runs.prepared import initial_student
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
+from refilled.words import count_of, plural
 
 IMAGES = 1000
 """Images that are shown at most."""
@@ -56,18 +57,19 @@ class Projection:
     side: int = _SIDE
 
 
-def projection_of(networks: Mapping[str, Backbone], task: Task, images: Split) -> Projection:
+def projection_of(networks: Mapping[str, Backbone], task: Task, images: Split, count: int = IMAGES) -> Projection:
     """Project the embeddings of some images, evenly chosen from the classes, by t-SNE.
 
     Args:
         networks: The networks by the heading of their panel.
         task: The task, for the names of its classes.
         images: The scored images.
+        count: Number of images that are shown at most.
     """
-    rows = examples(images.labels.cpu(), IMAGES)
+    rows = examples(images.labels.cpu(), count)
     labels = images.labels.cpu()[rows]
     if len(rows) < _FEWEST:
-        return _nothing(f"there are only {len(rows)} images")
+        return _nothing(f"there {plural(len(rows), 'is', 'are')} only {count_of(len(rows), 'image')}")
     if len(labels.unique()) < 2:
         return _nothing("all images are of one class")
     pixels = images.pixels[rows]

@@ -8,6 +8,7 @@ import torch
 
 from refilled.models import Backbone, multiplications_of
 from refilled.runs.environment import device_name
+from refilled.words import count_of
 
 BATCHES = (1, 32)
 """Images at a time."""
@@ -25,6 +26,7 @@ class Speed:
         parameters: Their number, with those of the classifier.
         multiplications: Multiply-accumulate operations for one image; None if they cannot be counted.
         milliseconds: Time per image by the number of images at a time, in float32: the median of several passes.
+            Empty if it was not measured.
         image_size: Side length of the images in pixels.
         device: Name of the processor or accelerator.
         threads: Threads of the computation; 0 on an accelerator.
@@ -40,7 +42,7 @@ class Speed:
     def rows(self) -> list[list[str]]:
         """Return the rows of a table."""
         count = "unknown" if self.multiplications is None else f"{self.multiplications / 1e6:,.1f} million"
-        threads = "" if not self.threads else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = "" if not self.threads else f", {count_of(self.threads, 'thread')}"
         where = f"{self.device}{threads}, float32"
         return [
             ["measure", "value"],
@@ -51,10 +53,11 @@ class Speed:
                 [f"time per image, batch of {batch}", f"{value:.3g} ms ({where})"]
                 for batch, value in self.milliseconds.items()
             ),
+            *([] if self.milliseconds else [["time per image", "not measured, since other runs were under way"]]),
         ]
 
 
-def speed_of(network: Backbone, image_size: int) -> Speed:
+def speed_of(network: Backbone, image_size: int, timed: bool = True) -> Speed:
     """Count and time a network on noise, on its present device, for about a second, or three passes of a slow one.
 
     Its weights, its mode and the random numbers do not change.
@@ -62,6 +65,7 @@ def speed_of(network: Backbone, image_size: int) -> Speed:
     Args:
         network: The network.
         image_size: Side length of the images in pixels; a network may resize them.
+        timed: Whether the network is timed.
     """
     device, training = network.mean.device, network.training
     network.eval()
@@ -74,7 +78,8 @@ def speed_of(network: Backbone, image_size: int) -> Speed:
         )
         images = noise.permute(0, 3, 1, 2).to(device)  # channels-last, as tasks hold them
         multiplications = multiplications_of(network, images[:1])
-        milliseconds = {batch: 1000 * _seconds(network, images[:batch]) / batch for batch in BATCHES}
+        batches = BATCHES if timed else ()
+        milliseconds = {batch: 1000 * _seconds(network, images[:batch]) / batch for batch in batches}
     finally:
         network.train(training)
     return Speed(

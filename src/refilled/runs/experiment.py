@@ -109,7 +109,14 @@ def resume(
         return _resume(run_folder, where or {}, named or {}, display or Display(), seconds_between_saves, world, after)
 
 
-def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_between_saves: float = 60.0) -> Result:
+def complete(
+    run: Run,
+    folder: Path,
+    *,
+    display: Display | None = None,
+    seconds_between_saves: float = 60.0,
+    after: After | None = None,
+) -> Result:
     """Start a run, or resume it; return the result of a finished one.
 
     If several processes call this for the same run in the same folder, one of them executes the run. Another machine
@@ -127,7 +134,7 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
         with run_folder.new():
             prepared = Prepared(resolve(run))
             settle_precision(run, prepared)
-            return begin(prepared, run_folder, display, seconds_between_saves)
+            return begin(prepared, run_folder, display, seconds_between_saves, after=after)
     with run_folder.held():
         wanted = with_absolute_paths(resolve(run))
         if is_measured(run, wanted):  # the record has the value that was chosen
@@ -138,7 +145,7 @@ def complete(run: Run, folder: Path, *, display: Display | None = None, seconds_
             refuse_other_images(run_folder, wanted)
             run_folder.write(replace(run_folder.run(), **dict[str, Any](named)))  # the present path of its teacher
         where = {name: getattr(wanted, name) for name in WHERE}
-        return _resume(run_folder, where, named, display, seconds_between_saves)
+        return _resume(run_folder, where, named, display, seconds_between_saves, after=after)
 
 
 def begin(

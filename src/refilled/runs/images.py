@@ -18,6 +18,7 @@ from torch import Tensor
 from refilled.data import Split, Task
 from refilled.errors import RunError
 from refilled.files import damaged, read_json_object, read_tensors, require, write_atomic
+from refilled.words import plural
 
 _SHOWN = 3  # names of images in a message
 
@@ -102,5 +103,5 @@ def _changes_of(name: str, before: Tensor, part: Split) -> list[str]:
     gone = int((~torch.isin(before, now)).sum())
     shown = ", ".join(part.sources[row] for row in new[:_SHOWN])
     more = ", ..." if len(new) > _SHOWN else ""
-    added = [f"{len(new)} of {name} are new ({shown}{more})"] if new else []
-    return [*added, *([f"{gone} of {name} are gone"] if gone else [])]
+    added = [f"{len(new)} of {name} {plural(len(new), 'is', 'are')} new ({shown}{more})"] if new else []
+    return [*added, *([f"{gone} of {name} {plural(gone, 'is', 'are')} gone"] if gone else [])]

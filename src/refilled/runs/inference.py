@@ -25,6 +25,7 @@ from refilled.runs.result import Result
 from refilled.runs.scoring import accuracy_by_class, balanced_accuracy, finite_embedding
 from refilled.stages import Readout
 from refilled.training.evaluation import accuracy, nearest_center_accuracy, predict, predict_classes
+from refilled.words import count_of, plural
 
 Classified = tuple[list[tuple[Path, dict[str, float]]], list[tuple[Path, str]]]
 """Each image's probability of each class, and for images that cannot be read the reason."""
@@ -86,13 +87,16 @@ def _notes(record: ImageRecord | None, data: Task, own: bool) -> list[str]:
     trained_on = record.trained_on(data.test)
     notes = [f"the images are not those of the run: {changes}"] if changes else []
     if trained_on:
-        notes.append(f"{trained_on} of {len(data.test)} scored images were trained on: the accuracy is too high")
+        notes.append(
+            f"{trained_on} of {count_of(len(data.test), 'scored image')} {plural(trained_on, 'was', 'were')} trained "
+            "on: the accuracy is too high"
+        )
     return notes
 
 
 def _unscored(names: tuple[str, ...], labels: Tensor) -> list[str]:
     missing = [name for place, name in enumerate(names) if place not in set(labels.tolist())]
-    return [f"no images of {len(missing)} classes: {Several.of(missing)}"] if missing else []
+    return [f"no images of {count_of(len(missing), 'class')}: {Several.of(missing)}"] if missing else []
 
 
 def teacher_accuracies(folder: Path) -> list[float]:

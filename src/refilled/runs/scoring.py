@@ -26,6 +26,7 @@ from refilled.training.evaluation import (
     nearest_center_accuracy,
     predict_classes_twice,
 )
+from refilled.words import count_of
 
 _FEW_STEPS = 300  # of optimisation; fewer are noted
 _IMBALANCED = 5  # times as many images in the largest class as in the smallest
@@ -131,7 +132,8 @@ def _few_steps(run: Run, task: Task) -> list[str]:
     steps = run.epochs_over(*images) * run.steps_over(*images)
     if steps >= _FEW_STEPS:
         return []
-    return [f"{steps} steps of optimisation are few; more --epochs or a smaller --batch-size should help"]
+    few = count_of(steps, "step of optimisation is", "steps of optimisation are")
+    return [f"{few} few; more --epochs or a smaller --batch-size should help"]
 
 
 def accuracy_by_class(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float | None]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from refilled.words import count_of
+
 _PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
 
 
@@ -28,7 +30,7 @@ def openapi(max_bytes: int, max_files: int) -> dict[str, Any]:
                     ],
                     "requestBody": {
                         "required": True,
-                        "description": f"At most {max_bytes} bytes, and {max_files} pictures.",
+                        "description": f"At most {max_bytes} bytes, and {count_of(max_files, 'picture')}.",
                         "content": {
                             "multipart/form-data": {
                                 "schema": {

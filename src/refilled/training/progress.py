@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from refilled.words import count_of
+
 _REDRAW = 0.2  # seconds; reading a loss value waits for the device, so not every step is shown
 
 
@@ -100,7 +102,7 @@ class Lines(Display):
     def begin_stage(self, name: str, epochs: int, steps: int, done: int) -> None:
         """Print the stage."""
         self._epochs, self._rate = epochs, _Rate()
-        self._print(f"stage {name}: {epochs} epochs of {steps} steps")
+        self._print(f"stage {name}: {count_of(epochs, 'epoch')} of {count_of(steps, 'step')}")
 
     def step(self, epoch: int, images: int, values: Mapping[str, Tensor]) -> None:
         """Count the images."""
@@ -160,4 +162,4 @@ def duration(seconds: float) -> str:
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"
+    return count_of(round(seconds), "second")

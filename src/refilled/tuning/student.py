@@ -29,6 +29,7 @@ from refilled.runs.result import Result
 from refilled.training.checkpoints import hold
 from refilled.tuning.search_space import import_optuna, parse_values
 from refilled.tuning.study import open_study
+from refilled.words import count_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -209,7 +210,8 @@ def _finish(study: "Study", run: Run, folder: Path) -> Tuned | None:
         if study.get_trials(states=(states.RUNNING,)) or not _claim(folder, "best", claims):
             return None
         if not study.get_trials(states=(states.COMPLETE,)):
-            raise RunError(f"the loss diverged in each of {len(study.trials)} trials; search lower rates or weights")
+            trials = count_of(len(study.trials), "trial")
+            raise RunError(f"the loss diverged in each of {trials}; search lower rates or weights")
         best = study.best_trial
         final = replace(_with(run, best.params), val=0.0, score="test")
         assert best.value is not None  # it is complete

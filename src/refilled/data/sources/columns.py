@@ -15,6 +15,7 @@ import numpy as np
 
 from refilled.data.source import Rows, part_called
 from refilled.errors import TaskError, unknown
+from refilled.words import count_of
 
 IMAGE_NAMES = ("img", "image", "picture", "pixels")
 LABEL_NAMES = (
@@ -207,8 +208,8 @@ def _read(cells: Cells, column: str) -> _File:
     empty = sum(map(_is_empty, cells.values))
     if empty:
         raise TaskError(
-            f"{where} has {empty} empty cells among {len(cells.values)}: every image needs a label; fill them, remove "
-            "those rows, or name another column with @label=COLUMN"
+            f"{where} has {count_of(empty, 'empty cell')} among {len(cells.values)}: every image needs a label; "
+            "fill them, remove those rows, or name another column with @label=COLUMN"
         )
     values = [_label(value, where) for value in cells.values]
     kinds = {type(value) for value in values}

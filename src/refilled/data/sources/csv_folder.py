@@ -20,6 +20,7 @@ from refilled.data.sources.list_text import are_numbers, to_numbers
 from refilled.data.sources.listed_images import ListedImages, group_by
 from refilled.data.walking import fold_name
 from refilled.errors import TaskError
+from refilled.words import count_of, plural
 
 _SUFFIXES = (".csv", ".tsv", ".txt")
 _FOLDER_SUFFIXES = (".csv", ".tsv")  # a .txt next to images may well be a licence
@@ -142,7 +143,8 @@ def _part(image_list: ImageList, labels: Rows, root: Path, classes: Sequence[str
             kept.append(row)
     repeated = len(labels) - len(kept)
     if repeated:
-        notes.append(f"{repeated} rows of {image_list.file.name} repeat others and were left out")
+        ending = plural(repeated, "repeats another and was", "repeat others and were")
+        notes.append(f"{count_of(repeated, 'row')} of {image_list.file.name} {ending} left out")
     rows = np.array(kept, dtype=np.int64)
     return ListPart(labels[rows], tuple(root / file for file in first_row), root, image_list.file, rows)
 
@@ -175,7 +177,8 @@ def _unlisted_notes(images: ListedImages, parts: Iterable[ListPart]) -> list[str
     if not unlisted:
         return []
     shown = ", ".join(map(str, unlisted[:_SHOWN])) + (", ..." if len(unlisted) > _SHOWN else "")
-    return [f"{len(unlisted)} images are in no list and were not used: {shown}"]
+    left_out = count_of(len(unlisted), "image is in no list and was", "images are in no list and were")
+    return [f"{left_out} not used: {shown}"]
 
 
 def _case_notes(classes: Sequence[str]) -> list[str]:

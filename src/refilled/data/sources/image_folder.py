@@ -20,6 +20,7 @@ from refilled.data.walking import (
     unread_notes,
 )
 from refilled.errors import TaskError
+from refilled.words import count_of
 
 _SHOWN = 5  # names in a message
 _DESCRIPTIONS = frozenset({".json", ".txt", ".csv", ".md", ".toml", ".yaml", ".html", ""})
@@ -140,7 +141,7 @@ def _with_parts(
             _refuse_wrong_level(folder, list(classes.values()))
             continue
         count = len(list_images(folder).images)
-        why = f"its {count} images have no labels" if count else "it is empty"
+        why = f"its {count_of(count, 'image has', 'images have')} no labels" if count else "it is empty"
         notes.append(f"{folder.name} is not used: it has no class folders with images, so {why}")
     if "train" not in layout:
         raise TaskError(f"no images were found in the class folders of {named['train'][0]}")

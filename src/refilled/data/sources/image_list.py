@@ -8,6 +8,7 @@ from refilled.data.sources.columns import LABEL_NAMES, Cells, Column, choose_lab
 from refilled.data.sources.list_text import FILE_COLUMNS, are_numbers, has_header, read_list, to_numbers
 from refilled.data.sources.listed_images import ListedImages
 from refilled.errors import TaskError
+from refilled.words import count_of
 
 _SAMPLE = 50  # rows that decide what a column holds
 
@@ -119,9 +120,9 @@ class ImageList:
         names = [name for name in self._column(self._image) if name]
         if names and not any(".." in _path_parts(name) or self._find(name) for name in names):
             raise TaskError(
-                f"none of the {len(names)} images in column '{self.columns[self._image]}' of {self.file} is below "
-                f"{self.images.root}; the first is '{names[0]}'. Put the images there, or name the column of image "
-                "names with @image=COLUMN"
+                f"none of the {count_of(len(names), 'image')} in column '{self.columns[self._image]}' of {self.file} "
+                f"is below {self.images.root}; the first is '{names[0]}'. Put the images there, or name the column of "
+                "image names with @image=COLUMN"
             )
 
     def _column(self, place: int) -> list[str]:
