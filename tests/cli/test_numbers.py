@@ -87,7 +87,6 @@ def refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("REFILLED_OFFLINE", "1")
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     (tmp_path / "file").touch()
 

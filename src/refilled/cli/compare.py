@@ -22,6 +22,7 @@ from refilled.cli.options import (
     key_value,
     run_flags,
     run_name,
+    up_to,
 )
 from refilled.cli.show import console
 from refilled.errors import RefilledError, RunError
@@ -53,12 +54,13 @@ def compare(
             "--set", metavar="KEY=VALUE", help="A parameter of the last method of --methods; may be repeated."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1, max=MOST_JOBS)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1, callback=up_to(MOST_JOBS))] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: RunsOut = None,
     jobs: Annotated[
-        int, typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1, max=MOST_JOBS)
+        int,
+        typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1, callback=up_to(MOST_JOBS)),
     ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
@@ -93,7 +95,7 @@ def compare(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
     jobs: Annotated[
-        int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, max=MOST_JOBS)
+        int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, callback=up_to(MOST_JOBS))
     ] = 2,
 ) -> None:
     """Run a comparison that takes one to two minutes: a teacher of letters, students of digits."""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from refilled.cli.options import up_to
 from refilled.cli.show import console, err, printable, say
 from refilled.words import count_of
 
@@ -24,7 +25,10 @@ def embed(
     image_size: Annotated[
         int | None,
         typer.Option(
-            metavar="<int>", help="Side length in pixels of the images. Default: the model's.", min=1, max=4096
+            metavar="<int>",
+            help="Side length in pixels of the images. Default: the model's.",
+            min=1,
+            callback=up_to(4096),
         ),
     ] = None,
     teacher_mean: Annotated[
@@ -36,7 +40,10 @@ def embed(
         typer.Option(metavar="R G B", help="Channel standard deviations, on the same scale."),
     ] = None,
     teacher_size: Annotated[
-        int | None, typer.Option(help="Side length in pixels of the teacher's input.", min=1, max=4096)
+        int | None,
+        typer.Option(
+            metavar="<int>", help="Side length in pixels of the teacher's input.", min=1, callback=up_to(4096)
+        ),
     ] = None,
     teacher_embedding: Annotated[
         str | None, typer.Option(help="Output of the teacher that is its embedding: pooled, token, mean or both.")

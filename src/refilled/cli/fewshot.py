@@ -22,6 +22,7 @@ from refilled.cli.options import (
     descriptions,
     key_value,
     run_flags,
+    up_to,
 )
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
@@ -41,11 +42,18 @@ def fewshot(
             "KEY=A,B,C, KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Number of settings to try with --tune.", min=1, max=MOST)] = 30,
-    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting with --tune.", min=1, max=MOST)] = 100,
+    trials: Annotated[
+        int, typer.Option(help="Number of settings to try with --tune.", min=1, callback=up_to(MOST))
+    ] = 30,
+    tune_episodes: Annotated[
+        int, typer.Option(help="Number of tasks per setting with --tune.", min=1, callback=up_to(MOST))
+    ] = 100,
     out: Out = None,
     jobs: Annotated[
-        int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1, max=MOST_JOBS)
+        int,
+        typer.Option(
+            help="Number of processes that share the tasks, each with one thread.", min=1, callback=up_to(MOST_JOBS)
+        ),
     ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,

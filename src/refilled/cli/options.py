@@ -22,6 +22,18 @@ _LEAST_STEPS = 1000
 MOST_JOBS = 10_000
 """The largest number of processes, cores or seeds. A mistyped larger one would only be noticed when memory ran out."""
 
+
+def up_to(most: int) -> Callable[[float | None], float | None]:
+    """Return a check of an option's value. A maximum of typer's would take the columns of the help text."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and value > most:
+            raise typer.BadParameter(f"the number is too large; give at most {most:,}")
+        return value
+
+    return check
+
+
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 Out = Annotated[
     Path | None,
@@ -39,12 +51,16 @@ Executor = Annotated[
     str, typer.Option(help="local (processes), or ray (Ray on this machine, or on the cluster at $RAY_ADDRESS).")
 ]
 Cpus = Annotated[
-    float, typer.Option(metavar="<float>", help="CPU cores per run or process, with Ray.", min=0.0, max=MOST_JOBS)
+    float,
+    typer.Option(metavar="<float>", help="CPU cores per run or process, with Ray.", min=0.0, callback=up_to(MOST_JOBS)),
 ]
 Gpus = Annotated[
     float,
     typer.Option(
-        metavar="<float>", help="GPUs per run or process, with Ray; 0.5 lets two share one.", min=0.0, max=MOST_JOBS
+        metavar="<float>",
+        help="GPUs per run or process, with Ray; 0.5 lets two share one.",
+        min=0.0,
+        callback=up_to(MOST_JOBS),
     ),
 ]
 Tracker = Annotated[
@@ -54,7 +70,9 @@ Tracker = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the configuration and the predicted time and memory, and exit.")
 ]
-Ranks = Annotated[int, typer.Option(help="Number of processes under torchrun, for --dry-run.", min=1, max=MOST_JOBS)]
+Ranks = Annotated[
+    int, typer.Option(help="Number of processes under torchrun, for --dry-run.", min=1, callback=up_to(MOST_JOBS))
+]
 Preset = Annotated[
     str | None,
     typer.Option(help=f"Preset: {', '.join(PRESETS)}. Other options override its settings.", show_default=False),

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import AsJson, Quiet, configure, run_flags
+from refilled.cli.options import AsJson, Quiet, configure, run_flags, up_to
 from refilled.cli.show import console, printable, say, silent
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
@@ -49,7 +49,9 @@ def teachers(
             show_default=False,
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(help="Maximum number of training images to embed.", min=20, max=MOST)] = 2000,
+    sample: Annotated[
+        int, typer.Option(help="Maximum number of training images to embed.", min=20, callback=up_to(MOST))
+    ] = 2000,
     download: Annotated[bool, typer.Option("--download", help="Download the default candidates.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

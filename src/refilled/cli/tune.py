@@ -20,6 +20,7 @@ from refilled.cli.options import (
     key_value,
     run_flags,
     run_name,
+    up_to,
 )
 from refilled.cli.show import console, err, listed, printable
 from refilled.ranges import MOST
@@ -49,7 +50,10 @@ def tune(
         str, typer.Option(help="Method ('refilled list methods' prints all), or a Python file that defines one.")
     ] = "refilled",
     trials: Annotated[
-        int, typer.Option(help="Total number of trials, including those already in the folder.", min=1, max=MOST)
+        int,
+        typer.Option(
+            help="Total number of trials, including those already in the folder.", min=1, callback=up_to(MOST)
+        ),
     ] = 20,
     set_: Annotated[
         list[str] | None,
