@@ -32,7 +32,7 @@ _RANGES = {
     **dict.fromkeys(("embedding_share", "distil_share", "threshold"), SHARE),
     **dict.fromkeys(("warmup_epochs", "start", "rise", "kd_refine"), WHOLE),
     **dict.fromkeys(("kd_doubt", "trust"), AMOUNT),
-    "worth": POSITIVE,
+    "worth": Range(0, 10**12, above=True),  # a large one stands for a teacher that is never outgrown
 }
 """Ranges of the parameters of this package's methods; a parameter has the same range in all. Weights are amounts."""
 
