@@ -67,6 +67,7 @@ def compare(
     gpus: Gpus = 0.0,
     preset: Preset = None,
     no_report: NoReports = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the predicted time and exit.")] = False,
     **flags: Any,
 ) -> None:
     """Compare methods at equal cost over several seeds, to see whether the teacher helps."""
@@ -89,6 +90,12 @@ def compare(
         last["settings"] = {**last["settings"], **dict(key_value(text) for text in set_ or ())}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / run_name(replace(run, method="compare"))  # a run with labels only is "vanilla"
+    if dry_run:
+        from refilled.cost.comparison import forecast_comparison
+
+        for line in forecast_comparison(comparison, out, jobs):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
     _compare(comparison, out, jobs, find_executor(executor, cpus, gpus), not no_report)
 
 
