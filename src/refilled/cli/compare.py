@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from refilled.cli.options import (
+    MOST_JOBS,
     Cpus,
     Executor,
     Gpus,
@@ -21,6 +22,7 @@ from refilled.cli.options import (
     key_value,
     run_flags,
     run_name,
+    up_to,
 )
 from refilled.cli.show import console
 from refilled.errors import RefilledError, RunError
@@ -52,11 +54,14 @@ def compare(
             "--set", metavar="KEY=VALUE", help="A parameter of the last method of --methods; may be repeated."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1, callback=up_to(MOST_JOBS))] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: RunsOut = None,
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1)] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1, callback=up_to(MOST_JOBS)),
+    ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
@@ -96,7 +101,9 @@ def compare(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 2,
+    jobs: Annotated[
+        int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, callback=up_to(MOST_JOBS))
+    ] = 2,
 ) -> None:
     """Run a comparison that takes one to two minutes: a teacher of letters, students of digits."""
     from importlib.resources import files

@@ -52,7 +52,7 @@ from refilled.presets import with_preset
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
 from refilled.report.text import shown as visible
-from refilled.runs.prepared import resolve
+from refilled.runs.prepared import resolve, with_absolute_paths
 from refilled.runs.result import Result
 from refilled.words import count_of
 
@@ -95,11 +95,11 @@ class Comparison:
         """
         try:
             return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
-        except tomllib.TOMLDecodeError as error:
-            raise RunError(f"not a comparison: {error}") from error
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RunError(f"not a comparison: {'; '.join(problems)}") from error
+        except (ValueError, RecursionError) as error:  # not TOML, or a number with thousands of digits
+            raise RunError(f"not a comparison: {error}") from error
 
     def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
         """Return the run of each row and seed. A teacher that is trained first is in ``folder/teacher``."""
@@ -132,13 +132,16 @@ def compare(
         The page, ``report.html``. The same folder holds ``results.csv``, one line per run, and ``results.md``.
     """
     console = console or Console()
+    grid = comparison.grid(folder)
+    for run in (comparison.teacher, *(row[comparison.seeds[0]] for row in grid.values())):
+        if run is not None:
+            with_absolute_paths(run)  # raises if there are no such images, before anything is written
     around = _surroundings(comparison, folder, jobs)
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)
         after = {"teacher": Leave(around["teacher"])} if reports else None
         teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor, after=after)["teacher"]
         console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
-    grid = comparison.grid(folder)
     runs = {place_of(name, seed): run for name, row in grid.items() for seed, run in row.items()}
     after = {name: Leave(around[name]) for name in runs} if reports else None
 
