@@ -9,7 +9,7 @@ from refilled.config import Run
 from refilled.models import create_model, freeze
 from refilled.runs import choice, prepared
 from refilled.runs.choice import choose_precision, forward_seconds, is_measured
-from refilled.runs.experiment import complete
+from refilled.runs.experiment import complete, distill
 from refilled.runs.folder import RunFolder
 
 RUN = Run(task="digits:5-9", student="timm/test_resnet", method="vanilla", epochs=1, batch_size=20, shots=8, threads=1)
@@ -31,12 +31,19 @@ def slow_in(monkeypatch, slow):
 @pytest.mark.parametrize(("slow", "chosen"), [("32-true", "bf16-mixed"), ("bf16-mixed", "32-true")])
 def test_the_faster_precision_is_recorded_and_stays(monkeypatch, tmp_path, slow, chosen):
     slow_in(monkeypatch, slow)
-    result = complete(RUN, tmp_path / "run")
+    result = distill(RUN, tmp_path / "run")
     assert RunFolder(tmp_path / "run").run().precision == result.hardware["precision"] == chosen
     slow_in(monkeypatch, chosen)
     assert complete(RUN, tmp_path / "run") == result
-    complete(replace(RUN, seed=1), tmp_path / "other")  # another row with this student
+    distill(replace(RUN, seed=1), tmp_path / "other")  # another run with this student
     assert RunFolder(tmp_path / "other").run().precision == chosen
+
+
+def test_the_runs_of_a_grid_are_not_measured_and_compute_alike(monkeypatch, tmp_path):
+    slow_in(monkeypatch, "bf16-mixed")
+    complete(RUN, tmp_path / "alone")
+    complete(replace(RUN, method="refilled", teacher="refilled/letters"), tmp_path / "taught")
+    assert {RunFolder(tmp_path / name).run().precision for name in ("alone", "taught")} == {"bf16-mixed"}
 
 
 @pytest.mark.parametrize("change", [{"student": "wrn_10_1"}, {"precision": "bf16-mixed"}, {"views": 2}], ids=str)
