@@ -104,8 +104,10 @@ FILES = {
     "leaves.py": "import sys\nsys.exit(3)\n",
     "breaks.py": "def breaks(student, teacher):\n    raise KeyError('x')\n",
     "gives.py": "def gives(student, teacher):\n    return 3\n",
+    "rows.toml": 'title = "rows"\nseeds = [0, 1, 2]\n[run]\ntask = "digits:5-9"\nstudent = "wrn_10_1"\n'
+    'epochs = 2\nthreads = 1\n[rows]\nalone = { method = "vanilla" }\n',
 }
-"""Methods of a user that do not work."""
+"""Methods of a user that do not work, and a comparison that does."""
 
 MISTAKES = [
     (["distill"], "name a task or a folder"),
@@ -179,6 +181,7 @@ MISTAKES = [
     (["report", "."], ". holds no finished run"),
     (["list", "metods"], "did you mean 'methods'"),
     (["compare", "missing.toml"], "missing.toml cannot be read"),
+    (["compare", "rows.toml", "--epochs", "3", "--set", "gamma=1"], "change it instead of giving --set, --epochs"),
     (["compare", "digits:5-9", "--methods", "vanilla,rdk", "--teacher", "{teacher}"], "did you mean 'rkd'"),
 ]
 
@@ -244,6 +247,15 @@ def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, m
     for run in (alone, taught):
         assert (run.epochs, run.views, run.cutmix, run.augmentation) == (1, 2, 1.0, "resized-crop-flip")
     assert taught.settings["regression_weight"] == PRESETS["patient"]["settings"]["regression_weight"]
+
+
+@pytest.mark.slow
+def test_seeds_and_place_of_a_described_comparison_may_be_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.toml").write_text(FILES["rows.toml"])
+    refilled("compare", "rows.toml", "--seeds", 1, "--threads", 2, "--no-report")
+    assert [path.name for path in (tmp_path / "runs" / "rows").glob("*/run.toml")] == ["run.toml"]
+    assert Run.from_toml((tmp_path / "runs" / "rows" / "alone-s0" / "run.toml").read_text()).threads == 2
 
 
 @pytest.mark.slow

@@ -19,12 +19,14 @@ from refilled.cli.options import (
     Teachers,
     configure,
     descriptions,
+    given_on,
     key_value,
     run_flags,
     run_name,
     up_to,
 )
 from refilled.cli.show import console
+from refilled.config import WHERE
 from refilled.errors import RefilledError, RunError
 from refilled.presets import with_preset
 
@@ -33,8 +35,13 @@ if TYPE_CHECKING:
     from refilled.grid import executors
 
 
+_BESIDE_A_FILE = ("task", "out", "jobs", "executor", "cpus", "gpus", "no_report", "dry_run")
+"""Parameters of ``compare`` that say nothing about the runs themselves."""
+
+
 @run_flags("task", "method", "settings", "seed")
 def compare(
+    context: typer.Context,
     task: Annotated[
         str,
         typer.Argument(help="Task, folder of images, or FILE.toml that describes a comparison.", show_default=False),
@@ -80,6 +87,7 @@ def compare(
             comparison = Comparison.from_toml(text)
         except RefilledError as error:
             raise RunError(f"{task}: {error}") from error
+        comparison = _changed(comparison, context)
         out = out or Path("runs") / Path(task).stem
     else:
         # All rows use the preset's training; only the row that names the preset uses its settings.
@@ -127,6 +135,22 @@ def _compare(
 
     page = carry_out(comparison, folder, jobs, console, executor, reports)
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _changed(comparison: "Comparison", context: typer.Context) -> "Comparison":
+    """Return a comparison from a file with the options of the command line that may change it."""
+    given = given_on(context)
+    if others := [flag for name, flag in given.items() if name not in (*WHERE, "seeds", *_BESIDE_A_FILE)]:
+        which = ", ".join(f"--{name.replace('_', '-')}" for name in ("seeds", *WHERE))
+        named = ", ".join(others)
+        raise RunError(f"the file describes the runs, so change it instead of giving {named}. {which} may be given")
+    where = {name: context.params[name] for name in WHERE if name in given}
+    return replace(
+        comparison,
+        run=replace(comparison.run, **where),
+        teacher=None if comparison.teacher is None else replace(comparison.teacher, **where),
+        seeds=range(context.params["seeds"]) if "seeds" in given else comparison.seeds,
+    )
 
 
 def _row(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:

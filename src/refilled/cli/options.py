@@ -196,3 +196,10 @@ def run_name(run: Run) -> str:
     task = Path(run.task).name if "/" in run.task else run.task
     parts = [task, run.student or "teacher", Path(run.method).stem, f"s{run.seed}"]
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
+
+
+def given_on(context: typer.Context) -> dict[str, str]:
+    """Return the parameters given on the command line, by name, as they are written there."""
+    sources = {p: context.get_parameter_source(p.name) for p in context.command.params if p.name}
+    given = [p for p, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return {str(p.name): p.opts[-1] if p.param_type_name == "option" else f"the {p.name}" for p in given}

@@ -24,6 +24,7 @@ from refilled.cli.options import (
     Tracker,
     configure,
     descriptions,
+    given_on,
     key_value,
     run_flags,
     run_name,
@@ -221,7 +222,7 @@ def _resume(
 ) -> None:
     from refilled.runs import experiment
 
-    given = _given(context)
+    given = given_on(context)
     allowed = (*WHERE, *experiment.NAMED, "resume", "tracker", "no_report", "quiet", "as_json")
     if others := [flag for name, flag in given.items() if name not in allowed]:
         movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
@@ -239,10 +240,3 @@ def _resume(
         as_json,
         trackers,
     )
-
-
-def _given(context: typer.Context) -> dict[str, str]:
-    """Return the parameters given on the command line, by name, as they are written there."""
-    sources = {p: context.get_parameter_source(p.name) for p in context.command.params if p.name}
-    given = [p for p, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    return {str(p.name): p.opts[-1] if p.param_type_name == "option" else f"the {p.name}" for p in given}
