@@ -11,15 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
+import drawn
+from drawn import numbered
 from refilled.data import Split, Task, epoch_batches, load_task
 from refilled.data.partition import draw_shots, hold_out, hold_out_by_content
 from refilled.errors import TaskError
 
 
-def put(path: Path, colour: int, size: tuple[int, int] = (8, 8)) -> None:
-    """Write a picture of its own colour; equal colours are equal pictures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (colour % 256, colour // 256, 7)).save(path)
+def put(path: Path, number: int, size: tuple[int, int] = (8, 8)) -> None:
+    """Write a picture of its own colour; equal numbers give equal pictures."""
+    drawn.put(path, numbered(number, size))
 
 
 def fill(root: Path, counts: dict[str, int], first_colour: int = 0) -> Path:

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.data.sources.csv_folder import open_csv_folder
@@ -19,15 +19,10 @@ from refilled.errors import RefilledError, TaskError
 CLASSES = ("cat", "dog")
 
 
-def picture(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (number, 7, 9)).save(path)
-
-
 def put(root: Path, names: list[str]) -> list[str]:
     """Write pictures whose red says their number; the labels of even and odd numbers differ."""
     for number, name in enumerate(names):
-        picture(root / name, number)
+        drawn.put(root / name, drawn.numbered(number))
     return [CLASSES[number % 2] for number in range(len(names))]
 
 

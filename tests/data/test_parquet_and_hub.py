@@ -21,16 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.data.sources import cifar100
 from refilled.errors import RefilledError, TaskError
 
 
-def png(colour: int) -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (8, 8), (colour % 256, colour // 256, 7)).save(file, "PNG")
-    return file.getvalue()
+def png(number: int) -> bytes:
+    return drawn.png(drawn.numbered(number))
 
 
 def images(count: int, first: int = 0) -> list[dict[str, object]]:

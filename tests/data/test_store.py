@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from drawn import folder
 from refilled.config import Run
 from refilled.data import channel_statistics, load_task, store
 from refilled.data.source import ArrayPart, Names
@@ -25,7 +26,6 @@ from refilled.errors import TaskError
 from refilled.runs.experiment import distill
 
 SIDE = 8
-CHANCE = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +39,7 @@ def small_shards(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Three classes of 30 pictures, some of them unreadable or equal."""
-    root = tmp_path / "photos"
-    for name in "abc":
-        (root / name).mkdir(parents=True)
-        for number in range(30):
-            Image.fromarray(CHANCE.integers(0, 256, (9, 10, 3), dtype=np.uint8)).save(root / name / f"{number:02}.png")
+    root = folder(tmp_path / "photos", dict.fromkeys("abc", 30), size=(10, 9))
     (root / "a" / "07.png").write_bytes(b"no picture")
     (root / "c" / "29.png").write_bytes((root / "b" / "03.png").read_bytes())
     return root
@@ -51,7 +47,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def part() -> ArrayPart:
-    pixels = CHANCE.integers(0, 256, (23, SIDE, SIDE, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (23, SIDE, SIDE, 3), dtype=np.uint8)
     return ArrayPart(np.arange(23) % 2, pixels, "made")
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from refilled.cli.app import app
 from refilled.errors import ModelError
 from refilled.models import Backbone, load_teacher, probe
@@ -65,12 +66,7 @@ CODE = """
 def here(tmp_path_factory):
     root = tmp_path_factory.mktemp("sick")
     (root / "t.py").write_text(dedent(CODE))
-    for number, name in enumerate("abc"):
-        (root / "d" / name).mkdir(parents=True)
-        for index in range(10):
-            pixels = np.random.default_rng(99 * number + index).integers(0, 60, (32, 32, 3))
-            pixels[..., number] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "d" / name / f"{index}.png")
+    drawn.folder(root / "d", dict.fromkeys("abc", 10), size=32, tinted=True)
     return root
 
 

@@ -6,11 +6,10 @@ import json
 import tomllib
 from textwrap import dedent
 
-import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
+from drawn import folder
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.errors import RefilledError
@@ -52,12 +51,7 @@ def here(tmp_path_factory):
     """A folder of three classes that differ in colour, and a file of teachers."""
     root = tmp_path_factory.mktemp("selection")
     (root / "t.py").write_text(dedent(CODE))
-    for number, name in enumerate("abc"):
-        (root / "d" / name).mkdir(parents=True)
-        for index in range(20):
-            pixels = np.random.default_rng(99 * number + index).integers(0, 180, (16, 16, 3))
-            pixels[..., number] += 60
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "d" / name / f"{index}.png")
+    folder(root / "d", dict.fromkeys("abc", 20), tinted=True)
     return root
 
 

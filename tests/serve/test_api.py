@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from drawn import png
 from refilled.errors import RefilledError
 from refilled.models import load_model
 from refilled.runs.inference import classify_by, open_classifier, task_of, teacher_accuracies
@@ -112,9 +113,7 @@ def test_a_training_image_is_its_own_nearest_and_its_thumbnail_is_served(app, en
     images = engine.neighbours.images
     for row in (0, len(images) - 1):
         pixels = images.pixels[row : row + 1][0]
-        buffer = BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        (answer,) = post(app, buffer.getvalue()).json()["predictions"]
+        (answer,) = post(app, png(Image.fromarray(pixels.permute(1, 2, 0).numpy()))).json()["predictions"]
         first = answer["nearest"][0]
         assert first["similarity"] == pytest.approx(1, abs=1e-4)
         assert first["name"] == images.sources[row]
