@@ -262,7 +262,7 @@ def test_the_student_after_a_stage_is_named_if_it_is_damaged(here, capsys, harm)
     ],
     ids=lambda arguments: re.sub(r"x{9,}", "long", " ".join([*arguments[:2], *arguments[-2:]])),
 )
-def test_files_in_the_place_of_folders_and_long_names_are_mistakes(here, capsys, arguments):
+def test_files_in_place_of_folders_and_long_names_are_mistakes(here, capsys, arguments):
     before = (here / "c.toml").read_text()
     code = call(*arguments)
     said = capsys.readouterr().err

@@ -185,7 +185,7 @@ def test_a_split_that_does_not_fit_is_explained(photos, tmp_path, content, messa
         load_pool(str(tmp_path), "seen")
 
 
-def test_without_a_split_it_is_said_how_to_write_one(photos, tmp_path):
+def test_without_a_split_it_is_explained_how_to_write_one(photos, tmp_path):
     folder(tmp_path, dict.fromkeys(CLASSES, 1))
     with pytest.raises(TaskError, match=r"write .*split\.json as .*\"seen\""):
         load_pool(str(tmp_path), "seen")

@@ -85,7 +85,7 @@ def test_names_may_hold_colons_spaces_and_any_letters(tmp_path):
     assert load_task(task.name).fingerprint == task.fingerprint
 
 
-def test_pictures_may_lie_deeper_and_other_files_are_passed_over(tmp_path):
+def test_pictures_may_lie_deeper_and_other_files_are_skipped(tmp_path):
     fill(tmp_path, {"cat": 3, "dog": 3})
     put(tmp_path / "cat" / "spring" / "x.JPG", 99)
     for name in ("cat/notes.txt", "cat/Thumbs.db", "cat/._000.png", "readme.md", ".git/x.png", "__MACOSX/cat/000.png"):
@@ -229,7 +229,7 @@ def test_a_class_whose_pictures_would_all_be_held_out_with_another_class_keeps_o
     assert not pictures(task.train) & pictures(task.test)
 
 
-def test_a_file_or_a_name_that_is_no_text_is_refused(tmp_path):
+def test_a_file_or_a_name_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("no pictures")
     with pytest.raises(TaskError, match=r"is not a folder, a \.parquet file"):
         load_task(str(tmp_path / "notes.md"))
@@ -272,7 +272,7 @@ def test_a_class_of_bad_pictures_is_refused(tmp_path):
         load_task(str(tmp_path), allow_bad=True)
 
 
-def test_names_of_files_that_are_no_text_are_shown_escaped(tmp_path):
+def test_names_of_files_that_are_not_text_are_shown_escaped(tmp_path):
     fill(tmp_path, {"cat": 3, "dog": 3})
     (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
     assert load_task(str(tmp_path), allow_bad=True).skipped[0][0] == "cat/\\udcff.png"
@@ -291,7 +291,7 @@ def test_the_automatic_size_is_the_median_short_side_but_not_large(tmp_path):
     assert load_task(str(tmp_path)).image_size == 224
 
 
-def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
     fill(tmp_path, {"cat": 3, "dog": 3})
     walked = os.scandir
 

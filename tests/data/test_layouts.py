@@ -70,7 +70,7 @@ def test_unclear_parts_are_refused(tmp_path, folders, message):
         refilled("train", tmp_path, *TRAIN, "--out", tmp_path / "r")
 
 
-def test_parts_without_classes_are_no_classes(tmp_path):
+def test_parts_without_classes_are_not_classes(tmp_path):
     fill(tmp_path, ("train", "test"))
     with pytest.raises(TaskError, match="named after parts, but have no class folders"):
         load_task(str(tmp_path))
@@ -172,7 +172,7 @@ def test_a_class_folder_is_a_class_whatever_its_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_thumbnails_and_hidden_files_are_passed_over_by_every_command(tmp_path):
+def test_thumbnails_and_hidden_files_are_skipped_by_every_command(tmp_path):
     fill(tmp_path / "d")
     for hidden in ("@eaDir/00.png/SYNOPHOTO_THUMB_M.jpg", "._00.png", ".thumbnails/x.png", "__MACOSX/cat/00.png"):
         path = tmp_path / "d" / "cat" / hidden
@@ -196,7 +196,7 @@ def test_the_flag_that_the_message_names_exists(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["https://x.org/cat.jpg", "-"])
-def test_what_is_no_file_is_refused_before_anything_is_printed(tmp_path, name):
+def test_what_is_not_a_file_is_refused_before_anything_is_printed(tmp_path, name):
     fill(tmp_path / "d")
     refilled("train", tmp_path / "d", *TRAIN, "--out", tmp_path / "r")
     with pytest.raises(TaskError, match="is not a file; download what it names"):

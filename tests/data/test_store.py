@@ -103,7 +103,7 @@ def test_training_from_disk_gives_the_same_bits(tmp_path):
 
 
 @given(st.lists(st.integers(-23, 22), max_size=40), st.integers(1, 30), st.slices(23))
-def test_stored_images_answer_as_a_tensor_does(indices, size, some):
+def test_stored_images_behave_as_a_tensor_does(indices, size, some):
     tensor = torch.randint(256, (23, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     if some.step is not None and some.step < 0:
         some = slice(some.start, some.stop)
@@ -135,7 +135,7 @@ def test_only_what_is_missing_is_decoded(part, monkeypatch):
     assert np.array_equal(whole(everything.images).permute(0, 2, 3, 1).numpy(), part.pixels)
 
 
-def test_an_interrupted_start_loses_one_shard_at_most(part, monkeypatch):
+def test_an_interrupted_start_loses_at_most_one_shard(part, monkeypatch):
     write, written = store.write_atomic, []
 
     def interrupted(path, data):
@@ -171,7 +171,7 @@ def test_a_damaged_image_is_found_and_its_shard_made_again(part, monkeypatch, sm
 
 
 @pytest.mark.parametrize("harm", ["cut the images", "cut a record", "spoil a record", "remove the images"])
-def test_whatever_is_torn_is_made_again(part, small_shards, harm):
+def test_whatever_is_damaged_is_written_again(part, small_shards, harm):
     stored_images(part, np.arange(23), SIDE)
     file = file_of(small_shards)
     record = file.with_name("000001.shard")
@@ -185,7 +185,7 @@ def test_whatever_is_torn_is_made_again(part, small_shards, harm):
     assert np.array_equal(whole(again.images).permute(0, 2, 3, 1).numpy(), part.pixels)
 
 
-def test_a_disk_that_forgets_is_noticed(part, monkeypatch):
+def test_a_disk_that_loses_what_was_written_is_noticed(part, monkeypatch):
     monkeypatch.setattr(np.memmap, "__setitem__", lambda self, key, value: None)
     with pytest.raises(TaskError, match="does not hold what was written"):
         stored_images(part, np.arange(23), SIDE)
@@ -201,7 +201,7 @@ def test_a_full_disk_is_reported_with_the_bytes_needed(part, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_changed_picture_is_seen(photos):
+def test_a_changed_picture_is_noticed(photos):
     arguments = {"data_root": photos.parent, "image_size": SIDE, "allow_bad": True, "memory_limit": 0}
     before = load_task("photos", **arguments)
     Image.new("RGB", (10, 10), "red").save(photos / "b" / "00.png")

@@ -85,7 +85,7 @@ def test_mistakes_are_named(text, message, tmp_path):
         load_task(text, data_root=tmp_path)
 
 
-def test_contradicting_shots_are_refused():
+def test_contradictory_shots_are_refused():
     with pytest.raises(TaskError, match="leave out one"):
         load_task("digits@shots=5", shots=6)
     assert load_task("digits@shots=5", shots=5).name == load_task("digits", shots=5).name == "digits@shots=5"

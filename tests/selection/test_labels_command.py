@@ -69,7 +69,7 @@ def flipped(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_most_of_the_wrong_labels_are_ranked_first_and_set_right(flipped):
+def test_most_of_the_wrong_labels_are_ranked_first_and_corrected(flipped):
     root, wrong, labels = flipped
     found = json.loads(refilled("labels", root, *LETTERS, "--with-test", "--json").stdout)
     assert found["judged"] > 900
@@ -219,7 +219,7 @@ def test_a_class_that_the_other_folds_lack_has_probability_zero():
     ],
     ids=lambda part: str(part)[-40:],
 )
-def test_mistakes_give_sentences_and_leave_no_file(copied, teacher, tmp_path, monkeypatch, arguments, hint):
+def test_mistakes_are_explained_and_leave_no_file(copied, teacher, tmp_path, monkeypatch, arguments, hint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.html").write_text("mine")
     with pytest.raises(RefilledError, match=hint):

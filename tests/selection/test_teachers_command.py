@@ -112,7 +112,7 @@ def test_multiplications_are_those_of_the_layers(here):
     assert found["cost"]["multiplications"] == sum(counted)
 
 
-def test_a_teacher_of_no_use_is_said_to_be_of_none(here):
+def test_a_useless_teacher_is_reported_as_useless(here):
     said = refilled("teachers", here / "d", "--candidates", f"{here}/t.py:nearly_constant", "--threads", 1)
     assert "no teacher has a forecast gain of 1 point or more" in said
 
@@ -137,7 +137,7 @@ def test_embeddings_are_computed_once(here, monkeypatch):
     assert "a sample of" in refilled("cache", "info")
 
 
-def test_a_changed_python_file_is_measured_anew(here, tmp_path):
+def test_a_changed_python_file_is_measured_again(here, tmp_path):
     file = tmp_path / "mine.py"
     given = (here / "d", "--candidates", f"{file}:make")
     file.write_text((here / "t.py").read_text() + "\nmake = colour\n")
@@ -178,7 +178,7 @@ def test_a_csv_has_one_row_per_candidate_and_size(here):
     ],
     ids=lambda part: str(part)[:30],
 )
-def test_mistakes_give_sentences(here, arguments, reason):
+def test_mistakes_are_explained(here, arguments, reason):
     with pytest.raises(RefilledError, match=reason):
         refilled("teachers", here / "d", "--threads", 1, *arguments)
 
@@ -221,6 +221,6 @@ def test_auto_settles_the_size_of_the_teacher_in_the_record(here, tmp_path):
         (("--teacher-size", "auto", "--method", "vanilla"), "name one with --teacher"),
     ],
 )
-def test_mistakes_with_the_size_give_sentences(here, tmp_path, arguments, reason):
+def test_mistakes_with_the_size_are_explained(here, tmp_path, arguments, reason):
     with pytest.raises(RefilledError, match=reason):
         refilled("distill", here / "d", *arguments, "--out", tmp_path / "run")

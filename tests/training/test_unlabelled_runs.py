@@ -82,7 +82,7 @@ def test_all_unlabelled_images_are_seen_once_an_epoch(teacher, tmp_path):
     assert sum(seen) == result.data["unlabelled"]["images"] + 20 * steps
 
 
-def test_after_their_span_unlabelled_images_are_seen_no_more(teacher, tmp_path):
+def test_after_their_span_unlabelled_images_are_no_longer_seen(teacher, tmp_path):
     counted = []
 
     class Counting(Display):
