@@ -116,7 +116,7 @@ def paper_table(about: Mapping[str, object], lines: Sequence[Mapping[str, str]])
     names = list(dict.fromkeys(row for row, _ in cells))
     if "interval" in lines[0]:
         wide = {(ln["row"], ln["column"]): f"{ln['value']} ± {ln['interval']}" for ln in lines if ln["value"]}
-        return _wide(names, columns, wide, paper)
+        return _wide(names, columns, wide, paper) + "\n\n" + times_table(names, columns, lines)
     if len(columns) > 2:
         return _wide(names, columns, {k: mean_and_spread(list(v.values())) for k, v in cells.items()}, paper)
     table = [["row", "column", "seeds", "ours", "the paper's", "gain"]]
@@ -140,6 +140,22 @@ def _wide(
         return cells.get((row, column), "") + (f" ({published})" if published and (row, column) in cells else "")
 
     return markdown([["", *columns], *([name, *(cell(name, column) for column in columns)] for name in names)])
+
+
+def times_table(names: Sequence[str], columns: Sequence[str], lines: Sequence[Mapping[str, str]]) -> str:
+    """Write how long 600 tasks of each few-shot method take, at the rate at which its tasks were carried out."""
+    seconds = {
+        (ln["row"], ln["column"]): 600 / float(ln["tasks per second"]) for ln in lines if ln.get("tasks per second")
+    }
+    if not seconds:
+        return ""
+
+    def cell(row: str, column: str) -> str:
+        took = seconds.get((row, column))
+        return "" if took is None else f"{took:.1f} s" if took < 60 else f"{took / 60:.1f} min"
+
+    head = ["600 tasks take", *columns]
+    return markdown([head, *([name, *(cell(name, column) for column in columns)] for name in names)])
 
 
 def shots_table(lines: Sequence[Mapping[str, str]]) -> str:

@@ -28,6 +28,17 @@ def test_the_step_benchmark_has_a_row_for_every_method_that_trains_a_student_of_
 
 
 @pytest.mark.slow
+def test_the_step_benchmark_takes_networks_of_timm_at_their_sizes():
+    pytest.importorskip("timm.task")
+    networks = ["--students", "timm/test_resnet", "--teacher", "timm/test_vit", "--image-size", "160"]
+    lines = output_of("step.py", "--quick", *networks, "--methods", "kd").splitlines()
+    rows = {line[:24].strip() for line in lines}
+    assert "timm/test_resnet taught by timm/test_vit, 160 px, batch 8, 1 rounds" in lines
+    assert rows >= {"kd", "kd, cache", "student, float32", "timm KD, plain", "timm KD, f32", "timm KD, bf16"}
+    assert not rows & {"regression", "crd"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["small", "photographs"])
 def test_the_data_benchmark_compares_with_torchvision(kind):
     lines = output_of("data.py", "--quick", "--kinds", kind).splitlines()

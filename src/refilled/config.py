@@ -4,7 +4,6 @@ Every field is a key of ``run.toml`` and a flag of the command line. Its line in
 This module has no heavy imports, so that ``refilled --help`` is quick.
 """
 
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +13,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from refilled.errors import RunError, unknown
+from refilled.ranges import COUNT, MOST, PART, PIXELS, POSITIVE, SHARE, STD, THREADS, WHOLE, Range, check_fields
 from refilled.recipe import Recipe
 
 WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
@@ -26,7 +26,9 @@ YOUNGER: Mapping[str, Any] = {
 }
 """Fields that are missing from older records, and their implicit values in those runs."""
 
-_MOST_GIB = 2**30
+_OF_TASKS = {"n_way": Range(2, MOST), "n_shot": COUNT, "n_query": COUNT, "n_episodes": COUNT, "seed": WHOLE}
+_OF_MODELS = {"image_size": PIXELS, "threads": THREADS}
+_OF_TEACHERS = {"teacher_size": PIXELS, "teacher_mean": SHARE, "teacher_std": STD}
 
 
 def names_in(teacher: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -103,11 +105,7 @@ class Run(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "shots", "image_size", "teacher_size", "threads")
-        if self.image_memory is not None and not (0 <= self.image_memory < _MOST_GIB):
-            raise RunError(f"image_memory = {self.image_memory} is out of range; give GiB, 0 or more")
-        if not 0 <= self.val < 1:
-            raise RunError(f"val = {self.val} is out of range; give a share of 0 or more and below 1")
+        check_fields(self, shots=COUNT, val=PART, image_memory=Range(0, 2**20), **_OF_MODELS, **_OF_TEACHERS)
         names = self.teachers
         if twice := [name for name in names if names.count(name) > 1]:
             raise RunError(f"the teacher {twice[0]} is named twice; name different teachers, or leave one out")
@@ -143,7 +141,7 @@ class Run(Recipe):
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"not a run's configuration: {error}") from error
         known = [f.name for f in fields(cls)]
         for name in values:
@@ -208,8 +206,7 @@ class FewShotRun:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, seed=0, batch=1)
-        _positive(self, "image_size", "teacher_size", "threads")
+        check_fields(self, **_OF_TASKS, batch=COUNT, **_OF_MODELS, **_OF_TEACHERS)
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
@@ -263,27 +260,13 @@ class MetaRun:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, n_way=2, n_shot=1, n_query=1, n_episodes=1, tasks=1, validate_every=1, n_validation=1, seed=0)
-        _positive(self, "image_size", "threads")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise RunError(f"lr = {self.lr} is out of range")
+        check_fields(
+            self, **_OF_TASKS, tasks=COUNT, lr=POSITIVE, validate_every=COUNT, n_validation=COUNT, **_OF_MODELS
+        )
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, without the fields that are None."""
         return _toml(asdict(self))
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise RunError(f"{name} = {value} is out of range; give 1 or more")
-
-
-def _at_least(config: object, **least: int) -> None:
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise RunError(f"{name} = {getattr(config, name)} is out of range; give {value} or more")
 
 
 def _toml(values: dict[str, Any]) -> str:

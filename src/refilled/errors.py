@@ -60,6 +60,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown method 'rdk'; did you mean 'rkd'? known: rkd, vanilla"
     """
     names = sorted(known)
-    near = get_close_matches(name, names, n=1)
-    guess = f"; did you mean '{near[0]}'?" if near else ";"
+    lower = {each.lower(): each for each in names}
+    near = get_close_matches(name.lower(), lower, n=1)
+    guess = f"; did you mean '{lower[near[0]]}'?" if near else ";"
     return f"unknown {kind} '{name}'{guess} known: {', '.join(names)}"

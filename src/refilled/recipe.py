@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from refilled.errors import RunError, unknown
+from refilled.ranges import AMOUNT, COUNT, PART, POSITIVE, SHARE, WHOLE, Range, check_fields
 
 _Crops = Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"]
 _Policy = Literal["none", "trivial", "rand"]
@@ -92,34 +93,31 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rules = {
-            "epochs": self.epochs >= 1,
-            "least_steps": self.least_steps >= 0,
-            "batch_size": self.batch_size >= 1,
-            "lr": math.isfinite(self.lr) and self.lr > 0,
-            "momentum": 0 <= self.momentum < 1,
-            "ema": 0 <= self.ema < 1,
-            "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "warmup": math.isfinite(self.warmup) and self.warmup >= 0,
-            "views": self.views is None or self.views >= 1,
-            "mixup": math.isfinite(self.mixup) and self.mixup >= 0,
-            "cutmix": math.isfinite(self.cutmix) and self.cutmix >= 0,
-            "unlabelled_share": 0 < self.unlabelled_share < 1,
-            "unlabelled_span": 0 <= self.unlabelled_span <= 1,
-            "images_per_class": self.images_per_class >= 1,
-            "seed": 0 <= self.seed < 2**31,
-        }
-        for name, holds in rules.items():
-            if not holds:
-                raise RunError(f"{name} = {getattr(self, name)} is out of range")
+        check_fields(
+            self,
+            epochs=COUNT,
+            least_steps=WHOLE,
+            batch_size=COUNT,
+            lr=POSITIVE,
+            momentum=PART,
+            ema=PART,
+            weight_decay=AMOUNT,
+            warmup=AMOUNT,
+            color_jitter=SHARE,
+            random_erasing=SHARE,
+            views=COUNT,
+            mixup=AMOUNT,
+            cutmix=AMOUNT,
+            unlabelled_share=Range(0, 1, above=True, below=True),
+            unlabelled_span=SHARE,
+            images_per_class=COUNT,
+            seed=WHOLE,
+        )
         for name, choices in (("augmentation", get_args(_Crops)), ("auto_augment", get_args(_Policy))):
             if getattr(self, name) not in choices:
                 raise RunError(unknown(name, str(getattr(self, name)), choices))
-        for name in ("color_jitter", "random_erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RunError(f"{name} = {getattr(self, name)} is out of range; give a number from 0 to 1")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise RunError("nesterov needs a momentum above 0")
+            raise RunError("nesterov needs a momentum above 0; raise --momentum, or add --no-nesterov")
         if self.optimizer == "adamw" and self.lr >= _SGD_ONLY_LR:
             raise RunError(f"lr = {self.lr} is a learning rate for SGD; AdamW needs about 0.001")
 

@@ -92,6 +92,13 @@ def test_lists_name_what_there_is():
     assert "digits" in refilled("list", "datasets")
 
 
+FILES = {
+    "leaves.py": "import sys\nsys.exit(3)\n",
+    "breaks.py": "def breaks(student, teacher):\n    raise KeyError('x')\n",
+    "gives.py": "def gives(student, teacher):\n    return 3\n",
+}
+"""Methods of a user that do not work."""
+
 MISTAKES = [
     (["distill"], "name a task or a folder"),
     (["distill", "digits:5-9", "--method", "rdk"], "did you mean 'rkd'"),
@@ -105,7 +112,7 @@ MISTAKES = [
     (["distill", "digits:5-9", "--set", "temprature=2"], "did you mean 'temperature'"),
     (
         ["distill", "digits:5-9", "--set", "temperature=-1", "--teacher", "{teacher}"],
-        "temperature must be greater than 0",
+        "refilled.temperature = -1.0 is out of range; give more than 0",
     ),
     (["distill", "digits:5-9", "--resume", "x"], "x holds no run to resume"),
     (
@@ -130,8 +137,38 @@ MISTAKES = [
     (["train", "digits", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
     (["train", "digits", "--model", "mobilenet_0"], "width must be above 0 and at most 4"),
     (["train", "digits", "--shots", "100000"], "class '0' has 128 readable images"),
-    (["evaluate", "no_run"], "no_run/model.json cannot be read"),
-    (["predict", "no_run", "a.png"], "no_run/model.json cannot be read"),
+    (["evaluate", "no_run"], "no_run/model.json cannot be read: No such file or directory; give the folder of a fin"),
+    (["predict", "no_run", "a.png"], "no_run/model.json cannot be read: No such file or directory; give the folder"),
+    (["evaluate", "{teacher}/model.json"], "model.json cannot be read: Not a directory; give the folder of a finished"),
+    (["evaluate", "{teacher}", "digits:5-9"], "does not know: 5, 6, 7, 8, 9. Select the others, as in TASK:NAME"),
+    (["predict", "{teacher}", "a.png", "--csv", "--json"], "--json and --csv cannot be combined; give one of them"),
+    (["predict", "no.onnx", "a.png"], "there is no file no.onnx; 'refilled export RUN' writes one"),
+    (["export", "{teacher}", "--out", "."], ". is a folder; give a file, as in --out model.onnx"),
+    (["export", "{teacher}", "--format", "ONNX"], "did you mean 'onnx'"),
+    (["push", "{teacher}", "student"], "'student' does not name a repository; give USER/NAME"),
+    (["push", "{teacher}", "https://huggingface.co/me/student"], "does not name a repository; give USER/NAME"),
+    (["push", ".", "me/student"], ". holds no finished run"),
+    (["train", "digits", "--momentum", "0"], "nesterov needs a momentum above 0; raise --momentum, or add --no-nes"),
+    (["train", "digits", "--threads", "1000000"], "threads = 1000000 is out of range; give a number from 1 to 4096"),
+    (["train", "digits", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["train", "digits", "--optimizer", "adamw"], "is a learning rate for SGD; AdamW needs about 0.001"),
+    (["train", "digits", "--out", "{teacher}"], "holds a finished run; choose another --out, or replace it with"),
+    (["distill", "digits:5-9", "--method", "leaves.py"], "leaves.py cannot be imported: SystemExit: 3"),
+    (["distill", "digits:5-9", "--method", "breaks.py"], "breaks.py:2: KeyError: 'x'"),
+    (["distill", "digits:5-9", "--method", "gives.py"], "method 'gives' must return a list of one or more stages"),
+    (["distill", "digits:5-9", "--method", "vanilla", "--set", "lr=0.1"], "unknown parameter 'lr'"),
+    (["distill", "digits:5-9", "--teacher", "{teacher}", "--set", "kd_weight=-1"], "kd_weight = -1.0 is out of range"),
+    (["distill", "digits:5-9", "--teacher", "{teacher}", "--teacher", "{teacher}"], "is named twice; name different"),
+    (["distill", "digits:5-9", "--teacher", "{teacher}", "--teacher-size", "9999"], "teacher_size = 9999 is out of r"),
+    (["compare", "digits:5-9", "--methods", "rkd"], "'rkd' learns from a teacher; name one with --teacher"),
+    (["compare", "no_such_data", "--methods", "vanilla"], "unknown data set 'no_such_data'"),
+    (["tune", "digits:5-9", "--search", "lr=0.1,0.2"], "'refilled' learns from a teacher; name one with --teacher"),
+    (["reproduce", "Table2"], "did you mean 'table2'"),
+    (["reproduce", "table2", "--only", "/nowhere", "--dry-run"], "unknown column 'nowhere'"),
+    (["teachers", "digits", "--candidates", "{teacher}", "--sizes", "9999"], "'9999' is not a size in pixels; give"),
+    (["embed", "{teacher}", "a.png", "--out", "a"], "a must end in one of .parquet, .csv, .npz"),
+    (["labels", "{teacher}", "--out", "a.html"], "a.html must end in .csv"),
+    (["report", "."], ". holds no finished run"),
     (["list", "metods"], "did you mean 'methods'"),
     (["compare", "missing.toml"], "missing.toml cannot be read"),
     (["compare", "digits:5-9", "--methods", "vanilla,rdk", "--teacher", "{teacher}"], "did you mean 'rkd'"),
@@ -144,11 +181,14 @@ MISTAKES = [
 )
 def test_a_mistake_gets_an_explanation_and_trains_nothing(teacher, tmp_path, monkeypatch, arguments, hint):
     monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     arguments = [argument.format(teacher=teacher) for argument in arguments]
     with pytest.raises(RefilledError) as caught:
         refilled(*arguments)
     assert hint in str(caught.value)
-    assert not list(tmp_path.rglob("DONE"))
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if "__pycache__" not in path.parts}
+    assert left == set(FILES)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def whole(tmp_path_factory, photos):
             ["fewshot", "--data", "./photos", *TASKS, "--teacher", "run", "--out", "tested"],
             ["meta-train", "--data", "./photos", *TASKS, *META, "--out", "meta"],
             TUNE,
+            ["report", "run"],
         ):
             assert call(*arguments) == 0, arguments
     shard = next(root.glob("cache/teacher/*"))
@@ -91,6 +92,10 @@ def unreadable(path):
     path.chmod(0)
 
 
+def long_number(path):
+    path.write_text("9" * 5000 if path.suffix == ".json" else f"epochs = {'9' * 5000}")
+
+
 HARMS = {
     "empty": empty,
     "noise": noise,
@@ -102,11 +107,13 @@ HARMS = {
     "nulls": with_values(lambda value: None),
     "hollow": with_values(lambda value: type(value)() if isinstance(value, dict | list) else value),
     "unreadable": unreadable,
+    "long number": long_number,  # that Python refuses to read
 }
-JSON = ["empty", "noise", "torn", "directory", "list", "deep", "nulls", "hollow", "unreadable"]
-LINES = ["noise", "directory", "list", "deep", "unreadable"]
+JSON = ["empty", "noise", "torn", "directory", "list", "deep", "nulls", "hollow", "unreadable", "long number"]
+LINES = ["noise", "directory", "list", "deep", "unreadable", "long number"]
 BINARY = ["empty", "torn", "directory", "other tensors", "unreadable"]
 TEXT = ["empty", "noise", "torn", "directory", "unreadable"]
+TOML = [*TEXT, "long number"]
 FEWSHOT = ["fewshot", "--data", "./photos", *TASKS, "--teacher"]
 META_TRAIN = ["meta-train", "--data", "./photos", *TASKS, *META, "--out"]
 EMBED = ["embed", "run", "photos", "--out", "table.csv"]
@@ -122,14 +129,17 @@ READ = [
     (REPORT, "taught/result.json", JSON),
     (["report", "run", "--against", "taught"], "taught/result.json", JSON),
     (["push", "run", "user/name"], "run/result.json", JSON),
+    (["push", "run", "user/name"], "run/model.json", JSON),
+    (["push", "run", "user/name"], "run/model.safetensors", BINARY),
+    (["push", "run", "user/name"], "run/README.md", ["empty", "noise", "directory", "unreadable"]),
     (["serve", "taught", "--port", "0"], "taught/model.json", ["noise", "list"]),
     (["serve", "taught", "--port", "0"], "taught/data.json", ["noise", "list", "nulls", "deep", "unreadable"]),
     (["evaluate", "run"], "run/data.json", ["nulls", "deep"]),
-    (["compare", "c.toml", "--out", "new"], "c.toml", TEXT),
-    (TUNE, "tuned/tuning.toml", TEXT),
+    (["compare", "c.toml", "--out", "new"], "c.toml", TOML),
+    (TUNE, "tuned/tuning.toml", TOML),
     (TUNE, "tuned/journal.log", ["noise", "directory", "list", "unreadable"]),
     (TUNE, "tuned/best/0/result.json", ["noise", "hollow"]),
-    ([*FEWSHOT, "run", "--out", "tested"], "tested/run.toml", ["empty", "noise", "directory", "unreadable"]),
+    ([*FEWSHOT, "run", "--out", "tested"], "tested/run.toml", TOML),
     ([*FEWSHOT, "run", "--out", "tested"], "tested/result.json", JSON),
     (
         [*FEWSHOT, "meta", "--method", "feat", "--out", "new"],
@@ -259,12 +269,41 @@ def test_the_student_after_a_stage_is_named_if_it_is_damaged(here, capsys, harm)
         ["distill", "digits:0-4", *TINY, "--method", "x" * 300 + ".py", "--out", "new"],
         ["meta-train", "--data", "./photos", *TASKS, "--start", "x" * 300, "--out", "new"],
         ["fewshot", "--data", "./photos@split=" + "x" * 300, *TASKS, "--out", "new"],
+        ["reproduce", "table2", "--only", "Student", "--seeds", "1", "--out", "c.toml"],
+        ["reproduce", "table2", "--dry-run", "--out", "x" * 300],
+        ["push", "c.toml", "user/name"],
     ],
     ids=lambda arguments: re.sub(r"x{9,}", "long", " ".join([*arguments[:2], *arguments[-2:]])),
 )
-def test_files_in_place_of_folders_and_long_names_are_mistakes(here, capsys, arguments):
+def test_files_instead_of_folders_and_long_names_are_mistakes(here, capsys, arguments):
     before = (here / "c.toml").read_text()
     code = call(*arguments)
     said = capsys.readouterr().err
     assert (code, (here / "c.toml").read_text()) in ((2, before), (1, before)), said
     assert "error" in said or "skipped" in said
+
+
+def test_an_unfinished_run_is_not_pushed(here, capsys):
+    (here / "run" / "DONE").unlink()
+    assert call("push", "run", "user/name") == 2
+    assert "run holds no finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["file", "below a file", "unreadable"])
+def test_doctor_names_a_cache_folder_that_cannot_be_used(tmp_path, monkeypatch, capsys, harm):
+    folder = tmp_path / "cache" if harm != "below a file" else tmp_path / "cache" / "below"
+    if harm == "unreadable":
+        folder.mkdir(mode=0)
+    else:
+        (tmp_path / "cache").write_text("mine")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr("refilled.runs.choice._SECONDS", 0.0)
+    monkeypatch.setattr("refilled.network.fault_of", lambda address: None)
+    monkeypatch.setenv("REFILLED_CACHE", str(folder))
+    monkeypatch.setenv("REFILLED_DATA", str(tmp_path / "cache"))
+    with without_the_rights_of_root():
+        code = call("doctor")
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert code == 1, said
+    assert f"the cache folder {folder} cannot be written" in said
+    assert "set REFILLED_CACHE to another folder" in said

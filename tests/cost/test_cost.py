@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +14,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 from refilled.cli.app import app
+from refilled.compare.comparison import Comparison
 from refilled.config import Run
+from refilled.cost import comparison as of_comparisons
 from refilled.cost import run as module
+from refilled.cost.comparison import forecast_comparison
 from refilled.cost.run import communication, forecast
 from refilled.cost.step import Cost, Line, Network
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
-from refilled.models import create_model
+from refilled.models import create_model, save_model
 from refilled.stages import Stage, Term
 
 RUN = Run(task="digits:5-9", student="wrn_10_1", batch_size=16, epochs=10, threads=1, device="cpu")
@@ -179,3 +183,37 @@ print(json.dumps([None if m is None else [m.each, m(128)] for m in found]))
         pytest.skip("this system does not tell the peak of a process")
     assert grown[0] == pytest.approx(2**22, rel=0.02)
     assert grown[1] == pytest.approx(start[1] + 128 * 2**22, rel=0.02)
+
+
+def test_a_comparison_costs_what_its_unfinished_runs_cost(known, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_comparisons, "duration", lambda seconds: f"{seconds:.3f}")
+    rows = {"alone": {"method": "vanilla"}, "taught": {"method": "regression"}}
+    comparison = Comparison("digits", RUN, rows, range(4), replace(RUN, task="digits:0-4"))
+    first, *others = forecast_comparison(comparison, tmp_path / "runs", jobs=2)
+    assert not (tmp_path / "runs").exists()
+    alone = forecast(RUN).total
+    taught = float(re.fullmatch(r"  taught: 4 runs, ([\d.]+) each, .* GiB", others[2])[1])
+    assert taught > alone
+    assert others[0] == f"  teacher: {alone:.3f}"
+    assert others[1].startswith(f"  alone: 4 runs, {alone:.3f} each, ")
+    total = float(re.fullmatch(r"9 runs to do, about ([\d.]+) in 2 processes:", first)[1])
+    assert total == pytest.approx(alone + (4 * alone + 4 * taught) / 2, abs=0.01)
+
+    (tmp_path / "runs" / "alone-s1").mkdir(parents=True)
+    (tmp_path / "runs" / "alone-s1" / "DONE").touch()
+    (tmp_path / "runs" / "teacher").mkdir()
+    save_model(create_model("wrn_10_1", 5, image_size=8), tmp_path / "runs" / "teacher")
+    (tmp_path / "runs" / "teacher" / "DONE").touch()
+    first, *others = forecast_comparison(comparison, tmp_path / "runs")
+    assert first.startswith("7 runs to do, ")
+    assert [line.split(",")[0] for line in others] == ["  alone: 3 runs", "  taught: 4 runs"]
+
+
+@pytest.mark.slow
+def test_the_command_of_a_comparison_says_what_it_would_cost(tmp_path):
+    arguments = ["compare", "digits:5-9", "--teacher", "refilled/letters", "--student", "wrn_10_1", "--epochs", "2"]
+    arguments += ["--methods", "vanilla,refilled:good", "--seeds", "2", "--out", str(tmp_path / "runs"), "--dry-run"]
+    lines = CliRunner().invoke(app, arguments).output.splitlines()
+    assert re.fullmatch(r"4 runs to do, about \d+ seconds in 1 process:", lines[0])
+    assert [line.split(",")[0] for line in lines[1:]] == ["  vanilla: 2 runs", "  refilled:good: 2 runs"]
+    assert not (tmp_path / "runs").exists()

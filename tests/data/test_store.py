@@ -21,7 +21,7 @@ from drawn import folder
 from refilled.config import Run
 from refilled.data import channel_statistics, load_task, store
 from refilled.data.source import ArrayPart, Names
-from refilled.data.store import StoredImages, free_memory, stored_images
+from refilled.data.store import JoinedImages, StoredImages, free_memory, gathered, stored_images
 from refilled.errors import TaskError
 from refilled.runs.experiment import distill
 
@@ -122,6 +122,19 @@ def test_stored_images_behave_as_a_tensor_does(indices, size, some):
     wanted = np.isin(np.arange(23), indices)
     assert torch.equal(whole(images.keep(wanted)), tensor[torch.from_numpy(wanted)])
     assert images.index_select(0, index % 23).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gathered_images_are_the_same_and_channels_last_wherever_they_come_from(layout):
+    pixels = torch.randint(256, (9, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.contiguous(memory_format=layout)
+    stored = StoredImages(pixels.permute(0, 2, 3, 1).contiguous(), torch.arange(9))
+    sources = [pixels, stored, JoinedImages(pixels[:4], pixels[4:]), JoinedImages(stored[:4], pixels[4:])]
+    for index in (torch.tensor([8, 0, 4, 4, 3]), torch.tensor([7, 5])):
+        for source in sources:
+            found = gathered(source, index)
+            assert torch.equal(found, pixels[index])
+            assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_only_what_is_missing_is_decoded(part, monkeypatch):

@@ -617,4 +617,4 @@ def test_a_recipe_out_of_range_and_a_loss_that_explodes_are_explained(pool):
     with pytest.raises(RunError, match="steps = 0 is out of range"):
         load_few_shot_method("vanilla").learner(Bank(pixels), {"steps": 0})
     with pytest.raises(NonFiniteError, match="stage 'classifier', step"):
-        load_few_shot_method("vanilla").learner(Bank(pixels), {"lr": 1e30})(episodes_of(labels, tasks=1))
+        load_few_shot_method("vanilla").learner(Bank(pixels), {"lr": 1e6})(episodes_of(labels, tasks=1))

@@ -345,8 +345,24 @@ def test_a_parameter_that_is_not_finite_is_refused(value):
             load_method("refilled").settle({name: value})
 
 
+NUMBERS = [
+    (name, parameter)
+    for name in list_methods()
+    for parameter, kind in load_method(name).types.items()
+    if kind in (int, float, int | None, float | None) and parameter != "hint"  # a place in a list, from either end
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), NUMBERS)
+def test_every_number_of_a_method_has_two_ends(name, parameter):
+    for value in ("-1", str(10**30), "many", ""):
+        with pytest.raises(MethodError, match=rf"{name}\.{parameter}( = .* is out of range; give |=.*: must be )"):
+            load_method(name).settle({parameter: value})
+    assert {"kd", "rkd", "self_training", "svm"} <= {name for name, _ in NUMBERS}
+
+
 @pytest.mark.parametrize("share", ["2", "-0.1"])
 def test_the_share_of_the_first_stage_is_a_share(share):
     student = create_model("wrn_10_1", 3, image_size=8)
-    with pytest.raises(MethodError, match="embedding_share must be from 0 to 1"):
+    with pytest.raises(MethodError, match=rf"embedding_share = {share}\S* is out of range; give a number from"):
         load_method("refilled").build(student, student, {"embedding_share": share})

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from refilled.cli.options import Cpus, Executor, Gpus, Quiet, configure, descriptions, run_flags
+from refilled.cli.options import MOST_JOBS, Cpus, Executor, Gpus, Quiet, configure, descriptions, run_flags, up_to
 from refilled.cli.show import console, printable, say, silent
 from refilled.errors import RunError
+from refilled.ranges import MOST
 from refilled.recipe import Recipe
 from refilled.words import count_of, plural
 
@@ -36,8 +37,12 @@ def build(
         str, typer.Argument(help="Task, for example digits:5-9, or a folder of images.", show_default=False)
     ],
     teacher: Annotated[str, typer.Option(help=escape(descriptions()["teacher"]), show_default=False)],
-    views: Annotated[int, typer.Option(help="Number of augmented views per image.", min=1, show_default=False)],
-    jobs: Annotated[int, typer.Option(help="Number of processes that share the work.", min=1)] = 1,
+    views: Annotated[
+        int, typer.Option(help="Number of augmented views per image.", min=1, callback=up_to(MOST), show_default=False)
+    ],
+    jobs: Annotated[
+        int, typer.Option(help="Number of processes that share the work.", min=1, callback=up_to(MOST_JOBS))
+    ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,

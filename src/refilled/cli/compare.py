@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from refilled.cli.options import (
+    MOST_JOBS,
     Cpus,
     Executor,
     Gpus,
@@ -21,6 +22,7 @@ from refilled.cli.options import (
     key_value,
     run_flags,
     run_name,
+    up_to,
 )
 from refilled.cli.show import console
 from refilled.errors import RefilledError, RunError
@@ -52,16 +54,20 @@ def compare(
             "--set", metavar="KEY=VALUE", help="A parameter of the last method of --methods; may be repeated."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs per method.", min=1, callback=up_to(MOST_JOBS))] = 3,
     teacher: Teachers = None,
     student: Annotated[str, typer.Option(help=escape(descriptions()["student"]))] = "wrn_16_1",
     out: RunsOut = None,
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1)] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Number of concurrent runs; combine it with --threads 1.", min=1, callback=up_to(MOST_JOBS)),
+    ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,
     preset: Preset = None,
     no_report: NoReports = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the predicted time and exit.")] = False,
     **flags: Any,
 ) -> None:
     """Compare methods at equal cost over several seeds, to see whether the teacher helps."""
@@ -84,12 +90,20 @@ def compare(
         last["settings"] = {**last["settings"], **dict(key_value(text) for text in set_ or ())}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
         out = out or Path("runs") / run_name(replace(run, method="compare"))  # a run with labels only is "vanilla"
+    if dry_run:
+        from refilled.cost.comparison import forecast_comparison
+
+        for line in forecast_comparison(comparison, out, jobs):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
     _compare(comparison, out, jobs, find_executor(executor, cpus, gpus), not no_report)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the page.")] = Path("runs/demo"),
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 2,
+    jobs: Annotated[
+        int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, callback=up_to(MOST_JOBS))
+    ] = 2,
 ) -> None:
     """Run a comparison that takes one to two minutes: a teacher of letters, students of digits."""
     from importlib.resources import files

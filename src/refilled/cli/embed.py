@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from refilled.cli.options import up_to
 from refilled.cli.show import console, err, printable, say
 from refilled.words import count_of
 
@@ -23,7 +24,12 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     image_size: Annotated[
         int | None,
-        typer.Option(metavar="<int>", help="Side length in pixels of the images. Default: the model's.", min=1),
+        typer.Option(
+            metavar="<int>",
+            help="Side length in pixels of the images. Default: the model's.",
+            min=1,
+            callback=up_to(4096),
+        ),
     ] = None,
     teacher_mean: Annotated[
         tuple[float, float, float] | None,
@@ -33,7 +39,12 @@ def embed(
         tuple[float, float, float] | None,
         typer.Option(metavar="R G B", help="Channel standard deviations, on the same scale."),
     ] = None,
-    teacher_size: Annotated[int | None, typer.Option(help="Side length in pixels of the teacher's input.")] = None,
+    teacher_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="<int>", help="Side length in pixels of the teacher's input.", min=1, callback=up_to(4096)
+        ),
+    ] = None,
     teacher_embedding: Annotated[
         str | None, typer.Option(help="Output of the teacher that is its embedding: pooled, token, mean or both.")
     ] = None,
@@ -43,9 +54,11 @@ def embed(
 
     from refilled.errors import RunError, unknown
     from refilled.models.backbone import Pooling
+    from refilled.ranges import SHARE, STD, check
     from refilled.runs.embedding import check_table, open_network, write_embeddings
 
     check_table(out, overwrite)
+    check(teacher_mean=(teacher_mean, SHARE), teacher_std=(teacher_std, STD))
     if teacher_embedding is not None and teacher_embedding not in get_args(Pooling):
         raise RunError(unknown("embedding", teacher_embedding, get_args(Pooling)))
     network = open_network(

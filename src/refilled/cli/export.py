@@ -42,6 +42,8 @@ def export(
 
     model = open_student(folder)
     path = out or folder / "export" / _NAMES[format_]
+    if format_ != "safetensors" and path.is_dir():
+        raise RunError(f"{path} is a folder; give a file, as in --out {path / _NAMES[format_]}")
     try:
         if format_ == "onnx":
             from refilled.export.onnx_file import write_onnx

@@ -10,9 +10,23 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import AsJson, Cpus, Executor, Gpus, Out, Quiet, Set, descriptions, key_value, run_flags
+from refilled.cli.options import (
+    MOST_JOBS,
+    AsJson,
+    Cpus,
+    Executor,
+    Gpus,
+    Out,
+    Quiet,
+    Set,
+    descriptions,
+    key_value,
+    run_flags,
+    up_to,
+)
 from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
+from refilled.ranges import MOST
 from refilled.words import count_of
 
 
@@ -28,11 +42,18 @@ def fewshot(
             "KEY=A,B,C, KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated.",
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Number of settings to try with --tune.", min=1)] = 30,
-    tune_episodes: Annotated[int, typer.Option(help="Number of tasks per setting with --tune.", min=1)] = 100,
+    trials: Annotated[
+        int, typer.Option(help="Number of settings to try with --tune.", min=1, callback=up_to(MOST))
+    ] = 30,
+    tune_episodes: Annotated[
+        int, typer.Option(help="Number of tasks per setting with --tune.", min=1, callback=up_to(MOST))
+    ] = 100,
     out: Out = None,
     jobs: Annotated[
-        int, typer.Option(help="Number of processes that share the tasks, each with one thread.", min=1)
+        int,
+        typer.Option(
+            help="Number of processes that share the tasks, each with one thread.", min=1, callback=up_to(MOST_JOBS)
+        ),
     ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,

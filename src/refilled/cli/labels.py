@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.cells import cell_len, set_cell_size
 
-from refilled.cli.options import AsJson, Quiet, configure, run_flags
+from refilled.cli.options import AsJson, Quiet, configure, run_flags, up_to
 from refilled.cli.show import console, printable, say, silent
+from refilled.ranges import MOST
 from refilled.recipe import Recipe
 from refilled.words import count_of
 
@@ -49,7 +50,9 @@ def labels(
         bool,
         typer.Option("--with-test", help="Also check test labels; near copies are found in all images."),
     ] = False,
-    top: Annotated[int, typer.Option(help="Number of findings of each kind to print.", min=0)] = 20,
+    top: Annotated[
+        int, typer.Option(help="Number of findings of each kind to print.", min=0, callback=up_to(MOST))
+    ] = 20,
     quiet: Quiet = False,
     as_json: AsJson = False,
     **flags: Any,

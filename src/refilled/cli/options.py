@@ -15,8 +15,24 @@ from refilled.errors import RunError
 from refilled.presets import PRESETS, with_preset
 from refilled.recipe import Recipe
 
+_LONGEST_TIME = 365 * 24 * 3600
 _LEAST_STEPS = 1000
 """Minimum number of steps if no epochs are given; no number of epochs suits both ten images and thousands."""
+
+MOST_JOBS = 10_000
+"""The largest number of processes, cores or seeds. A mistyped larger one would only be noticed when memory ran out."""
+
+
+def up_to(most: int) -> Callable[[float | None], float | None]:
+    """Return a check of an option's value. A maximum of typer's would take the columns of the help text."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and value > most:
+            raise typer.BadParameter(f"the number is too large; give at most {most:,}")
+        return value
+
+    return check
+
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 Out = Annotated[
@@ -34,9 +50,18 @@ NoReports = Annotated[bool, typer.Option("--no-report", help="Write no report.ht
 Executor = Annotated[
     str, typer.Option(help="local (processes), or ray (Ray on this machine, or on the cluster at $RAY_ADDRESS).")
 ]
-Cpus = Annotated[float, typer.Option(metavar="<float>", help="CPU cores per run or process, with Ray.", min=0.0)]
+Cpus = Annotated[
+    float,
+    typer.Option(metavar="<float>", help="CPU cores per run or process, with Ray.", min=0.0, callback=up_to(MOST_JOBS)),
+]
 Gpus = Annotated[
-    float, typer.Option(metavar="<float>", help="GPUs per run or process, with Ray; 0.5 lets two share one.", min=0.0)
+    float,
+    typer.Option(
+        metavar="<float>",
+        help="GPUs per run or process, with Ray; 0.5 lets two share one.",
+        min=0.0,
+        callback=up_to(MOST_JOBS),
+    ),
 ]
 Tracker = Annotated[
     list[str] | None,
@@ -45,7 +70,9 @@ Tracker = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the configuration and the predicted time and memory, and exit.")
 ]
-Ranks = Annotated[int, typer.Option(help="Number of processes under torchrun, for --dry-run.", min=1)]
+Ranks = Annotated[
+    int, typer.Option(help="Number of processes under torchrun, for --dry-run.", min=1, callback=up_to(MOST_JOBS))
+]
 Preset = Annotated[
     str | None,
     typer.Option(help=f"Preset: {', '.join(PRESETS)}. Other options override its settings.", show_default=False),
@@ -147,8 +174,8 @@ def seconds_of(text: str) -> float:
     if parts is None or not any(parts.groups()):
         raise RunError(f"'{text}' is not a time; write hours, minutes and seconds as in 90s, 30m or 1h30m")
     seconds = sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-    if seconds <= 0:
-        raise RunError(f"the time '{text}' is out of range; give more than 0 seconds")
+    if not 0 < seconds <= _LONGEST_TIME:
+        raise RunError(f"the time '{text}' is out of range; give more than 0 seconds and at most a year, 8760h")
     return seconds
 
 

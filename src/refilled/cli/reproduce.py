@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import Cpus, DataRoot, Executor, Gpus, NoReports
+from refilled.cli.options import MOST_JOBS, Cpus, DataRoot, Executor, Gpus, NoReports, up_to
 from refilled.cli.show import console
 
 
@@ -21,8 +21,10 @@ def reproduce(
         list[str] | None,
         typer.Option(metavar="ROW/COLUMN", help="Cell, row (ROW) or column (/COLUMN) to fill in; may be repeated."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs per cell.", min=1)] = 3,
-    jobs: Annotated[int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of runs per cell.", min=1, callback=up_to(MOST_JOBS))] = 3,
+    jobs: Annotated[
+        int, typer.Option(help="Number of concurrent runs, each with one thread.", min=1, callback=up_to(MOST_JOBS))
+    ] = 1,
     executor: Executor = "local",
     cpus: Cpus = 1.0,
     gpus: Gpus = 0.0,

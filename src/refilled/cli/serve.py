@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from refilled.cli.options import Folder
+from refilled.cli.options import Folder, up_to
 from refilled.cli.show import printable, say
 
 
@@ -16,8 +16,12 @@ def serve(
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Also show the nearest class means of the run's teacher.")
     ] = False,
-    max_bytes: Annotated[int, typer.Option(help="Maximum size of a request in bytes.", min=1)] = 32 * 2**20,
-    max_pixels: Annotated[int, typer.Option(help="Maximum number of pixels per picture.", min=1)] = 50_000_000,
+    max_bytes: Annotated[
+        int, typer.Option(help="Maximum size of a request in bytes.", min=1, callback=up_to(2**40))
+    ] = 32 * 2**20,
+    max_pixels: Annotated[
+        int, typer.Option(help="Maximum number of pixels per picture.", min=1, callback=up_to(2**40))
+    ] = 50_000_000,
 ) -> None:
     """Serve a student over HTTP: a web page, and predictions as JSON."""
     from refilled.serve.server import serve as run

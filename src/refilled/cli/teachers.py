@@ -11,10 +11,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.cli.options import AsJson, Quiet, configure, run_flags
+from refilled.cli.options import AsJson, Quiet, configure, run_flags, up_to
 from refilled.cli.show import console, printable, say, silent
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
+from refilled.ranges import MOST, PIXELS
 from refilled.recipe import Recipe
 from refilled.words import count_of
 
@@ -48,7 +49,9 @@ def teachers(
             show_default=False,
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(help="Maximum number of training images to embed.", min=20)] = 2000,
+    sample: Annotated[
+        int, typer.Option(help="Maximum number of training images to embed.", min=20, callback=up_to(MOST))
+    ] = 2000,
     download: Annotated[bool, typer.Option("--download", help="Download the default candidates.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -82,8 +85,10 @@ def teachers(
 def _sizes_in(texts: list[str]) -> list[int]:
     numbers = [part for text in texts for part in re.split(r"[,\s]+", text) if part]
     for number in numbers:
-        if not re.fullmatch(r"[1-9]\d{0,4}", number):
-            raise RunError(f"'{number}' is not a size in pixels; give numbers such as --sizes 96,128,160")
+        if not re.fullmatch(r"[1-9][0-9]{0,3}", number) or int(number) not in PIXELS:
+            raise RunError(
+                f"'{number}' is not a size in pixels; give numbers from 1 to {PIXELS.most} such as --sizes 96,128,160"
+            )
     return sorted({int(number) for number in numbers})
 
 

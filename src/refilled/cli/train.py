@@ -134,7 +134,7 @@ def _size(text: str | None) -> int | None:
         return None
     if not text.isascii() or not text.isdigit():
         raise RunError(f"--teacher-size takes a number of pixels, or {_AUTO}; got '{text}'")
-    return int(text)
+    return int(text[:9])  # more digits are out of range anyhow
 
 
 def _with_measured_size(run: Run, tell: Callable[[str], None]) -> Run:

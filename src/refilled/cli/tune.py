@@ -20,8 +20,10 @@ from refilled.cli.options import (
     key_value,
     run_flags,
     run_name,
+    up_to,
 )
 from refilled.cli.show import console, err, listed, printable
+from refilled.ranges import MOST
 from refilled.words import count_of
 
 if TYPE_CHECKING:
@@ -48,7 +50,10 @@ def tune(
         str, typer.Option(help="Method ('refilled list methods' prints all), or a Python file that defines one.")
     ] = "refilled",
     trials: Annotated[
-        int, typer.Option(help="Total number of trials, including those already in the folder.", min=1)
+        int,
+        typer.Option(
+            help="Total number of trials, including those already in the folder.", min=1, callback=up_to(MOST)
+        ),
     ] = 20,
     set_: Annotated[
         list[str] | None,

@@ -13,10 +13,12 @@ from refilled.cli.options import (
     AsJson,
     DataRoot,
     Folder,
+    up_to,
 )
 from refilled.cli.predictions import CsvRows, JsonRows, TableRows
 from refilled.cli.show import console, printable, say
 from refilled.errors import RunError, unknown
+from refilled.ranges import MOST
 
 
 def evaluate(
@@ -53,11 +55,13 @@ def predict(
         Path, typer.Argument(metavar="RUN", help="Folder of a run, or an exported .onnx file.", show_default=False)
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images.", show_default=False)],
-    top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1)] = 1,
+    top: Annotated[int, typer.Option(help="Number of classes to print per image.", min=1, callback=up_to(MOST))] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one CSV row per image, with all probabilities.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image.")] = False,
 ) -> None:
     """Predict the class of each image, with its probability."""
+    if as_json and as_csv:
+        raise RunError("--json and --csv cannot be combined; give one of them")
     if folder.suffix == ".onnx" and not folder.is_dir():
         from refilled.export.onnx_file import open_classifier_file
 

@@ -52,7 +52,7 @@ from refilled.presets import with_preset
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
 from refilled.report.text import shown as visible
-from refilled.runs.prepared import resolve
+from refilled.runs.prepared import resolve, with_absolute_paths
 from refilled.runs.result import Result
 from refilled.words import count_of
 
@@ -95,11 +95,11 @@ class Comparison:
         """
         try:
             return TypeAdapter(cls).validate_python(tomllib.loads(text), strict=False)
-        except tomllib.TOMLDecodeError as error:
-            raise RunError(f"not a comparison: {error}") from error
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RunError(f"not a comparison: {'; '.join(problems)}") from error
+        except (ValueError, RecursionError) as error:  # not TOML, or a number with thousands of digits
+            raise RunError(f"not a comparison: {error}") from error
 
     def grid(self, folder: Path) -> dict[str, dict[int, Run]]:
         """Return the run of each row and seed. A teacher that is trained first is in ``folder/teacher``."""
@@ -132,14 +132,17 @@ def compare(
         The page, ``report.html``. The same folder holds ``results.csv``, one line per run, and ``results.md``.
     """
     console = console or Console()
+    grid = comparison.grid(folder)
+    for run in (comparison.teacher, *(row[comparison.seeds[0]] for row in grid.values())):
+        if run is not None:
+            with_absolute_paths(run)  # raises if there are no such images, before anything is written
     around = _surroundings(comparison, folder, jobs)
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)
         after = {"teacher": Leave(around["teacher"])} if reports else None
         teacher = run_grid({"teacher": comparison.teacher}, folder, executor=executor, after=after)["teacher"]
         console.print(f"  teacher: {accuracy(teacher):.2f} % on its own classes", highlight=False)
-    grid = comparison.grid(folder)
-    runs = {_place(name, seed): run for name, row in grid.items() for seed, run in row.items()}
+    runs = {place_of(name, seed): run for name, row in grid.items() for seed, run in row.items()}
     after = {name: Leave(around[name]) for name in runs} if reports else None
 
     def tell(name: str, result: JobResult) -> None:
@@ -150,7 +153,7 @@ def compare(
         failures = write_missing({folder / name: each for name, each in around.items()}, jobs, executor)
         for place, reason in failures.items():
             console.print(visible(no_report(place, reason)), markup=False, highlight=False, soft_wrap=True)
-    places = {name: [folder / _place(name, seed) for seed in row] for name, row in grid.items()}
+    places = {name: [folder / place_of(name, seed) for seed in row] for name, row in grid.items()}
     rows = [RowResults(name, [Result.load(place) for place in own], own) for name, own in places.items()]
     baseline, shown = rows[0], rows[-1]
     lines = table(rows, baseline)
@@ -176,9 +179,9 @@ def _surroundings(comparison: Comparison, folder: Path, jobs: int) -> dict[str, 
     each = Surroundings(home=f"../{PAGE}", images=FEW_IMAGES, timed=jobs == 1)
     found = {"teacher": replace(each, timed=True)} if comparison.teacher is not None else {}
     for seed in comparison.seeds:
-        found[_place(alone, seed)] = each
-        against = folder / _place(alone, seed)
-        found |= {_place(row, seed): replace(each, against=against) for row in others}
+        found[place_of(alone, seed)] = each
+        against = folder / place_of(alone, seed)
+        found |= {place_of(row, seed): replace(each, against=against) for row in others}
     return found
 
 
@@ -196,7 +199,8 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
     )
 
 
-def _place(row: str, seed: int) -> str:
+def place_of(row: str, seed: int) -> str:
+    """Return the name of the folder of a row's run with this seed."""
     letters = "".join(c if c.isalnum() or c in ".+-" else "_" for c in row)
     return f"{letters}-s{seed}"
 

@@ -128,14 +128,14 @@ class JoinedImages:
         index = index.cpu()
         of_first = index < len(self._first)
         blocks = [
-            part.index_select(0, positions.to(part.device)).to(self.device)
+            gathered(part, positions).to(self.device)
             for part, positions in (
                 (self._first, index[of_first]),
                 (self._second, index[~of_first] - len(self._first)),
             )
         ]
         order = torch.cat([of_first.nonzero(), (~of_first).nonzero()]).squeeze(1)
-        return torch.cat(blocks).index_select(0, order.argsort().to(self.device))
+        return gathered(torch.cat(blocks), order.argsort())
 
 
 Pixels = Tensor | StoredImages
@@ -143,6 +143,18 @@ Pixels = Tensor | StoredImages
 
 SeenPixels = Pixels | JoinedImages
 """The images of one part or of two joined parts."""
+
+
+def gathered(pixels: SeenPixels, index: Tensor) -> Tensor:
+    """Return a copy of the images at the positions ``(B,)``, in channels-last memory.
+
+    ``index_select`` of a tensor returns PyTorch's own layout. The copy would be transposed, and by whoever needs
+    channels-last memory once more, which takes longer than to draw the view.
+    """
+    index = index.to(pixels.device)
+    if isinstance(pixels, Tensor):
+        return pixels.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return pixels.index_select(0, index)
 
 
 class Stored(NamedTuple):

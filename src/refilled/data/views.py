@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refilled.data.keyed import keyed_bits, keyed_integers
 from refilled.data.policies import AutoAugment, alter
-from refilled.data.store import JoinedImages, SeenPixels
+from refilled.data.store import JoinedImages, SeenPixels, gathered
 from refilled.data.transforms import Augmentation, augment
 from refilled.errors import TaskError
 
@@ -64,8 +64,7 @@ class Views:
         """Return a view of the images at ``indices`` ``(N,)``: ``(N, 3, S, S)``, uint8, or float if blended."""
 
         def augmented(chosen: Tensor) -> Tensor:
-            images = pixels.index_select(0, chosen.to(pixels.device))
-            images = augment(images, chosen, seed=seed, view=view, kind=self.augmentation)
+            images = augment(gathered(pixels, chosen), chosen, seed=seed, view=view, kind=self.augmentation)
             return alter(
                 images,
                 chosen,

@@ -129,6 +129,8 @@ def open_classifier_file(path: Path) -> Classifier:
     Raises:
         RefilledError: The file holds no student.
     """
+    if not path.exists():
+        raise RunError(f"there is no file {path}; 'refilled export RUN' writes one, or give the folder of a run")
     student = OnnxStudent(path)
     said = student.metadata
     grey = None if said["grey_range"] is None else GreyRange(*said["grey_range"])

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from refilled.data import Episodes
 from refilled.data.keyed import keyed_integers
-from refilled.errors import NonFiniteError, RunError
+from refilled.errors import NonFiniteError
 from refilled.fewshot.bank import Bank, Learner
 from refilled.fewshot.methods.linear import logistic_weights
 from refilled.losses.distances import at_least_float32
 from refilled.models import Backbone
 from refilled.models.convnet import BLOCKS, CHANNELS, ConvNet4, conv_block, global_pool
 from refilled.outputs import ModelShape, Outputs, not_computed
+from refilled.ranges import COUNT, POSITIVE, WHOLE, check_fields
 from refilled.recipe import Recipe
 from refilled.stages import Stage, needs_training_set
 from refilled.training.optimizers import create_optimizer
@@ -78,10 +79,9 @@ class StudentRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "copies", "shots", "views", "together"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RunError(f"{name} = {value} is out of range; give 1 or more")
+        check_fields(
+            self, steps=COUNT, copies=COUNT, shots=COUNT, views=COUNT, together=COUNT, probe_c=POSITIVE, seed=WHOLE
+        )
         _ = self.of_a_run  # checks the values
 
     @property

@@ -13,16 +13,28 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from refilled.errors import MethodError, unknown
+from refilled.errors import MethodError, RefilledError, unknown
 from refilled.losses.feature_maps import check_feature_maps
 from refilled.outputs import ModelShape
+from refilled.ranges import AMOUNT, POSITIVE, SHARE, WHOLE, Range
 from refilled.stages import FineTuning, Plan, Readout, Stage, of_several
 
 MethodFunction = Callable[..., Plan]
 """``function(student, teacher, *, ...)``, as a method's file defines it."""
+
+_RANGES = {
+    **dict.fromkeys(("alpha", "beta", "gamma", "kd_decay", "tune_rate"), AMOUNT),
+    **dict.fromkeys(("temperature", "kd_temperature", "margin", "C"), POSITIVE),
+    **dict.fromkeys(("embedding_share", "distil_share", "threshold"), SHARE),
+    **dict.fromkeys(("warmup_epochs", "start", "rise", "kd_refine"), WHOLE),
+    **dict.fromkeys(("kd_doubt", "trust"), AMOUNT),
+    "worth": Range(0, 10**12, above=True),  # a large one stands for a teacher that is never outgrown
+}
+"""Ranges of the parameters of this package's methods; a parameter has the same range in all. Weights are amounts."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,20 @@ class Method:
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise MethodError(f"{self.name}.{name} must be a finite number, but is {value}")
+            allowed = self._range(name)
+            if allowed is not None and isinstance(value, int | float) and value not in allowed:
+                raise MethodError(f"{self.name}.{name} = {value} is out of range; {allowed.advice(value)}")
         return {**self.parameters, **given}
+
+    @property
+    def _is_of_the_package(self) -> bool:
+        return self.function.__module__.startswith(f"{__name__}.")
+
+    def _range(self, name: str) -> Range | None:
+        """Return the range of a parameter that no loss checks. A method in a file of the user has its own rules."""
+        if not self._is_of_the_package:
+            return None
+        return AMOUNT if name.endswith("weight") else _RANGES.get(name)
 
     @property
     def takes_student(self) -> bool:
@@ -81,6 +106,15 @@ class Method:
         """Whether the method never uses a teacher. Such a method annotates ``teacher`` as None."""
         return get_type_hints(self.function).get("teacher") is NoneType
 
+    def check_named(self, teachers: Sequence[str]) -> None:
+        """Check by the names alone, before anything is loaded, that there is a teacher if the method needs one.
+
+        Raises:
+            MethodError: There is none.
+        """
+        if self.takes_teacher and not teachers:
+            raise self._no_teacher()
+
     def build(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
         """Build the stages or another plan, after all checks that are possible before training.
 
@@ -94,7 +128,7 @@ class Method:
             raise self._no_student()
         if teacher is None and self.takes_teacher:
             raise self._no_teacher()
-        plan = self.function(student, teacher, **settings)
+        plan = self._call(student, teacher, settings)
         if isinstance(plan, Readout | FineTuning):
             if teacher is None:
                 raise self._no_teacher()
@@ -111,6 +145,18 @@ class Method:
         if teacher is not None and any(stage.reads("features") for stage in stages):
             check_feature_maps(student, teacher)
         return stages
+
+    def _call(self, student: ModelShape | None, teacher: ModelShape | None, settings: Mapping[str, Any]) -> Plan:
+        try:
+            return self.function(student, teacher, **settings)
+        except RefilledError:
+            raise
+        except (Exception, SystemExit) as error:
+            file = self.function.__code__.co_filename if hasattr(self.function, "__code__") else ""
+            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
+            if self._is_of_the_package or not lines:
+                raise
+            raise MethodError(f"{file}:{lines[-1]}: {type(error).__name__}: {error}") from error
 
     def build_for(
         self, student: ModelShape | None, teachers: Mapping[int, ModelShape], settings: Mapping[str, Any]
@@ -193,7 +239,7 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MethodError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 

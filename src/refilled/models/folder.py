@@ -20,6 +20,8 @@ from refilled.models.backbone import Backbone
 SCHEMA = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
 
 def save_model(model: Backbone, folder: Path) -> None:
     """Write the model to the folder, which is created if necessary.
@@ -78,4 +80,5 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        hint = "; give the folder of a finished run" if isinstance(error, _NOT_THERE) else ""
+        raise ModelError(f"{path} cannot be read: {error.strerror}{hint}") from error

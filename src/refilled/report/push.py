@@ -1,13 +1,18 @@
 """Upload a student to the Hugging Face hub."""
 
+import re
 from pathlib import Path
 
 from refilled.errors import RunError
+from refilled.files import read_record
 from refilled.network import forbidden
+from refilled.runs.inference import open_classifier
 from refilled.runs.result import Result
 
 FILES = ("model.safetensors", "model.json", "README.md")
 """The files to upload. The page is not among them, because it shows test images and folders of this machine."""
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 def push(folder: Path, name: str, private: bool = False) -> str:
@@ -22,12 +27,19 @@ def push(folder: Path, name: str, private: bool = False) -> str:
         The address of the repository.
 
     Raises:
-        RunError: The run is not finished, a file is missing, or the hub cannot be reached or refuses.
+        RunError: The run is not finished, a file is missing or damaged, the name is not one, or the hub cannot be
+            reached or refuses.
+        ModelError: The student cannot be opened as :func:`~refilled.runs.inference.evaluate` opens it.
     """
+    if not re.fullmatch(_NAME, name):
+        raise RunError(f"'{name}' does not name a repository; give USER/NAME, as in me/leaf-student")
     Result.load(folder)
     if missing := [file for file in FILES if not (folder / file).exists()]:
         hint = f"write it with 'refilled report {folder}'" if missing == ["README.md"] else "the run has no student"
         raise RunError(f"{folder} lacks {', '.join(missing)}: {hint}")
+    open_classifier(folder)  # what cannot be opened here would fail for those who download it
+    if not read_record(folder / "README.md").strip():
+        raise RunError(f"{folder / 'README.md'} is empty; write it with 'refilled report {folder}'")
     if reason := forbidden():
         raise RunError(f"{folder} was not uploaded to {name}: {reason}. Allow the network, and repeat the command")
     import httpx

@@ -1,6 +1,7 @@
-"""The precision of a student's training by measurement, one choice per student and machine."""
+"""The precision of a student's training by measurement, one choice per machine, student and teachers."""
 
 import json
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
@@ -8,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from refilled.config import Run
 from refilled.files import alone, cache_folder, write_atomic
@@ -18,8 +20,12 @@ from refilled.runs.prepared import Prepared
 from refilled.training.distributed import ALONE, World
 
 _BATCH = 32
+_TEACHER_PIXELS = 2**18  # of the images that a teacher is timed with
 _SECONDS = 1.5
 _MARGIN = 0.97  # of bfloat16's time: what float32 must beat, so that noise does not decide
+
+
+Seconds = dict[Precision, float]
 
 
 def is_measured(asked: Run, resolved: Run) -> bool:
@@ -36,55 +42,88 @@ def is_measured(asked: Run, resolved: Run) -> bool:
 def settle_precision(asked: Run, prepared: Prepared, world: World = ALONE) -> None:
     """Settle the precision of a prepared run; rank 0 decides for all processes."""
     if is_measured(asked, prepared.run):
-        precision = world.lead(lambda: choose_precision(prepared.student, prepared.task.image_size))
+        precision = world.lead(lambda: choose_precision(prepared.student, prepared.task.image_size, prepared.teachers))
         prepared.run = replace(prepared.run, precision=precision)
 
 
-def choose_precision(student: Backbone, image_size: int) -> Precision:
-    """Return the faster precision of a student's training step, as it was first measured on this machine.
+def choose_precision(student: Backbone, image_size: int, teachers: Sequence[Backbone] = ()) -> Precision:
+    """Return the faster precision of a training step with live teachers, as it was first measured on this machine.
 
-    The choice is kept below the cache folder, so that equal runs, and all rows of a comparison, compute alike.
+    The student is timed first. Only if float32 is faster for it alone are the teachers timed too, since they have the
+    same precision and nearly all gain from bfloat16.
+
+    The choice is kept below the cache folder, so that equal runs, and all rows of a comparison with the same teachers,
+    compute alike.
     """
-    machine = (device_name(torch.device("cpu")), torch.__version__)
-    key = sha256(repr((machine, image_size, str(student))).encode()).hexdigest()[:16]
-    folder = cache_folder() / "precision"
-    path = folder / f"{key}.json"
+
+    def in_all() -> Seconds:
+        each = [step_seconds(student, image_size), *(forward_seconds(teacher, image_size) for teacher in teachers)]
+        return {precision: sum(seconds[precision] for seconds in each) for precision in each[0]}
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder):  # one at a time: measurements would disturb each other
-            kept = _read(path)
-            if kept is None:
-                seconds = step_seconds(student, image_size)
-                kept = "32-true" if seconds["32-true"] < _MARGIN * seconds["bf16-mixed"] else "bf16-mixed"
-                record = {"precision": kept, "student": student.architecture, "seconds": seconds}
-                write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
-            return kept
+        chosen = _kept([student], image_size, lambda: step_seconds(student, image_size))
+        return _kept([student, *teachers], image_size, in_all) if chosen == "32-true" and teachers else chosen
     except OSError:  # there is no place for a record, without which equal runs could differ
         return "bf16-mixed"
 
 
-def step_seconds(student: Backbone, image_size: int) -> dict[Precision, float]:
+def _kept(networks: Sequence[Backbone], image_size: int, measure: Callable[[], Seconds]) -> Precision:
+    machine = (device_name(torch.device("cpu")), torch.__version__)
+    key = sha256(repr((machine, image_size, *map(str, networks))).encode()).hexdigest()[:16]
+    folder = cache_folder() / "precision"
+    path = folder / f"{key}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):  # one at a time: measurements would disturb each other
+        kept = _read(path)
+        if kept is None:
+            seconds = measure()
+            kept = "32-true" if seconds["32-true"] < _MARGIN * seconds["bf16-mixed"] else "bf16-mixed"
+            names = [network.architecture for network in networks]
+            record = {"precision": kept, "student": names[0], "teachers": names[1:], "seconds": seconds}
+            write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
+        return kept
+
+
+def step_seconds(student: Backbone, image_size: int) -> Seconds:
     """Measure forward and backward of a copy of a student in either precision, in turn, for about two seconds.
 
     Neither the student nor the random numbers change.
     """
-    shape = (_BATCH, image_size, image_size, 3)
-    best: dict[Precision, float] = {"32-true": float("inf"), "bf16-mixed": float("inf")}
+    copy = deepcopy(student).to(memory_format=torch.channels_last).train()
+    return _fastest(lambda images, precision: _step(copy, images, precision), _BATCH, image_size)
+
+
+def forward_seconds(teacher: Backbone, image_size: int) -> Seconds:
+    """Measure the forward pass of a frozen teacher as :func:`step_seconds` does, for as many images."""
+    side = max(image_size, teacher.input_size or 0)
+    count = max(1, min(_BATCH, _TEACHER_PIXELS // side**2))
+
+    @torch.no_grad()
+    def forward(images: Tensor, precision: Precision) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            teacher(images)
+
+    seconds = _fastest(forward, count, image_size)
+    return {precision: _BATCH / count * taken for precision, taken in seconds.items()}
+
+
+def _fastest(pass_: Callable[[Tensor, Precision], None], count: int, image_size: int) -> Seconds:
+    best: Seconds = {"32-true": float("inf"), "bf16-mixed": float("inf")}
     with torch.random.fork_rng(devices=[]):
+        shape = (count, image_size, image_size, 3)
         images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-        copy = deepcopy(student).to(memory_format=torch.channels_last).train()
         for precision in best:
-            _step(copy, images, precision)  # the first step sets up the kernels
+            pass_(images, precision)  # the first pass sets up the kernels
         start = perf_counter()
         while best["bf16-mixed"] == float("inf") or perf_counter() - start < _SECONDS:
             for precision in best:
                 before = perf_counter()
-                _step(copy, images, precision)
+                pass_(images, precision)
                 best[precision] = min(best[precision], perf_counter() - before)
     return best
 
 
-def _step(student: Backbone, images: torch.Tensor, precision: Precision) -> None:
+def _step(student: Backbone, images: Tensor, precision: Precision) -> None:
     student.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         outputs = student(images)

@@ -119,6 +119,8 @@ def complete(
 ) -> Result:
     """Start a run, or resume it; return the result of a finished one.
 
+    The precision ``auto`` is that of the processor and is not measured, so that the runs of a comparison compute alike.
+
     If several processes call this for the same run in the same folder, one of them executes the run. Another machine
     may finish a run, also if its images and its teacher have other paths there. The images are compared with the
     record of the run.
@@ -132,12 +134,10 @@ def complete(
     folder.mkdir(parents=True, exist_ok=True)
     if not run_folder.begun:
         with run_folder.new():
-            prepared = Prepared(resolve(run))
-            settle_precision(run, prepared)
-            return begin(prepared, run_folder, display, seconds_between_saves, after=after)
+            return begin(Prepared(resolve(run)), run_folder, display, seconds_between_saves, after=after)
     with run_folder.held():
         wanted = with_absolute_paths(resolve(run))
-        if is_measured(run, wanted):  # the record has the value that was chosen
+        if is_measured(run, wanted):  # as in a run that was begun by itself
             wanted = replace(wanted, precision=run_folder.run().precision)
         _refuse_another(run_folder, wanted)
         named = {name: value for name in NAMED if (value := getattr(wanted, name)) is not None}

@@ -86,7 +86,7 @@ class RunFolder:
         text = self._read()
         try:
             return {**YOUNGER, **tomllib.loads(text)}
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(damaged(self.path / "run.toml", f"it is not TOML ({error})")) from error
 
     def _read(self) -> str:

@@ -38,13 +38,15 @@ def resolve(run: Run) -> Run:
     """Fill in what depends on the machine and on the method's defaults, so that the run's folder records it.
 
     Raises:
-        RefilledError: The device cannot be used here, or the method or a parameter of it does not exist.
+        RefilledError: The device cannot be used here, the method or a parameter of it does not exist, or the method
+            needs a teacher and none is named.
     """
     device = find_device(run.device)
     precision = resolve_precision(run.precision, device)
     method = load_method(run.method)
     student = run.student if method.takes_student else None
     settings = method.settle(run.settings)
+    method.check_named(run.teachers)
     threads = run.threads or torch.get_num_threads()
     return replace(run, student=student, device=device.type, precision=precision, settings=settings, threads=threads)
 

@@ -294,7 +294,8 @@ class _Training:
     ) -> None:
         """Raise an error before a step that would make the weights useless."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        on_cpu = self.fabric.device.type == "cpu"  # where all norms in one call have to be asked for
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=on_cpu or None)
         if torch.isfinite(norm + sum(loss.detach() for loss in losses.values())):
             return
         self._refuse_sick_teachers(taught, batch)

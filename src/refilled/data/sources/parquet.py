@@ -308,7 +308,7 @@ def _first(candidates: Iterator[list[str]]) -> list[str]:
 
 def _listed_classes(file: Path) -> Mapping[int, str] | None:
     """Return the class names in a JSON file, a list or ``{"classes": [...]}``; None if it cannot be read."""
-    with suppress(OSError, KeyError, TypeError, ValueError):
+    with suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
         names = content["classes"] if isinstance(content, dict) else content
         if isinstance(names, list):
