@@ -7,11 +7,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from drawn import folder
 from soak import ROWS
 
 torch.set_num_threads(1)  # small tensors, and several test processes
@@ -74,14 +73,8 @@ def in_process() -> InProcess:
 def photos(tmp_path_factory):
     """Twelve classes that differ in colour, 12 noisy pictures each; one unseen class has 6 only."""
     root = tmp_path_factory.mktemp("photos")
-    chance = np.random.default_rng(0)
     names = [f"c{n:02}" for n in range(12)]
-    for name in names:
-        (root / name).mkdir()
-        color = chance.integers(0, 255, 3)
-        for index in range(6 if name == "c11" else 12):
-            pixels = (color + chance.normal(0, 50, (16, 16, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    folder(root, dict.fromkeys(names, 12) | {"c11": 6}, tinted=True)
     split = {"seen": names[:5], "val": names[5:8], "unseen": names[8:]}
     (root / "split.json").write_text(json.dumps(split))
     return root
@@ -93,7 +86,7 @@ def teacher(tmp_path_factory) -> str:
     from refilled.config import Run
     from refilled.runs.experiment import distill
 
-    folder = tmp_path_factory.mktemp("teacher") / "run"
+    run = tmp_path_factory.mktemp("teacher") / "run"
     settings = {"epochs": 8, "batch_size": 20, "shots": 40, "threads": 1, "precision": "32-true"}
-    distill(Run(task="digits:0-4", student="wrn_10_1", **settings), folder)
-    return str(folder)
+    distill(Run(task="digits:0-4", student="wrn_10_1", **settings), run)
+    return str(run)

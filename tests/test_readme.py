@@ -7,12 +7,11 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 import refilled
+from drawn import folder, picture, put
 from refilled.cli.app import app
 from refilled.compare.comparison import Comparison
 
@@ -28,17 +27,9 @@ def blocks(language: str, text: str) -> list[str]:
 def folder_of_a_reader(tmp_path, monkeypatch, teacher) -> Path:
     """A folder that holds what the commands of the documents take for granted, the current one."""
     monkeypatch.chdir(tmp_path)
-    chance = np.random.default_rng(0)
-    for channel, name in enumerate(("robin", "wren", "owl")):
-        folder = tmp_path / "photos" / name
-        folder.mkdir(parents=True)
-        for index in range(8):
-            pixels = chance.integers(0, 90, (32, 32, 3), dtype=np.uint8)
-            pixels[..., channel] += 150
-            Image.fromarray(pixels).save(folder / f"{index}.jpg")
-    (tmp_path / "more").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "more" / "a.png")
-    Image.fromarray(pixels).save(tmp_path / "new.jpg")
+    folder(tmp_path / "photos", dict.fromkeys(("robin", "wren", "owl"), 8), size=32, tinted=True, suffix="jpg")
+    put(tmp_path / "more" / "a.png", picture(0, 32))
+    put(tmp_path / "new.jpg", picture(1, 32))
     return tmp_path
 
 

@@ -10,12 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
-from PIL import Image
 from typer.testing import CliRunner
 
+from drawn import folder
 from refilled.cli.app import app, main
 from refilled.config import Run
 from refilled.errors import RefilledError
@@ -37,25 +36,18 @@ def refilled(*arguments: object, code: int = 0) -> str:
 def photos(tmp_path_factory) -> Path:
     """A folder of class folders with names that are hard to carry, and pictures that are easy to tell apart."""
     root = tmp_path_factory.mktemp("my photos ü")
-    chance = np.random.default_rng(0)
-    for number, name in enumerate(["=cmd()", "<script>alert(1)</script>", "[red]naïve[/red] $\\frac"]):
-        (root / name.replace("/", "⁄")).mkdir()
-        for index in range(12):
-            pixels = chance.integers(0, 90, (20, 24, 3), dtype=np.uint8)
-            pixels[..., number] += 150
-            Image.fromarray(pixels).save(root / name.replace("/", "⁄") / f"{index}.png")
-    return root
+    names = ["=cmd()", "<script>alert(1)<⁄script>", "[red]naïve[⁄red] $\\frac"]
+    return folder(root, dict.fromkeys(names, 12), size=(24, 20), tinted=True)
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, photos) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    refilled("train", "digits:0-4", "--model", "wrn_10_1", "--shots", 8, "--out", folder / "teacher", *TRAIN)
+def student(tmp_path_factory, photos, teacher) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "student"
     refilled(
-        "distill", photos, "--teacher", folder / "teacher", "--student", "wrn_10_1", "--batch-size", 9,
-        "--set", "centers=leave-one-out", "--epochs", 8, "--threads", 1, "--quiet", "--out", folder / "student",
+        "distill", photos, "--teacher", teacher, "--student", "wrn_10_1", "--batch-size", 9,
+        "--set", "centers=leave-one-out", "--epochs", 8, "--threads", 1, "--quiet", "--out", run,
     )  # fmt: skip
-    return folder / "student"
+    return run
 
 
 @pytest.mark.slow
@@ -190,11 +182,11 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("arguments", "hint"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_a_mistake_gets_an_explanation_and_trains_nothing(student, tmp_path, monkeypatch, arguments, hint):
+def test_a_mistake_gets_an_explanation_and_trains_nothing(teacher, tmp_path, monkeypatch, arguments, hint):
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    arguments = [argument.format(teacher=student.parent / "teacher") for argument in arguments]
+    arguments = [argument.format(teacher=teacher) for argument in arguments]
     with pytest.raises(RefilledError) as caught:
         refilled(*arguments)
     assert hint in str(caught.value)
@@ -223,12 +215,12 @@ def test_a_known_error_is_one_red_line_and_no_traceback(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_rows_of_a_comparison_share_how_a_preset_trains(student, tmp_path, monkeypatch):
+def test_the_rows_of_a_comparison_share_how_a_preset_trains(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("REFILLED_CACHE", str(tmp_path / "cache"))
     flags = [
         "digits:5-9",
         "--teacher",
-        student.parent / "teacher",
+        teacher,
         "--student",
         "wrn_10_1",
         "--shots",
@@ -259,9 +251,8 @@ def test_seeds_and_place_of_a_described_comparison_may_be_given(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_preset_sets_what_is_not_given_explicitly(student, tmp_path):
+def test_a_preset_sets_what_is_not_given_explicitly(teacher, tmp_path):
     common = ["digits:5-9", "--student", "wrn_10_1", "--shots", 5, *TRAIN, "--preset", "good"]
-    teacher = student.parent / "teacher"
     refilled("distill", *common, "--teacher", teacher, "--set", "kd_weight=2", "--out", tmp_path / "a")
     settings = Run.from_toml((tmp_path / "a" / "run.toml").read_text()).settings
     assert settings["regression_weight"] == 10

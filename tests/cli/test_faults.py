@@ -34,15 +34,6 @@ def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     return commands.call(*arguments), re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    from refilled.runs.experiment import distill
-
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    distill(Run(task="digits:0-4", student="wrn_10_1", epochs=1, shots=4, threads=1), folder)
-    return folder
-
-
 def flipped(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x80
@@ -61,9 +52,9 @@ READERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_of_a_finished_run_is_named(finished, tmp_path, monkeypatch, capsys, file, harm):
+def test_a_damaged_file_of_a_finished_run_is_named(teacher, tmp_path, monkeypatch, capsys, file, harm):
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    shutil.copytree(teacher, run)
     harm(run / file)
     picture = tmp_path / "a.png"
     from PIL import Image
@@ -91,9 +82,9 @@ def test_a_damaged_file_of_a_finished_run_is_named(finished, tmp_path, monkeypat
     ],
     ids=["no tensors", "no position", "another position", "another network"],
 )
-def test_an_intact_state_of_another_run_is_refused(finished, tmp_path, monkeypatch, capsys, tensors, data):
+def test_an_intact_state_of_another_run_is_refused(teacher, tmp_path, monkeypatch, capsys, tensors, data):
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    shutil.copytree(teacher, run)
     (run / "DONE").unlink()
     plain = torch.frombuffer(bytearray(json.dumps({"schema": 1, **data}).encode()), dtype=torch.uint8)
     body = save({**tensors, "state.json": plain})
@@ -104,9 +95,9 @@ def test_an_intact_state_of_another_run_is_refused(finished, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("content", [b"", b"no state", save({"a": torch.zeros(1)})])
-def test_a_state_with_a_correct_checksum_and_wrong_content_is_refused(finished, tmp_path, monkeypatch, capsys, content):
+def test_a_state_with_a_correct_checksum_and_wrong_content_is_refused(teacher, tmp_path, monkeypatch, capsys, content):
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    shutil.copytree(teacher, run)
     (run / "DONE").unlink()
     (run / "last.ckpt").write_bytes(content + sha256(content).digest())
     code, said = call(monkeypatch, capsys, "distill", "--resume", run, "--quiet")

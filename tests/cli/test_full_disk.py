@@ -53,7 +53,7 @@ def fill(patch, full: str) -> None:
         (r"/cache/teacher/.*manifest", True),
     ],
 )
-def test_after_room_was_made_a_run_ends_with_the_weights_of_an_undisturbed_one(
+def test_after_space_was_freed_a_run_ends_with_the_weights_of_an_undisturbed_one(
     here, monkeypatch, capsys, teacher, undisturbed, full, resumed
 ):
     run = ["distill", "digits:5-9", *TINY, "--teacher", teacher, "--views", 1, "--out", "run"]

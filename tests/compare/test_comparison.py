@@ -184,7 +184,7 @@ def test_a_run_that_ends_before_the_one_it_is_compared_with_waits_for_it(tmp_pat
 
 
 @pytest.mark.slow
-def test_what_was_run_elsewhere_is_found_here(page):
+def test_runs_of_another_machine_are_not_repeated(page):
     """A comparison is begun on one machine and read on another; what is done need not be done again."""
     record = next(page.parent.glob("*-s0/run.toml"))
     whole = record.read_text()

@@ -35,7 +35,7 @@ def test_as_many_epochs_as_fit_and_no_more(monkeypatch, limit, epochs):
     assert f"{epochs} epochs of 10 seconds" in line
 
 
-def test_a_limit_that_is_too_short_says_what_would_do(monkeypatch):
+def test_a_limit_that_is_too_short_says_what_would_be_enough(monkeypatch):
     forecasting(monkeypatch, per_epoch=10, rest=9, stages=2)
     with pytest.raises(RunError, match=r"give --time-limit (\d+)s or more") as caught:
         within(RUN, 25)

@@ -58,12 +58,12 @@ def test_noise_makes_no_part_of_a_cost_negative(size, step, less, cost):
     assert line(size + step) == pytest.approx(cost)
 
 
-def test_a_line_is_followed_beyond_its_points():
+def test_a_line_is_extrapolated_beyond_its_points():
     assert Line.through((8, 18.0), (32, 66.0))(128) == pytest.approx(2 + 2 * 128)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
-def test_a_gathering_takes_every_part_but_the_own_to_each_rank(ranks):
+def test_gathering_brings_each_rank_every_part_but_its_own(ranks):
     size = 3e6
     received = sum(size / ranks for _ in range(ranks - 1))
     assert Network(bandwidth=1e6, latency=0).all_gather(size, ranks) == pytest.approx(received / 1e6)
@@ -127,7 +127,7 @@ def test_images_on_disk_take_no_memory():
 
 
 @pytest.mark.usefixtures("known")
-def test_a_cached_teacher_is_paid_once(teacher):
+def test_the_cost_of_a_cached_teacher_counts_once(teacher):
     run = replace(RUN, method="rkd", teacher=teacher)
     live, cached = forecast(run), forecast(replace(run, views=3))
     taught = live.stages[0]  # the other stage trains the classifier alone
@@ -166,7 +166,7 @@ def test_the_command_says_what_a_run_is_and_leaves_nothing_behind(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_memory_is_seen_and_followed_to_more_images():
+def test_memory_is_measured_and_extrapolated_to_more_images():
     # In a process of its own: memory that others have freed, but not given back, would be reused and not seen.
     script = """
 import json, torch

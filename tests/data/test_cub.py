@@ -110,7 +110,7 @@ def test_pooled_parts_keep_rows_names_and_pictures_together():
     assert [int(picture[0, 0]) for picture in pooled.pictures(rows)] == [3, 5, 1, 5, 7]
 
 
-def test_missing_birds_are_said_once_with_where_to_get_and_put_them(tmp_path):
+def test_missing_birds_are_reported_once_with_where_to_get_and_put_them(tmp_path):
     with pytest.raises(TaskError) as raised:
         load_task("cub", data_root=tmp_path)
     for said in ("data.caltech.edu", str(tmp_path / "cub" / "CUB_200_2011"), "REFILLED_DATA", "checked", "MD5"):

@@ -9,29 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+from drawn import folder, picture, put
 from refilled.data import list_splits, load_pool, load_task, queries_left, sample_episodes
 from refilled.errors import TaskError
 
 CLASSES = [f"c{n}" for n in range(9)]
 
 
-def picture(path, shade):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (shade % 256, shade // 256, 0)).save(path)
-
-
-def write_folder(root, classes=CLASSES, images=6):
-    for number, name in enumerate(classes):
-        for index in range(images):
-            picture(root / name / f"{index}.png", 20 * number + index)
-    return root
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = write_folder(tmp_path_factory.mktemp("photos"))
+    root = folder(tmp_path_factory.mktemp("photos"), dict.fromkeys(CLASSES, 6))
     (root / "split.json").write_text(json.dumps({"seen": CLASSES[:4], "val": CLASSES[4:6], "unseen": CLASSES[6:]}))
     (root / "other.json").write_text(json.dumps({"train": ["c[0-2]"], "test": ["c8", "c7"]}))
     return root
@@ -133,16 +121,16 @@ def test_a_side_of_a_split_is_a_task_too(photos):
 
 
 def test_parts_without_a_common_class_are_a_split(tmp_path):
-    for part, classes in (("train", CLASSES[:4]), ("val", CLASSES[4:6]), ("test", CLASSES[6:])):
-        write_folder(tmp_path / part, classes)
+    for seed, (part, classes) in enumerate({"train": CLASSES[:4], "val": CLASSES[4:6], "test": CLASSES[6:]}.items()):
+        folder(tmp_path / part, dict.fromkeys(classes, 6), seed=seed)
     assert load_pool(str(tmp_path), "unseen").classes == ("c6", "c7", "c8")
     task = load_task(f"{tmp_path}:seen")
     assert min(len(task.train), len(task.val), len(task.test)) > 0
 
 
 def test_images_of_all_parts_are_in_the_pool(tmp_path):
-    write_folder(tmp_path / "train", CLASSES[:4], images=3)
-    write_folder(tmp_path / "test", CLASSES[:4], images=2)
+    folder(tmp_path / "train", dict.fromkeys(CLASSES[:4], 3), seed=0)
+    folder(tmp_path / "test", dict.fromkeys(CLASSES[:4], 2), seed=1)
     (tmp_path / "split.json").write_text('{"seen": ["c0", "c1"], "unseen": ["c2", "c3"]}')
     pool = load_pool(str(tmp_path), "unseen")
     assert torch.bincount(pool.train.labels).tolist() == [5, 5]
@@ -156,7 +144,7 @@ def test_mini_imagenet_is_read_from_its_lists(tmp_path, layout):
         with (tmp_path / f"{part}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("filename", "label"), *rows])
         for number, (file, _) in enumerate(rows):
-            picture(tmp_path / layout / file, 7 * number)
+            put(tmp_path / layout / file, picture(number))
     pool = load_pool(str(tmp_path), "unseen")
     assert pool.classes == ("c6", "c7", "c8")
     assert len(pool.train) == 9
@@ -171,7 +159,7 @@ def test_mini_imagenet_is_read_from_its_lists(tmp_path, layout):
 def test_mini_imagenet_is_read_from_its_class_folders(tmp_path):
     split = json.loads((files("refilled.data") / "splits" / "mini_imagenet.json").read_text())
     for number, name in enumerate(split["seen"] + split["val"] + split["unseen"]):
-        picture(tmp_path / "mini_imagenet" / name / "1.jpg", number)
+        put(tmp_path / "mini_imagenet" / name / "1.jpg", picture(number))
     pool = load_pool("mini_imagenet", "unseen", data_root=tmp_path)
     assert pool.classes == tuple(sorted(split["unseen"]))
     assert pool.image_size == 84
@@ -191,14 +179,14 @@ def test_mini_imagenet_is_read_from_its_class_folders(tmp_path):
     ids=str,
 )
 def test_a_split_that_does_not_fit_is_explained(photos, tmp_path, content, message):
-    write_folder(tmp_path, images=1)
+    folder(tmp_path, dict.fromkeys(CLASSES, 1))
     (tmp_path / "split.json").write_text(json.dumps(content))
     with pytest.raises(TaskError, match=message):
         load_pool(str(tmp_path), "seen")
 
 
-def test_without_a_split_it_is_said_how_to_write_one(photos, tmp_path):
-    write_folder(tmp_path, images=1)
+def test_without_a_split_it_is_explained_how_to_write_one(photos, tmp_path):
+    folder(tmp_path, dict.fromkeys(CLASSES, 1))
     with pytest.raises(TaskError, match=r"write .*split\.json as .*\"seen\""):
         load_pool(str(tmp_path), "seen")
     with pytest.raises(TaskError, match=r"unknown split 'cifar_sf'; did you mean 'cifar_fs'"):

@@ -11,15 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
+import drawn
+from drawn import numbered
 from refilled.data import Split, Task, epoch_batches, load_task
 from refilled.data.partition import draw_shots, hold_out, hold_out_by_content
 from refilled.errors import TaskError
 
 
-def put(path: Path, colour: int, size: tuple[int, int] = (8, 8)) -> None:
-    """Write a picture of its own colour; equal colours are equal pictures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (colour % 256, colour // 256, 7)).save(path)
+def put(path: Path, number: int, size: tuple[int, int] = (8, 8)) -> None:
+    """Write a picture of its own colour; equal numbers give equal pictures."""
+    drawn.put(path, numbered(number, size))
 
 
 def fill(root: Path, counts: dict[str, int], first_colour: int = 0) -> Path:
@@ -84,7 +85,7 @@ def test_names_may_hold_colons_spaces_and_any_letters(tmp_path):
     assert load_task(task.name).fingerprint == task.fingerprint
 
 
-def test_pictures_may_lie_deeper_and_other_files_are_passed_over(tmp_path):
+def test_pictures_may_lie_deeper_and_other_files_are_skipped(tmp_path):
     fill(tmp_path, {"cat": 3, "dog": 3})
     put(tmp_path / "cat" / "spring" / "x.JPG", 99)
     for name in ("cat/notes.txt", "cat/Thumbs.db", "cat/._000.png", "readme.md", ".git/x.png", "__MACOSX/cat/000.png"):
@@ -228,7 +229,7 @@ def test_a_class_whose_pictures_would_all_be_held_out_with_another_class_keeps_o
     assert not pictures(task.train) & pictures(task.test)
 
 
-def test_a_file_or_a_name_that_is_no_text_is_refused(tmp_path):
+def test_a_file_or_a_name_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("no pictures")
     with pytest.raises(TaskError, match=r"is not a folder, a \.parquet file"):
         load_task(str(tmp_path / "notes.md"))
@@ -271,7 +272,7 @@ def test_a_class_of_bad_pictures_is_refused(tmp_path):
         load_task(str(tmp_path), allow_bad=True)
 
 
-def test_names_of_files_that_are_no_text_are_shown_escaped(tmp_path):
+def test_names_of_files_that_are_not_text_are_shown_escaped(tmp_path):
     fill(tmp_path, {"cat": 3, "dog": 3})
     (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
     assert load_task(str(tmp_path), allow_bad=True).skipped[0][0] == "cat/\\udcff.png"
@@ -290,7 +291,7 @@ def test_the_automatic_size_is_the_median_short_side_but_not_large(tmp_path):
     assert load_task(str(tmp_path)).image_size == 224
 
 
-def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
     fill(tmp_path, {"cat": 3, "dog": 3})
     walked = os.scandir
 

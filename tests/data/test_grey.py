@@ -193,7 +193,7 @@ def test_deep_pictures_among_others_are_found(tmp_path):
     assert sum(map(len, (task.train, task.val, task.test))) == 100
 
 
-def test_the_bits_can_be_said(tmp_path):
+def test_the_bits_can_be_given(tmp_path):
     put(tmp_path, lambda label, number: encoded(noise(900, number)))
     task = load_task(f"{tmp_path}@bits=12")
     assert task.grey_range == (0, 4095)
@@ -265,7 +265,7 @@ def test_a_deep_picture_that_lies_on_its_side_is_turned():
         assert (decode(content, SIDE, GreyRange(0, 4095))[:, -1] == 255).all()
 
 
-def test_levels_that_are_no_numbers_are_named():
+def test_levels_that_are_not_numbers_are_named():
     levels = np.full((SIDE, SIDE), np.nan, np.float32)
     pixels, reasons = read_pixels([encoded(levels)], 1, SIDE, GreyRange(0, 1))
     assert len(pixels) == 0

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, features
 from typer.testing import CliRunner
 
+from drawn import folder, picture, put
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.data.decode import read_pixels
@@ -24,16 +24,8 @@ def refilled(*arguments: object, code: int = 0) -> str:
     return result.output
 
 
-def draw(path: Path, seed: int, side: int = 16) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
-
-
-def fill(root: Path, classes: tuple[str, ...] = ("cat", "dog"), images: int = 10, first: int = 0) -> Path:
-    for place, name in enumerate(classes):
-        for number in range(first, first + images):
-            draw(root / name / f"{number:03}.png", 1000 * place + number)
-    return root
+def fill(root: Path, classes: tuple[str, ...] = ("cat", "dog"), images: int = 10, seed: int = 0) -> Path:
+    return folder(root, dict.fromkeys(classes, images), seed=seed)
 
 
 def parts(root: Path) -> tuple[tuple[str, ...], int, int, int]:
@@ -52,14 +44,14 @@ def parts(root: Path) -> tuple[tuple[str, ...], int, int, int]:
 )
 def test_parts_have_the_names_that_people_give_them(tmp_path, train, val, test):
     for place, (part, images) in enumerate({train: 10, val: 3, test: 5}.items()):
-        fill(tmp_path / part, images=images, first=100 * place)
+        fill(tmp_path / part, images=images, seed=place)
     assert parts(tmp_path) == (("cat", "dog"), 20, 6, 10)
 
 
 @pytest.mark.slow
 def test_dev_beside_train_is_the_val_part(tmp_path):
     fill(tmp_path / "train")
-    fill(tmp_path / "dev", images=4, first=50)
+    fill(tmp_path / "dev", images=4, seed=1)
     refilled("train", tmp_path, *TRAIN, "--out", tmp_path / "r")
     assert json.loads((tmp_path / "r" / "result.json").read_text())["data"]["images"]["val"] == 8
 
@@ -73,12 +65,12 @@ def test_dev_beside_train_is_the_val_part(tmp_path):
 )
 def test_unclear_parts_are_refused(tmp_path, folders, message):
     for place, part in enumerate(folders):
-        fill(tmp_path / part, first=100 * place)
+        fill(tmp_path / part, seed=place)
     with pytest.raises(TaskError, match=message):
         refilled("train", tmp_path, *TRAIN, "--out", tmp_path / "r")
 
 
-def test_parts_without_classes_are_no_classes(tmp_path):
+def test_parts_without_classes_are_not_classes(tmp_path):
     fill(tmp_path, ("train", "test"))
     with pytest.raises(TaskError, match="named after parts, but have no class folders"):
         load_task(str(tmp_path))
@@ -92,7 +84,7 @@ def test_a_class_may_still_be_called_train(tmp_path):
 def test_one_level_too_high_says_which_folder_to_give(tmp_path, inner):
     fill(tmp_path / inner)
     if inner == "dataset/train":
-        fill(tmp_path / "dataset" / "test", first=50)
+        fill(tmp_path / "dataset" / "test", seed=1)
     with pytest.raises(TaskError, match=rf"contains only one folder.*give {tmp_path / inner.split('/')[0]} instead"):
         load_task(str(tmp_path))
 
@@ -105,15 +97,14 @@ def test_one_level_too_deep_is_refused(tmp_path):
 
 
 def test_one_inner_folder_per_class_is_fine(tmp_path):
-    for name in ("cat", "dog"):
-        for number in range(10):
-            draw(tmp_path / name / "images" / f"{number}.png", hash(name) % 1000 + number)
+    for seed, name in enumerate(("cat", "dog")):
+        fill(tmp_path / name, ("images",), seed=seed)
     assert parts(tmp_path)[0] == ("cat", "dog")
 
 
 def test_folders_beside_train_are_named(tmp_path):
     fill(tmp_path / "train")
-    fill(tmp_path / "extra", first=50)
+    fill(tmp_path / "extra", seed=1)
     assert "folders next to train that are not used: extra" in load_task(str(tmp_path)).notes
 
 
@@ -123,7 +114,7 @@ def test_a_test_part_without_labels_is_no_part(tmp_path, flat):
     fill(tmp_path / "d" / "train", images=12)
     (tmp_path / "d" / "test").mkdir()
     for number in range(flat):
-        draw(tmp_path / "d" / "test" / f"{number}.png", 900 + number)
+        put(tmp_path / "d" / "test" / f"{number}.png", picture(number))
     said = refilled("train", tmp_path / "d", *TRAIN, "--out", tmp_path / "r")
     assert "nan" not in said
     text = (tmp_path / "r" / "result.json").read_text()
@@ -147,11 +138,9 @@ def test_formats_that_pillow_reads_are_read(tmp_path, suffix):
     if not features.check({"avif": "avif", "jp2": "jpg_2000"}[suffix]):
         pytest.skip(f"this Pillow does not read {suffix}")
     fill(tmp_path)
-    for name in ("cat", "dog"):
-        for number in range(20, 26):
-            draw(tmp_path / name / f"{number}.{suffix}", hash((name, number)) % 10**6)
+    folder(tmp_path, {"cat": 6, "dog": 6}, seed=1, suffix=suffix)
     assert sum(parts(tmp_path)[1:]) == 32
-    (tmp_path / f"cat/20.{suffix}").rename(tmp_path / "cat" / "20.jpg")  # the content decides
+    (tmp_path / f"cat/00.{suffix}").rename(tmp_path / "cat" / "20.jpg")  # the content decides
     assert sum(parts(tmp_path)[1:]) == 32
 
 
@@ -183,9 +172,9 @@ def test_a_class_folder_is_a_class_whatever_its_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_thumbnails_and_hidden_files_are_passed_over_by_every_command(tmp_path):
+def test_thumbnails_and_hidden_files_are_skipped_by_every_command(tmp_path):
     fill(tmp_path / "d")
-    for hidden in ("@eaDir/000.png/SYNOPHOTO_THUMB_M.jpg", "._000.png", ".thumbnails/x.png", "__MACOSX/cat/000.png"):
+    for hidden in ("@eaDir/00.png/SYNOPHOTO_THUMB_M.jpg", "._00.png", ".thumbnails/x.png", "__MACOSX/cat/00.png"):
         path = tmp_path / "d" / "cat" / hidden
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"\0\5\x16\7")
@@ -207,7 +196,7 @@ def test_the_flag_that_the_message_names_exists(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["https://x.org/cat.jpg", "-"])
-def test_what_is_no_file_is_refused_before_anything_is_printed(tmp_path, name):
+def test_what_is_not_a_file_is_refused_before_anything_is_printed(tmp_path, name):
     fill(tmp_path / "d")
     refilled("train", tmp_path / "d", *TRAIN, "--out", tmp_path / "r")
     with pytest.raises(TaskError, match="is not a file; download what it names"):

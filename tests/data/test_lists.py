@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.data.sources.csv_folder import open_csv_folder
@@ -19,15 +19,10 @@ from refilled.errors import RefilledError, TaskError
 CLASSES = ("cat", "dog")
 
 
-def picture(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (number, 7, 9)).save(path)
-
-
 def put(root: Path, names: list[str]) -> list[str]:
     """Write pictures whose red says their number; the labels of even and odd numbers differ."""
     for number, name in enumerate(names):
-        picture(root / name, number)
+        drawn.put(root / name, drawn.numbered(number))
     return [CLASSES[number % 2] for number in range(len(names))]
 
 
@@ -147,7 +142,7 @@ def test_a_missing_image_in_the_first_line_is_no_header(tmp_path, names):
         load_task(str(tmp_path))
 
 
-def test_another_encoding_is_said(tmp_path):
+def test_another_encoding_is_reported(tmp_path):
     names = [f"é{number:02}.png" for number in range(20)]
     put(tmp_path, names)
     pd.DataFrame({"file": names, "label": CLASSES * 10}).to_csv(tmp_path / "labels.csv", index=False, encoding="cp1252")
@@ -201,7 +196,7 @@ def test_a_part_may_be_missing(tmp_path, names):
         load_task(str(tmp_path))
 
 
-def test_repetitions_are_said_and_contradictions_refused(tmp_path, names):
+def test_repetitions_are_reported_and_contradictions_refused(tmp_path, names):
     rows = list(zip(names, CLASSES * 10, strict=True))
     pd.DataFrame([*rows, rows[3], rows[3]], columns=["image", "label"]).to_csv(tmp_path / "labels.csv", index=False)
     task = load_task(str(tmp_path))
@@ -260,7 +255,7 @@ def test_a_table_about_class_folders_is_not_taken_for_their_labels(tmp_path):
     assert "labels are those of metadata.csv" in task.notes
 
 
-def test_labels_that_differ_in_case_are_said(tmp_path, names):
+def test_labels_that_differ_in_case_are_reported(tmp_path, names):
     pd.DataFrame({"image": names, "label": ["A", "a"] * 10}).to_csv(tmp_path / "labels.csv", index=False)
     task = load_task(str(tmp_path))
     assert "labels 'A' and 'a' differ only in case or accents, and are different classes" in task.notes

@@ -21,16 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.data.sources import cifar100
 from refilled.errors import RefilledError, TaskError
 
 
-def png(colour: int) -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (8, 8), (colour % 256, colour // 256, 7)).save(file, "PNG")
-    return file.getvalue()
+def png(number: int) -> bytes:
+    return drawn.png(drawn.numbered(number))
 
 
 def images(count: int, first: int = 0) -> list[dict[str, object]]:
@@ -184,7 +183,7 @@ def test_damaged_and_missing_tables_are_named(tmp_path):
         load_task(str(tmp_path))
 
 
-def test_damage_inside_a_table_does_not_pass_unseen(tmp_path):
+def test_damage_inside_a_table_does_not_go_unnoticed(tmp_path):
     path = write(tmp_path / "train.parquet", {"img": images(50), "label": [0, 1] * 25}, compression="none")
     content = bytearray(path.read_bytes())
     content[200:400] = bytes(200)
@@ -231,7 +230,7 @@ def test_any_labels_give_a_task_or_an_error_that_a_user_can_fix(tmp_path, labels
         ([Decimal(5), Decimal(6)], ("5", "6")),
     ],
 )
-def test_an_integer_column_is_not_the_label_because_no_other_column_is_left(tmp_path, labels, classes):
+def test_an_integer_column_is_not_the_label_just_because_no_other_is_left(tmp_path, labels, classes):
     """The error names what can be the label, with words that work; image_id and the scores cannot be."""
     file, out = tmp_path / "train.parquet", tmp_path / "run"
     frame = pd.DataFrame({"image": images(20), "image_id": range(20), "score": [0.5, 1.0] * 10})
@@ -382,7 +381,7 @@ def test_the_layouts_of_the_hub_are_read(tmp_path, train, val, test):
         (["train.parquet", "more.parquet"], r"more\.parquet belongs to no part"),
     ],
 )
-def test_layouts_that_cannot_be_told_are_refused(tmp_path, files, message):
+def test_ambiguous_layouts_are_refused(tmp_path, files, message):
     for file in files:
         write(tmp_path / file, {"img": images(6), "label": [0, 1] * 3})
     with pytest.raises(TaskError, match=message):
@@ -425,7 +424,7 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
         load_task("hub:someone/pets")
 
 
-def test_a_column_of_the_hub_is_no_label_because_no_other_is_left(monkeypatch):
+def test_a_column_of_the_hub_is_not_a_label_just_because_no_other_is_left(monkeypatch):
     columns = {"image": images(8), "image_id": range(8), "is_cat": [True, False] * 4}
     features = datasets.Features(
         image=datasets.Image(), image_id=datasets.Value("int64"), is_cat=datasets.Value("bool")
@@ -552,7 +551,7 @@ def test_a_download_is_checked_and_only_the_known_files_leave_the_archive(tmp_pa
     assert not list(tmp_path.rglob("escaped"))
 
 
-def test_without_a_network_the_way_to_the_files_is_told(tmp_path, monkeypatch):
+def test_without_a_network_it_is_explained_how_to_get_the_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(TaskError, match=r"download https://www\.cs\.toronto\.edu/.*unpack it to"):
         load_task("cifar100", data_root=tmp_path)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from drawn import folder
 from refilled.config import Run
 from refilled.data import channel_statistics, load_task, store
 from refilled.data.source import ArrayPart, Names
@@ -25,7 +26,6 @@ from refilled.errors import TaskError
 from refilled.runs.experiment import distill
 
 SIDE = 8
-CHANCE = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +39,7 @@ def small_shards(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Three classes of 30 pictures, some of them unreadable or equal."""
-    root = tmp_path / "photos"
-    for name in "abc":
-        (root / name).mkdir(parents=True)
-        for number in range(30):
-            Image.fromarray(CHANCE.integers(0, 256, (9, 10, 3), dtype=np.uint8)).save(root / name / f"{number:02}.png")
+    root = folder(tmp_path / "photos", dict.fromkeys("abc", 30), size=(10, 9))
     (root / "a" / "07.png").write_bytes(b"no picture")
     (root / "c" / "29.png").write_bytes((root / "b" / "03.png").read_bytes())
     return root
@@ -51,7 +47,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def part() -> ArrayPart:
-    pixels = CHANCE.integers(0, 256, (23, SIDE, SIDE, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (23, SIDE, SIDE, 3), dtype=np.uint8)
     return ArrayPart(np.arange(23) % 2, pixels, "made")
 
 
@@ -107,7 +103,7 @@ def test_training_from_disk_gives_the_same_bits(tmp_path):
 
 
 @given(st.lists(st.integers(-23, 22), max_size=40), st.integers(1, 30), st.slices(23))
-def test_stored_images_answer_as_a_tensor_does(indices, size, some):
+def test_stored_images_behave_as_a_tensor_does(indices, size, some):
     tensor = torch.randint(256, (23, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     if some.step is not None and some.step < 0:
         some = slice(some.start, some.stop)
@@ -152,7 +148,7 @@ def test_only_what_is_missing_is_decoded(part, monkeypatch):
     assert np.array_equal(whole(everything.images).permute(0, 2, 3, 1).numpy(), part.pixels)
 
 
-def test_an_interrupted_start_loses_one_shard_at_most(part, monkeypatch):
+def test_an_interrupted_start_loses_at_most_one_shard(part, monkeypatch):
     write, written = store.write_atomic, []
 
     def interrupted(path, data):
@@ -188,7 +184,7 @@ def test_a_damaged_image_is_found_and_its_shard_made_again(part, monkeypatch, sm
 
 
 @pytest.mark.parametrize("harm", ["cut the images", "cut a record", "spoil a record", "remove the images"])
-def test_whatever_is_torn_is_made_again(part, small_shards, harm):
+def test_whatever_is_damaged_is_written_again(part, small_shards, harm):
     stored_images(part, np.arange(23), SIDE)
     file = file_of(small_shards)
     record = file.with_name("000001.shard")
@@ -202,7 +198,7 @@ def test_whatever_is_torn_is_made_again(part, small_shards, harm):
     assert np.array_equal(whole(again.images).permute(0, 2, 3, 1).numpy(), part.pixels)
 
 
-def test_a_disk_that_forgets_is_noticed(part, monkeypatch):
+def test_a_disk_that_loses_what_was_written_is_noticed(part, monkeypatch):
     monkeypatch.setattr(np.memmap, "__setitem__", lambda self, key, value: None)
     with pytest.raises(TaskError, match="does not hold what was written"):
         stored_images(part, np.arange(23), SIDE)
@@ -218,7 +214,7 @@ def test_a_full_disk_is_reported_with_the_bytes_needed(part, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_changed_picture_is_seen(photos):
+def test_a_changed_picture_is_noticed(photos):
     arguments = {"data_root": photos.parent, "image_size": SIDE, "allow_bad": True, "memory_limit": 0}
     before = load_task("photos", **arguments)
     Image.new("RGB", (10, 10), "red").save(photos / "b" / "00.png")

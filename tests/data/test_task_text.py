@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+from drawn import folder
 from refilled.data import list_datasets, load_task
 from refilled.data.selection import select_classes
 from refilled.data.source import ArrayPart, Source
@@ -85,7 +85,7 @@ def test_mistakes_are_named(text, message, tmp_path):
         load_task(text, data_root=tmp_path)
 
 
-def test_contradicting_shots_are_refused():
+def test_contradictory_shots_are_refused():
     with pytest.raises(TaskError, match="leave out one"):
         load_task("digits@shots=5", shots=6)
     assert load_task("digits@shots=5", shots=5).name == load_task("digits", shots=5).name == "digits@shots=5"
@@ -132,10 +132,7 @@ def small_world(tmp_path, monkeypatch):
     def no_network(*_):
         raise ConnectionError("no network")
 
-    for name, colour in (("cat", 0), ("dog", 99)):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        for number in range(4):
-            Image.new("RGB", (4, 4), (colour, number, 0)).save(tmp_path / "pets" / name / f"{number}.png")
+    folder(tmp_path / "pets", {"cat": 4, "dog": 4}, size=4)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)
     part = ArrayPart(np.arange(20) // 2, pixels, "digits")
     monkeypatch.setattr("refilled.data.opening.open_digits", lambda: Source(tuple("0123456789"), part, None, part))

@@ -4,37 +4,22 @@ import io
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
+from drawn import folder, picture, png, put
 from refilled.data import Views, joined_batches, load_task, task_size
 from refilled.data.store import JoinedImages, StoredImages
 from refilled.errors import TaskError
-
-SIDE = 8
-
-
-def pictures(count: int, seed: int) -> list[bytes]:
-    chance, found = np.random.default_rng(seed), []
-    for _ in range(count):
-        file = io.BytesIO()
-        Image.fromarray(chance.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(file, "PNG")
-        found.append(file.getvalue())
-    return found
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Two classes of ten pictures, with test pictures."""
-    for number, (part, name) in enumerate((p, n) for p in ("train", "test") for n in "ab"):
-        folder = tmp_path / "photos" / part / name
-        folder.mkdir(parents=True)
-        for index, content in enumerate(pictures(10, number)):
-            (folder / f"{index}.png").write_bytes(content)
+    for seed, part in enumerate(("train", "test")):
+        folder(tmp_path / "photos" / part, {"a": 10, "b": 10}, size=8, seed=seed)
     return tmp_path / "photos"
 
 
@@ -63,13 +48,12 @@ def test_rest_without_shots_is_refused(photos):
 @pytest.fixture
 def heap(tmp_path, photos) -> Path:
     """Pictures at any depth, among them copies of two test pictures and of one that is trained on."""
-    folder = tmp_path / "heap"
-    (folder / "deep" / "er").mkdir(parents=True)
-    for index, content in enumerate(pictures(5, 99)):
-        (folder / ("deep/er" if index % 2 else ".") / f"{index}.png").write_bytes(content)
-    for number, copied in enumerate(("test/a/0.png", "test/b/3.png", "train/a/1.png")):
-        (folder / "deep" / f"copy{number}.png").write_bytes((photos / copied).read_bytes())
-    return folder
+    root = tmp_path / "heap"
+    for number in range(5):
+        put(root / ("deep/er" if number % 2 else ".") / f"{number}.png", picture(number, 8))
+    for number, copied in enumerate(("test/a/00.png", "test/b/03.png", "train/a/01.png")):
+        (root / "deep" / f"copy{number}.png").write_bytes((photos / copied).read_bytes())
+    return root
 
 
 def test_copies_of_test_images_are_left_out_of_a_heap_and_it_is_noted(photos, heap):
@@ -95,7 +79,7 @@ def test_images_on_disk_are_those_in_memory(photos, heap, tmp_path, monkeypatch)
 
 
 def test_a_table_and_shards_need_no_labels(photos, tmp_path):
-    found = pictures(4, 7)
+    found = [png(picture(number, 8)) for number in range(4)]
     pq.write_table(pa.table({"image": found}), tmp_path / "bare.parquet")
     with tarfile.open(tmp_path / "bare.tar", "w") as shard:
         for number, content in enumerate(found):

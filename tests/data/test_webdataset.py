@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+import drawn
 from refilled.data import load_task
 from refilled.data.decode import read_pixels
 from refilled.data.sources.webdataset import open_webdataset
@@ -18,9 +18,7 @@ from refilled.errors import RefilledError, TaskError
 
 
 def png(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (number, 255 - number, 7)).save(file, "PNG")
-    return file.getvalue()
+    return drawn.png(drawn.numbered(number))
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:

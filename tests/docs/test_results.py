@@ -102,7 +102,7 @@ def test_the_choices_in_the_method_are_those_of_the_raw_results():
     assert set(evidence("Choices")) <= accuracies
 
 
-def test_the_leads_in_the_method_stand_in_the_log():
+def test_the_leads_in_the_method_are_those_of_the_log():
     log = (DOCS / "log.md").read_text()
     assert [figure for figure in evidence("Lead") if figure not in log] == []
 

@@ -46,7 +46,7 @@ def test_the_documents_are_in_the_house_style(capsys):
         '    """Digest the states of the files."""',
     ],
 )
-def test_a_listed_turn_is_refused(text):
+def test_a_listed_phrase_is_refused(text):
     (fault,) = style.faults_in(text)
     assert fault[0] == 1
     assert fault[1].strip(' "') in text

@@ -257,7 +257,7 @@ def test_a_student_is_loaded_in_python(tmp_path, pictures):
         (["{tmp}/run", "--format", "safetensors", "--preprocess"], "--preprocess needs --format onnx or torch"),
     ],
 )
-def test_a_mistake_gets_a_sentence(tmp_path, arguments, hint):
+def test_a_mistake_gets_an_explanation(tmp_path, arguments, hint):
     save(tmp_path / "run")
     with pytest.raises(RefilledError) as caught:
         command("export", *(argument.format(tmp=tmp_path) for argument in arguments))
@@ -265,7 +265,7 @@ def test_a_mistake_gets_a_sentence(tmp_path, arguments, hint):
     assert not list(tmp_path.rglob("export"))
 
 
-def test_a_file_that_is_no_student_is_refused(tmp_path, pictures):
+def test_a_file_that_is_not_a_student_is_refused(tmp_path, pictures):
     (tmp_path / "m.onnx").write_bytes(b"not onnx")
     for name, hint in {
         "m.onnx": "is not a readable ONNX file",

@@ -64,7 +64,7 @@ CLASSIFIERS = {
 
 @pytest.mark.parametrize("classify", CLASSIFIERS.values(), ids=CLASSIFIERS)
 class TestEveryClassifier:
-    def test_many_tasks_are_as_one_by_one(self, classify):
+    def test_many_tasks_give_the_same_as_one_by_one(self, classify):
         support, query = embeddings(tasks=5)
         together = classify(support, LABELS, query)
         assert together.shape == (5, WAY * QUERY, WAY)
@@ -107,7 +107,7 @@ def test_logistic_regression_is_that_of_scikit_learn(c):
 
 
 @pytest.mark.parametrize("dim", [6, 40])
-def test_where_extrapolation_leads_nowhere_the_steps_that_go_down_do(monkeypatch, dim):
+def test_the_logistic_regression_is_found_without_extrapolation_too(monkeypatch, dim):
     support, query = embeddings(dim=dim)
     expected = logistic_regression(support, LABELS, query, c=50.0, tolerance=1e-9)
     monkeypatch.setattr(ridge, "_PATIENCE", 3)  # enough for none of them
@@ -445,7 +445,7 @@ def test_a_student_that_starts_from_a_probe_and_hardly_moves_is_the_logistic_reg
         torch.testing.assert_close(scores[task], expected, atol=0.05, rtol=0.05)  # bfloat16 where there is
 
 
-def test_frozen_statistics_stay(pool, teacher):
+def test_frozen_statistics_do_not_change(pool, teacher):
     pixels, labels = pool
     group = students_module._Group(
         Bank(pixels, teacher),
@@ -594,7 +594,7 @@ def test_a_method_without_its_model_says_so(pool):
         load_few_shot_method("rkd").learner(Bank(pixels), {})(episodes_of(labels))
 
 
-def test_a_file_of_your_own_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
+def test_your_own_file_trains_students_or_says_that_it_does_not(pool, teacher, tmp_path):
     pixels, labels = pool
     (tmp_path / "mine.py").write_text(
         "from refilled.methods.vanilla import vanilla\n\n\n"

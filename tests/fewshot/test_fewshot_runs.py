@@ -175,7 +175,7 @@ def test_what_cannot_work_leaves_no_folder(run, tmp_path):
         replace(run, n_way=1)
 
 
-def test_the_interval_of_a_single_task_is_not_known():
+def test_the_interval_of_a_single_task_is_unknown():
     assert mean_and_interval([50.0]) == (50.0, None)
 
 

@@ -90,14 +90,14 @@ def test_a_cache_resumes_where_a_killed_worker_left_it(ray):
 
 
 @pytest.mark.slow
-def test_a_missing_ray_is_said(monkeypatch):
+def test_a_missing_ray_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RunError, match=r"pip install 'refilled\[ray\]'"):
         find_executor("ray")
 
 
 @pytest.mark.slow
-def test_an_unknown_executor_is_said_before_anything_begins(tmp_path):
+def test_an_unknown_executor_is_reported_before_anything_begins(tmp_path):
     result = CliRunner().invoke(app, ["compare", "digits", "--executor", "rya", "--out", str(tmp_path / "runs")])
     assert isinstance(result.exception, RunError)
     assert "unknown executor 'rya'; did you mean 'ray'?" in str(result.exception)

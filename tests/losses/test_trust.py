@@ -93,7 +93,7 @@ def test_a_trusted_loss_is_the_loss_times_the_share_to_a_power():
         torch.testing.assert_close(again(logits, embedding, labels), loss(logits, embedding, labels))
 
 
-def test_a_teacher_counts_like_so_many_images_of_each_class():
+def test_a_teacher_counts_as_much_as_this_many_images_per_class():
     embedding, labels = embeddings(4, 8, 3.0)
     embedding = embedding.float()
     logits = torch.randn(32, 4)
@@ -136,7 +136,7 @@ def test_held_out_information_agrees_with_a_loop():
     assert found == pytest.approx(1 - best / math.log(4), abs=1e-9)
 
 
-def test_an_embedding_that_learned_images_by_heart_knows_nothing_of_others():
+def test_an_embedding_that_memorized_images_knows_nothing_about_others():
     embedding, labels = embeddings(5, 20, 0.1)
     noise = torch.randn(100, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert label_information(embedding, labels) > 0.9

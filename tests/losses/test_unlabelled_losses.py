@@ -40,7 +40,7 @@ def test_local_kd_compares_an_unlabelled_image_with_all_classes(doubt, right_onl
     assert loss(logits, embedding, labels).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_batches_of_unlabelled_images_alone_will_do():
+def test_batches_of_unlabelled_images_alone_are_enough():
     logits, embedding, labels = batch()
     loss = LocalKDLoss(centers="global")
     loss.precompute(embedding, labels)

@@ -195,7 +195,7 @@ def test_a_method_needs_a_student_exactly_if_it_trains_one_of_its_own(name):
         method.build(None, shape(24), {})
 
 
-def test_a_method_of_your_own_without_annotations_is_believed(tmp_path):
+def test_your_own_method_without_annotations_is_trusted(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from refilled.stages import Readout, Stage, Term\nfrom torch import nn\n"
         "def mine(student, teacher, *, reads: bool = False):\n"
@@ -207,7 +207,7 @@ def test_a_method_of_your_own_without_annotations_is_believed(tmp_path):
         mine.build(shape(16), None, {"reads": True})
 
 
-def test_a_file_of_your_own_is_a_method(tmp_path: Path):
+def test_your_own_file_is_a_method(tmp_path: Path):
     text = Path(__file__).parents[2].joinpath("CONTRIBUTING.md").read_text()
     file = tmp_path / "similarity.py"
     file.write_text(text.split("```python\n")[1].split("```")[0])
@@ -307,7 +307,7 @@ def test_regression_is_least_where_a_linear_map_gives_the_centred_teacher():
     assert torch.isclose(misalignment(teacher, 3 * teacher), torch.zeros((), dtype=torch.float64))
 
 
-def test_centring_takes_the_training_sets_mean_away_before_all_else():
+def test_centring_subtracts_the_mean_of_the_training_set_first():
     logits, teacher = torch.randn(12, 4, dtype=torch.float64), 3 + torch.randn(12, 5, dtype=torch.float64)
     labels, everything = torch.arange(12) % 4, 3 + torch.randn(40, 5, dtype=torch.float64)
     for centers in ("batch", "leave-one-out", "global"):

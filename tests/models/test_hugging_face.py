@@ -85,7 +85,7 @@ def test_the_pooled_output_is_the_embedding_at_the_processors_size(tmp_path, kin
 @pytest.mark.parametrize(
     "kind", ["ViTForImageClassification", "Dinov2ForImageClassification", "BeitForImageClassification"]
 )
-def test_of_a_classifier_the_embedding_is_what_the_classifier_reads(tmp_path, kind):
+def test_the_embedding_is_what_the_classifier_reads(tmp_path, kind):
     names = {0: "cat", 1: "dog", 2: "newt"}
     model = saved(tmp_path, kind, {**VIT, "image_size": 64}, id2label=names, label2id={v: k for k, v in names.items()})
     teacher = load_teacher(f"hf:{tmp_path}")
@@ -128,7 +128,7 @@ def test_tokens_are_chosen_by_option(tmp_path, kind, prefix, pooling):
     assert teacher.embedding_dim == expected.shape[1]
 
 
-def test_of_a_masked_autoencoder_no_patch_is_hidden_and_the_mean_is_taken(tmp_path):
+def test_a_masked_autoencoder_hides_no_patch_and_gives_the_mean(tmp_path):
     saved(tmp_path, "ViTMAEModel", {**VIT, "image_size": 64})
     teacher = load_teacher(f"hf:{tmp_path}")
     assert teacher.pooling == "mean"
@@ -160,7 +160,7 @@ def test_another_size_resamples_the_positions(tmp_path, kind):
     assert teacher.input_size == side
 
 
-def test_a_large_one_sees_224_pixels_unless_told(tmp_path):
+def test_a_large_one_sees_224_pixels_unless_told_otherwise(tmp_path):
     saved(tmp_path, "Dinov2Model", {**VIT, "image_size": 280, "patch_size": 14})
     write_processor(tmp_path, size={"shortest_edge": 300}, crop_size={"height": 280, "width": 280}, do_center_crop=True)
     teacher = load_teacher(f"hf:{tmp_path}", image_size=64)
@@ -209,7 +209,7 @@ def test_code_in_a_repository_is_never_run(tmp_path):
     assert not canary.exists()
 
 
-def test_without_a_network_the_way_out_is_said(monkeypatch):
+def test_without_a_network_a_remedy_is_named(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="give hf:FOLDER"):
         load_teacher("hf:facebook/dinov2-small")

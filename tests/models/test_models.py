@@ -477,7 +477,7 @@ class TestFolder:
             load_model(folder)
 
     @pytest.mark.parametrize("content", [b"[1, 2]", b"null", b"\xff\xfe", b"[" * 100_000])
-    def test_refuses_a_description_that_is_none(self, folder, content):
+    def test_refuses_what_is_not_a_description(self, folder, content):
         (folder / "model.json").write_bytes(content)
         with pytest.raises(ModelError, match=r"model\.json"):
             load_model(folder)

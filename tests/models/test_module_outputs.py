@@ -56,7 +56,7 @@ OF_TOKENS = {
 
 
 @pytest.mark.parametrize("output", OF_TOKENS.values(), ids=OF_TOKENS)
-def test_of_tokens_each_part_can_be_chosen(output):
+def test_each_part_of_the_tokens_can_be_chosen(output):
     torch.testing.assert_close(read_embedding(output, "token"), TOKEN)
     torch.testing.assert_close(read_embedding(output, "mean"), POOLED)
     torch.testing.assert_close(read_embedding(output, "both"), torch.cat([TOKEN, POOLED], 1))
@@ -74,7 +74,7 @@ def test_of_tokens_each_part_can_be_chosen(output):
         (PATCHES, "token", "no class token"),
     ],
 )
-def test_what_is_not_clear_is_refused_with_what_there_is(output, pooling, reason):
+def test_what_is_ambiguous_is_refused_with_the_choices(output, pooling, reason):
     with pytest.raises(ModelError, match=reason):
         read_embedding(output, pooling)
 
@@ -117,7 +117,7 @@ ENDS_IN_A_CLASSIFIER = {
 
 
 @pytest.mark.parametrize("returned", ENDS_IN_A_CLASSIFIER.values(), ids=ENDS_IN_A_CLASSIFIER)
-def test_the_input_of_the_last_linear_layer_is_the_embedding_and_said(tmp_path, returned):
+def test_the_input_of_the_last_linear_layer_is_the_embedding_which_is_reported(tmp_path, returned):
     code = f"class Mine(Net):\n    def forward(self, x): return {returned}\ndef make(): return Mine(), ABOUT\n"
     teacher = load(tmp_path, code)
     assert "ends in a linear layer of 4 outputs" in teacher.notes[0]
@@ -128,7 +128,7 @@ def test_the_input_of_the_last_linear_layer_is_the_embedding_and_said(tmp_path, 
         torch.testing.assert_close(seen.logits, teacher.module.head(rows))
 
 
-def test_a_method_of_your_own_is_taken_at_its_word(tmp_path):
+def test_your_own_method_is_taken_at_its_word(tmp_path):
     code = (
         "class Mine(Net):\n    def embed(self, x): return self.head(self.rows(x))\ndef make(): return Mine(), ABOUT\n"
     )
@@ -162,7 +162,7 @@ def test_tokens_are_chosen_by_option(tmp_path):
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_other_precisions_run_in_float32_which_is_said(tmp_path, cast):
+def test_other_precisions_run_in_float32_with_a_note(tmp_path, cast):
     teacher = load(tmp_path, f"def make(): return Net().{cast}(), ABOUT\n")
     assert any("runs in float32" in note for note in teacher.notes)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_torch_script_program_from_a_function_runs(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["script", "export"])
-def test_a_file_of_a_program_is_refused_with_the_way_out(tmp_path, program):
+def test_a_program_file_is_refused_with_a_remedy(tmp_path, program):
     path = tmp_path / ("p.pt2" if program == "export" else "p.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

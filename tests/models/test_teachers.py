@@ -40,7 +40,7 @@ class TestStudentFolder:
         with torch.no_grad():
             assert torch.equal(teacher(IMAGES).logits, student(IMAGES).logits)
 
-    def test_gives_way_to_what_is_asked_for(self, tmp_path):
+    def test_is_overridden_by_what_is_asked_for(self, tmp_path):
         save_model(create_model("wrn_10_1", 4, mean=(0.1, 0.2, 0.3)), tmp_path)
         teacher = load_teacher(str(tmp_path), mean=HALF, input_size=16)
         assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
@@ -85,7 +85,7 @@ class TestWeightFile:
         ids=["plain", "state_dict", "model", "module", "both", "old", "fc"],
     )
     @pytest.mark.parametrize("suffix", ["pth", "th"])
-    def test_is_found_in_its_nest(self, tmp_path, model, nest, suffix):
+    def test_is_found_inside_what_holds_it(self, tmp_path, model, nest, suffix):
         torch.save(nest(model.state_dict()), tmp_path / f"weights.{suffix}")
         teacher = load_teacher(f"wrn_10_1:{tmp_path}/weights.{suffix}", mean=HALF, std=HALF)
         assert is_frozen(teacher)
@@ -272,7 +272,7 @@ class TestUserFile:
         code = "def make(text): return nn.Conv2d(3, len(text), 1), INFO"
         assert self.load(tmp_path, code, call="make:a:b c").embedding_dim == 5
 
-    def test_can_import_its_neighbours_lie_anywhere_and_use_data_classes(self, tmp_path):
+    def test_can_import_its_neighbours_be_anywhere_and_use_data_classes(self, tmp_path):
         folder = tmp_path / "with space: and colon"
         folder.mkdir()
         write(folder / "its_neighbour.py", "CHANNELS = 9")
@@ -308,7 +308,7 @@ class TestUserFile:
             self.load(tmp_path, code)
         assert self.load(tmp_path, code, mean=HALF, std=HALF).embedding_dim == 6
 
-    def test_is_told_the_line_by_a_relative_path_too(self, tmp_path, monkeypatch):
+    def test_reports_the_line_for_a_relative_path_too(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         write(tmp_path / "mine.py", "def make():\n    return 1 / 0\n")
         with pytest.raises(ModelError, match=r"mine\.py:2: ZeroDivisionError"):
@@ -344,7 +344,7 @@ class TestUserFile:
             ),
         ],
     )
-    def test_is_told_what_is_wrong_and_where(self, tmp_path, code, hint):
+    def test_reports_what_is_wrong_and_where(self, tmp_path, code, hint):
         with pytest.raises(ModelError, match=hint):
             self.load(tmp_path, code)
 

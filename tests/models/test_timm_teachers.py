@@ -139,7 +139,7 @@ def test_grayscale_weights_make_a_grayscale_teacher(tmp_path):
         torch.testing.assert_close(teacher(IMAGES).logits, network(teacher.normalize(IMAGES)))
 
 
-def test_the_choice_belongs_to_what_a_cache_is_of(tmp_path):
+def test_the_choice_is_part_of_the_fingerprint(tmp_path):
     text = saved(tmp_path, "test_vit", timm.create_model("test_vit", num_classes=0).state_dict())
     prints = {fingerprint(load_teacher(text, pooling=pooling)) for pooling in (None, "pooled", "mean", "both")}
     assert len(prints) == 3  # the first two are the same

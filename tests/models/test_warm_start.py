@@ -40,7 +40,7 @@ def test_a_run_continues_to_other_classes_with_its_normalisation(teacher):
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_a_weight_file_of_our_architecture_says_nothing_of_its_images(teacher, tmp_path, monkeypatch):
+def test_a_weight_file_of_our_architecture_says_nothing_about_its_images(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", teacher)
     student, notes = start("wrn_10_1:$PLACE/model.safetensors")
     assert same(body(student), body(load_model(Path(teacher))))
@@ -83,7 +83,7 @@ def test_what_is_missing_or_left_over_is_named(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["wrn_16_1", "timm/resnet18", "runs/none"])
-def test_names_of_architectures_are_no_weights(text):
+def test_names_of_architectures_are_not_weights(text):
     assert not starts_from_weights(text)
 
 

@@ -99,7 +99,7 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize(("wrap", "latest"), BRANCHES.values(), ids=BRANCHES)
-def test_averaged_weights_are_preferred_which_is_said_and_others_can_be_named(tmp_path, state, wrap, latest):
+def test_averaged_weights_are_preferred_with_a_note_and_others_can_be_named(tmp_path, state, wrap, latest):
     path = tmp_path / "w.pth"
     torch.save(wrap(other(state), state), path)
     said = []
@@ -138,7 +138,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, state, value,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_become_float32_which_is_said(tmp_path, state, dtype):
+def test_other_precisions_become_float32_with_a_note(tmp_path, state, dtype):
     converted = {name: v.to(dtype) if v.is_floating_point() else v for name, v in state.items()}
     torch.save(converted, tmp_path / "w.pth")
     said = []

@@ -157,7 +157,7 @@ def test_at_the_papers_scale_a_run_is_what_the_paper_says():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_all_that_train_a_student_do_so_for_equally_many_epochs(scale, recipe):
+def test_all_methods_train_their_students_for_equally_many_epochs(scale, recipe):
     for table in TABLES.values():
         found = cells(table, Choice(scale, recipe))
         assert len({c.run.epochs for c in found if c.run and c.row.epochs == 1 and c.column.protocol == "cub"}) <= 1
@@ -170,7 +170,7 @@ def test_all_that_train_a_student_do_so_for_equally_many_epochs(scale, recipe):
                 assert cell.run.settings["warmup_epochs"] == round(cell.run.epochs / 12)
 
 
-def test_at_scale_mini_a_teacher_looks_once_and_no_student_sees_a_view_twice():
+def test_at_mini_scale_a_teacher_looks_once_and_no_student_sees_a_view_twice():
     for table in TABLES.values():
         for cell in cells(table, Choice("mini")):
             if isinstance(cell.run, Run) and cell.row.method != "fine_tune" and cell.row.epochs == 1:
@@ -602,7 +602,7 @@ def test_the_papers_pairs_of_networks_train(work):
     assert torch.get_num_threads() == before
 
 
-def test_missing_data_are_said_before_anything_trains(tmp_path):
+def test_missing_data_are_reported_before_anything_trains(tmp_path):
     with pytest.raises(Exception, match="CUB-200-2011 is not in"):
         fill(TABLES["table1"], Choice("paper", data_root=str(tmp_path)), tmp_path / "out", console=quiet())
     assert not (tmp_path / "out" / "runs").exists()
@@ -669,7 +669,7 @@ def test_the_order_of_few_shot_rows_is_that_on_the_tasks_that_all_had(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{("a", 0): 1.0, ("b", 0): 2.0}, {(name, 0): 1.0 for name in "abc"}, {}])
-def test_an_order_that_says_nothing_is_not_said(values):
+def test_an_order_that_means_nothing_is_not_reported(values):
     table = small_table(*(Row(name, "vanilla", (float(n),)) for n, name in enumerate("abc")))
     assert report(table, values).ranks() == [""]
 
@@ -733,7 +733,7 @@ def test_the_command_line_lists_and_refuses(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_estimates_without_running_and_tells_of_failures(folder, tmp_path):
+def test_the_command_line_estimates_without_running_and_reports_failures(folder, tmp_path):
     result = CliRunner().invoke(app, ["reproduce", "figure4", "--seeds", "1", "--out", str(tmp_path), "--dry-run"])
     assert result.exit_code == 0
     assert "2 runs to do" in result.output

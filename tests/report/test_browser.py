@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from jinja2 import Environment, PackageLoader
-from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from browser import chromium
 from refilled.cli.app import app
 from refilled.report.teachers import teacher_rows
@@ -19,14 +18,8 @@ COMPLETE = "[...document.images].every(image => image.complete && image.naturalW
 def folders(tmp_path_factory) -> list[Path]:
     """A student of 30 classes with long names, in two stages, and a readout."""
     root = tmp_path_factory.mktemp("data")
-    chance = np.random.default_rng(0)
-    for number in range(30):
-        name = root / f"<img src=x onerror=alert({number})> {'long' * 12} 文字"
-        name.mkdir()
-        color = chance.integers(0, 255, 3)
-        for index in range(8):
-            pixels = (color + chance.normal(0, 50, (12, 12, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(name / f"{index}.png")
+    names = [f"<img src=x onerror=alert({number})> {'long' * 12} 文字" for number in range(30)]
+    drawn.folder(root, dict.fromkeys(names, 8), size=12, tinted=True)
     found = []
     for words in ("--student wrn_10_1 --epochs 2", "--method nearest_neighbour"):
         folder = tmp_path_factory.mktemp("runs") / "run"

@@ -3,24 +3,17 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
+from drawn import folder
 from refilled.cli.app import app
 from refilled.data.several import Several
 
 
 @pytest.mark.slow
 def test_each_kind_has_a_line_with_its_number_and_first_names(tmp_path):
-    chance = np.random.default_rng(0)
-    root = tmp_path / "photos"
-    for name in ("cat", "dog"):
-        (root / name).mkdir(parents=True)
-        for index in range(60):
-            pixels = chance.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index:02}.png")
+    root = folder(tmp_path / "photos", {"cat": 60, "dog": 60}, size=8)
     for index in range(7):
         (root / "cat" / f"note{index}.txt").write_text("a note")
     (root / "dog" / "<b>.psd").write_bytes(b"8BPS")

@@ -7,12 +7,11 @@ import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pandas
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from browser import chromium
 from refilled.cli.app import app
 
@@ -43,19 +42,14 @@ def refilled(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "a.png"
-    Image.effect_noise((8, 8), 64).convert("RGB").save(path)
+    drawn.picture(0, 8).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    chance = np.random.default_rng(0)
-    rows = []
-    for name in NAMES:
-        for _ in range(5):
-            png = io.BytesIO()
-            Image.fromarray(chance.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(png, "PNG")
-            rows.append({"image": png.getvalue(), "label": name})
+    labels = 5 * NAMES
+    rows = [{"image": drawn.png(drawn.picture(number, 8)), "label": label} for number, label in enumerate(labels)]
     table = tmp_path_factory.mktemp("data") / "pictures.parquet"
     pandas.DataFrame(rows).to_parquet(table)
     folder = tmp_path_factory.mktemp("runs") / "student"

@@ -86,7 +86,7 @@ def test_what_is_given_wins_over_the_preset_and_joins_its_settings():
         with_preset("goood", {})
 
 
-def test_few_images_are_gone_through_more_often():
+def test_few_images_are_repeated_more_often():
     run = replace(FULL, epochs=10, batch_size=64, least_steps=1000)
     assert run.epochs_over(64000) == 10
     assert run.epochs_over(65) == 500  # in two batches

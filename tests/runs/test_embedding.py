@@ -107,7 +107,7 @@ def test_teachers_of_all_kinds_embed(photos, tmp_path):
         assert ("class" in table) == (oracle.class_names is not None)
 
 
-def test_a_name_that_is_no_utf8_and_a_class_like_a_formula_are_written(tmp_path):
+def test_a_name_that_is_not_utf8_and_a_class_like_a_formula_are_written(tmp_path):
     model = create_model("wrn_10_1", 1, image_size=16)
     model.class_names = ("=cmd()",)
     save_model(model, tmp_path / "student")
@@ -133,7 +133,9 @@ def test_a_name_that_is_no_utf8_and_a_class_like_a_formula_are_written(tmp_path)
         ("mine.py:make", "{photos}", "t.csv", "give it in pixels with --image-size"),
     ],
 )
-def test_a_mistake_gets_a_sentence_and_leaves_no_file(teacher, photos, tmp_path, monkeypatch, model, images, out, hint):
+def test_a_mistake_gets_an_explanation_and_leaves_no_file(
+    teacher, photos, tmp_path, monkeypatch, model, images, out, hint
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.csv").write_text("mine")

@@ -101,7 +101,7 @@ def test_an_ignored_teacher_leaves_the_student_alone_to_the_bit(good, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_teacher_with_something_to_teach_is_listened_to_as_without_the_guard(good, tmp_path):
+def test_a_teacher_with_something_to_teach_is_used_as_without_the_guard(good, tmp_path):
     guarded = distill(good("pixels"), tmp_path / "guarded")  # as good as the pixels is good enough
     distill(good("pixels", guard=False), tmp_path / "not")
     distill(QUICK, tmp_path / "alone")
@@ -111,7 +111,7 @@ def test_a_teacher_with_something_to_teach_is_listened_to_as_without_the_guard(g
 
 
 @pytest.mark.slow
-def test_without_the_guard_it_is_only_said(good, tmp_path):
+def test_without_the_guard_it_is_only_reported(good, tmp_path):
     result = distill(good("noise", guard=False), tmp_path / "run")
     assert result.teacher["ignored"] is False
     (note,) = [note for note in result.data["notes"] if "tells your classes apart" in note]
@@ -142,7 +142,7 @@ def test_a_damaged_verdict_is_named(good, tmp_path):
         resume(tmp_path / "run", named={"teacher": f"{tmp_path}/t.py:noise"})
 
 
-def test_few_images_condemn_no_teacher(good, tmp_path):
+def test_few_images_do_not_condemn_a_teacher(good, tmp_path):
     result = distill(good("noise", shots=2, val=0.0), tmp_path / "run")  # 10 images of 5 classes
     assert result.teacher["ignored"] is False
 

@@ -93,7 +93,7 @@ def test_classes_are_matched_by_name_and_missing_ones_are_named(trained, tmp_pat
 
 
 @pytest.mark.slow
-def test_scoring_images_that_were_trained_on_is_said(trained, tmp_path):
+def test_scoring_images_that_were_trained_on_is_reported(trained, tmp_path):
     copy = tmp_path / "everything" / "test"
     shutil.copytree(trained / "small", copy)
     shutil.copytree(trained / "small", tmp_path / "everything" / "train")
@@ -105,7 +105,7 @@ def test_scoring_images_that_were_trained_on_is_said(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_added_picture_is_said_and_moves_no_other(trained, tmp_path):
+def test_an_added_picture_is_reported_and_moves_no_other(trained, tmp_path):
     home = tmp_path / "moved"
     shutil.copytree(trained, home)
     draw(home / "small", images=1, first=900)
@@ -221,7 +221,7 @@ def test_what_a_crash_before_the_first_state_leaves_is_no_obstacle(tmp_path):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_a_damaged_state_that_is_passed_over_is_said(tmp_path, capsys):
+def test_a_skipped_damaged_state_is_reported(tmp_path, capsys):
     run = Run(task="digits:5-9", student="wrn_10_1", epochs=4, shots=8, batch_size=10, threads=1)
     with pytest.raises(Interrupted):
         distill(run, tmp_path / "r", display=Stopping(2), seconds_between_saves=0.0)

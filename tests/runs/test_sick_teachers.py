@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import drawn
 from refilled.cli.app import app
 from refilled.errors import ModelError
 from refilled.models import Backbone, load_teacher, probe
@@ -65,12 +66,7 @@ CODE = """
 def here(tmp_path_factory):
     root = tmp_path_factory.mktemp("sick")
     (root / "t.py").write_text(dedent(CODE))
-    for number, name in enumerate("abc"):
-        (root / "d" / name).mkdir(parents=True)
-        for index in range(10):
-            pixels = np.random.default_rng(99 * number + index).integers(0, 60, (32, 32, 3))
-            pixels[..., number] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "d" / name / f"{index}.png")
+    drawn.folder(root / "d", dict.fromkeys("abc", 10), size=32, tinted=True)
     return root
 
 
@@ -175,7 +171,7 @@ def test_grayscale_teachers_and_names_in_an_array_are_accepted(here, tmp_path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["dropout", "batch_statistics"])
-def test_train_mode_left_on_is_said(here, tmp_path, teacher):
+def test_train_mode_left_on_is_reported(here, tmp_path, teacher):
     code, _ = distill(here, tmp_path, teacher)
     assert code == 0
     (note,) = [note for note in notes(tmp_path) if "training mode" in note]
@@ -184,7 +180,7 @@ def test_train_mode_left_on_is_said(here, tmp_path, teacher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--preset", "good"), ("--views", 2)], ids=str)
-def test_a_teacher_that_knows_nothing_of_the_classes_is_said_to(here, tmp_path, more):
+def test_a_teacher_that_knows_nothing_about_the_classes_is_reported(here, tmp_path, more):
     code, _ = distill(here, tmp_path, "noise", *more)
     assert code == 0
     assert any("tells your classes apart no better than chance" in note for note in notes(tmp_path))
@@ -275,7 +271,7 @@ def test_a_wrong_normalisation_is_recognized_by_the_first_batch_normalisation(tr
             assert f"but less with {name}" in found[0]
 
 
-def test_an_untrained_batch_normalisation_says_nothing_of_the_normalisation():
+def test_an_untrained_batch_normalisation_says_nothing_about_the_normalisation():
     teacher = Trained(*IMAGENET)
     teacher.layers[1].reset_running_stats()
     teacher.set_preprocessing((0.0,) * 3, (1 / 255,) * 3)

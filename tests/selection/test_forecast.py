@@ -61,7 +61,7 @@ def test_the_gain_rises_with_the_excess_and_falls_with_the_labels():
     assert not model.extrapolates(Features.of(80, 10, 10))
 
 
-def test_a_known_law_is_found_again():
+def test_a_known_law_is_recovered():
     features = [Features(excess, labels) for excess in (10, 40, 80) for labels in (2, 10, 50, 400)]
     gains = [0.6 * one.excess / (1 + one.labels_per_class / 31.6) for one in features]
     model, left_out = fit(features, gains, ["a", "b"] * 6)

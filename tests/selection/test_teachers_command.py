@@ -6,11 +6,10 @@ import json
 import tomllib
 from textwrap import dedent
 
-import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
+from drawn import folder
 from refilled.cli.app import app
 from refilled.data import load_task
 from refilled.errors import RefilledError
@@ -52,12 +51,7 @@ def here(tmp_path_factory):
     """A folder of three classes that differ in colour, and a file of teachers."""
     root = tmp_path_factory.mktemp("selection")
     (root / "t.py").write_text(dedent(CODE))
-    for number, name in enumerate("abc"):
-        (root / "d" / name).mkdir(parents=True)
-        for index in range(20):
-            pixels = np.random.default_rng(99 * number + index).integers(0, 180, (16, 16, 3))
-            pixels[..., number] += 60
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "d" / name / f"{index}.png")
+    folder(root / "d", dict.fromkeys("abc", 20), tinted=True)
     return root
 
 
@@ -118,7 +112,7 @@ def test_multiplications_are_those_of_the_layers(here):
     assert found["cost"]["multiplications"] == sum(counted)
 
 
-def test_a_teacher_of_no_use_is_said_to_be_of_none(here):
+def test_a_useless_teacher_is_reported_as_useless(here):
     said = refilled("teachers", here / "d", "--candidates", f"{here}/t.py:nearly_constant", "--threads", 1)
     assert "no teacher has a forecast gain of 1 point or more" in said
 
@@ -143,7 +137,7 @@ def test_embeddings_are_computed_once(here, monkeypatch):
     assert "a sample of" in refilled("cache", "info")
 
 
-def test_a_changed_python_file_is_measured_anew(here, tmp_path):
+def test_a_changed_python_file_is_measured_again(here, tmp_path):
     file = tmp_path / "mine.py"
     given = (here / "d", "--candidates", f"{file}:make")
     file.write_text((here / "t.py").read_text() + "\nmake = colour\n")
@@ -184,7 +178,7 @@ def test_a_csv_has_one_row_per_candidate_and_size(here):
     ],
     ids=lambda part: str(part)[:30],
 )
-def test_mistakes_give_sentences(here, arguments, reason):
+def test_mistakes_are_explained(here, arguments, reason):
     with pytest.raises(RefilledError, match=reason):
         refilled("teachers", here / "d", "--threads", 1, *arguments)
 
@@ -227,6 +221,6 @@ def test_auto_settles_the_size_of_the_teacher_in_the_record(here, tmp_path):
         (("--teacher-size", "auto", "--method", "vanilla"), "name one with --teacher"),
     ],
 )
-def test_mistakes_with_the_size_give_sentences(here, tmp_path, arguments, reason):
+def test_mistakes_with_the_size_are_explained(here, tmp_path, arguments, reason):
     with pytest.raises(RefilledError, match=reason):
         refilled("distill", here / "d", *arguments, "--out", tmp_path / "run")

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
-from PIL import Image
+
+import drawn
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -18,14 +18,7 @@ NAMES = ["<img src=x onerror=alert(1)>", "=cmd()", "naïve </script>".replace("/
 @pytest.fixture(scope="package")
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
-    chance = np.random.default_rng(0)
-    for number, name in enumerate(NAMES):
-        (root / name).mkdir()
-        for index in range(10):
-            pixels = chance.integers(0, 120, (20, 24, 3), dtype=np.uint8)
-            pixels[..., number] += 100
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
+    return drawn.folder(root, dict.fromkeys(NAMES, 10), size=(24, 20), tinted=True)
 
 
 @pytest.fixture(scope="package")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from drawn import png
 from refilled.errors import RefilledError
 from refilled.models import load_model
 from refilled.runs.inference import classify_by, open_classifier, task_of, teacher_accuracies
@@ -112,9 +113,7 @@ def test_a_training_image_is_its_own_nearest_and_its_thumbnail_is_served(app, en
     images = engine.neighbours.images
     for row in (0, len(images) - 1):
         pixels = images.pixels[row : row + 1][0]
-        buffer = BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        (answer,) = post(app, buffer.getvalue()).json()["predictions"]
+        (answer,) = post(app, png(Image.fromarray(pixels.permute(1, 2, 0).numpy()))).json()["predictions"]
         first = answer["nearest"][0]
         assert first["similarity"] == pytest.approx(1, abs=1e-4)
         assert first["name"] == images.sources[row]
@@ -126,7 +125,7 @@ def test_a_training_image_is_its_own_nearest_and_its_thumbnail_is_served(app, en
     assert [response.status_code for response in missing] == [404] * 3
 
 
-def test_the_teacher_says_its_nearest_class_mean(engine, student):
+def test_the_teacher_predicts_the_nearest_class_mean(engine, student):
 
     test = task_of(student).test
     found = [engine.classes.index(ranked[0]["class"]) for ranked in engine.teacher.ranked(test.pixels)]
@@ -198,14 +197,14 @@ def test_a_failure_of_one_batch_is_an_error_and_the_next_is_answered(engine, pic
     assert any("error" in response.json() for response in responses)
 
 
-def test_the_description_names_the_paths_that_there_are(app):
+def test_the_description_names_the_paths_that_exist(app):
     (response,) = ask(app, ("GET", "/openapi.json", {}))
     paths = {route.path.replace(":int", "") for route in app.routes}
     assert set(response.json()["paths"]) == {path for path in paths if "." not in path and path != "/"}
 
 
 @pytest.mark.slow
-def test_mistakes_get_a_sentence(student, tmp_path, teacher):
+def test_mistakes_get_an_explanation(student, tmp_path, teacher):
     with pytest.raises(RefilledError, match=r"no_run|cannot be read"):
         serve(tmp_path / "no_run", port=0)
     with pytest.raises(RefilledError, match="has no teacher"):

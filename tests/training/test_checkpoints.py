@@ -22,7 +22,7 @@ def state(number):
     }
 
 
-def test_a_state_comes_back_as_it_went(tmp_path):
+def test_a_state_survives_a_round_trip(tmp_path):
     assert load_state(tmp_path) == (None, [])
     tensors, data = state(1)
     save_state(tmp_path, tensors, data)

@@ -511,7 +511,7 @@ def test_under_torchrun_a_killed_rank_is_named_and_the_run_resumes_to_the_same_r
 
 
 @pytest.mark.slow
-def test_a_world_that_cannot_meet_is_explained(monkeypatch):
+def test_processes_that_cannot_meet_are_explained(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set.*torchrun"), joined():
         pass
@@ -540,7 +540,7 @@ def told(world, message):
 
 
 @pytest.mark.slow
-def test_an_error_of_all_ranks_is_told_once(four):
+def test_an_error_on_all_ranks_is_reported_once(four):
     assert sum(four(told, "no such teacher")) == 1
     assert sum(four(told, "another error")) == 1
 

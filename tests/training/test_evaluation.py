@@ -68,7 +68,7 @@ def test_large_images_go_through_in_parts_with_the_same_outputs():
     torch.testing.assert_close(parts.embedding, whole.embedding, atol=1e-5, rtol=1e-5)
 
 
-def test_of_no_images_there_are_outputs_of_the_right_width(model):
+def test_no_images_give_outputs_of_the_right_width(model):
     found = predict(model, split(0).pixels)
     assert found.logits.shape == (0, CLASSES)
     assert found.embedding.shape == (0, WIDTH)

@@ -13,7 +13,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_images_per_second_and_the_time_left_are_said_every_ten_seconds(clock):
+def test_images_per_second_and_the_time_left_are_shown_every_ten_seconds(clock):
     said = []
     pace = Pace("teacher cache", 3000, said.append)
     for _ in range(6):

@@ -169,7 +169,7 @@ def test_a_cache_made_for_something_else_is_refused(tmp_path):
     )
 
 
-def test_a_build_that_broke_off_resumes_where_it_stood(tmp_path):
+def test_an_interrupted_build_resumes_where_it_stopped(tmp_path):
     task, calls = made_up(), []
 
     def breaking(images):

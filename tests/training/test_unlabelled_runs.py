@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from drawn import picture, put
 from refilled.cli.app import app
 from refilled.config import Run
 from refilled.cost.run import forecast
@@ -81,7 +82,7 @@ def test_all_unlabelled_images_are_seen_once_an_epoch(teacher, tmp_path):
     assert sum(seen) == result.data["unlabelled"]["images"] + 20 * steps
 
 
-def test_after_their_span_unlabelled_images_are_seen_no_more(teacher, tmp_path):
+def test_after_their_span_unlabelled_images_are_no_longer_seen(teacher, tmp_path):
     counted = []
 
     class Counting(Display):
@@ -153,13 +154,8 @@ def test_a_batch_of_one_has_no_room_for_two_kinds():
 
 @pytest.mark.slow
 def test_the_command_takes_a_folder_and_its_record_names_it(teacher, tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    (tmp_path / "heap").mkdir()
     for number in range(6):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "heap" / f"{number}.png")
+        put(tmp_path / "heap" / f"{number}.png", picture(number, 8).convert("L"))
     arguments = "digits:5-9 --shots 2 --epochs 1 --batch-size 10 --student wrn_10_1 --preset good --threads 1 --json"
     named = ["--teacher", teacher, "--unlabelled", str(tmp_path / "heap"), "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, ["distill", *arguments.split(), *named])

@@ -119,7 +119,7 @@ def test_more_trials_that_find_better_values_are_trained_on_all_images_too(probe
 
 
 @pytest.mark.slow
-def test_a_trial_stopped_in_the_middle_is_taken_up_where_it_stood(teacher, tmp_path, monkeypatch):
+def test_a_trial_stopped_in_the_middle_resumes_where_it_stopped(teacher, tmp_path, monkeypatch):
     run = replace(QUICK, method="at", teacher=teacher, epochs=2)
     begin = tuning.complete
 
@@ -178,7 +178,7 @@ def test_two_processes_share_the_trials(probe, tmp_path):
     assert len(list((tmp_path / "t" / "best").glob("*/DONE"))) == 1
 
 
-def test_a_trial_whose_loss_explodes_is_counted_out(probe, tmp_path, monkeypatch):
+def test_a_trial_whose_loss_explodes_is_excluded(probe, tmp_path, monkeypatch):
     real = tuning.complete
 
     def explosive(run, folder):

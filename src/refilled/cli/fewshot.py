@@ -104,7 +104,7 @@ def fewshot(
     )
     table.add_row("speed", f"{result.tasks_per_second:.3g} tasks per second")
     for note in result.data["notes"]:
-        table.add_row("note", note)
+        table.add_row("note", escape(printable(note)))
     console.print(table)
     console.print(f"run: {folder}", markup=False, highlight=False, soft_wrap=True)
 

@@ -156,7 +156,7 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ar
         worst=worst,
         matrix=matrix,
         projection=projection,
-        notes=result.data["notes"],
+        notes=[shown(note) for note in result.data["notes"]],
         data=visible(_data(task, result)),
         provenance={
             "command": command_of(run),
