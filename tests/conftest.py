@@ -7,10 +7,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from drawn import folder
+from drawn import picture, put
 from soak import ROWS
 
 torch.set_num_threads(1)  # small tensors, and several test processes
@@ -71,10 +72,12 @@ def in_process() -> InProcess:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Twelve classes that differ in colour, 12 noisy pictures each; one unseen class has 6 only."""
+    """Twelve classes of random colours, 12 noisy pictures each; one unseen class has 6 only."""
     root = tmp_path_factory.mktemp("photos")
     names = [f"c{n:02}" for n in range(12)]
-    folder(root, dict.fromkeys(names, 12) | {"c11": 6}, tinted=True)
+    for place, colour in enumerate(np.random.default_rng(0).integers(0, 255, (12, 3))):
+        for number in range(6 if place == 11 else 12):
+            put(root / names[place] / f"{number:02}.png", picture((place, number), tint=colour))
     split = {"seen": names[:5], "val": names[5:8], "unseen": names[8:]}
     (root / "split.json").write_text(json.dumps(split))
     return root

@@ -24,7 +24,7 @@ from refilled.cli.options import (
     run_flags,
     up_to,
 )
-from refilled.cli.show import console, display, err, say, silent
+from refilled.cli.show import console, display, err, printable, say, silent
 from refilled.config import FewShotRun, MetaRun
 from refilled.ranges import MOST
 from refilled.words import count_of
