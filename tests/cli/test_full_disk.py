@@ -64,7 +64,7 @@ def test_after_space_was_freed_a_run_ends_with_the_weights_of_an_undisturbed_one
     assert code == 2, said
     assert "the disk is full" in said
     assert re.search(r"[\d,]+ bytes are needed", said)
-    assert "resume: an unfinished run with 'refilled distill --resume FOLDER'" in said
+    assert "resume an unfinished run with 'refilled distill --resume FOLDER'" in said
     assert str(here / ("cache" if "cache" in full else "run")) in said or "run/" in said
     assert not list(here.rglob("*.tmp"))
     assert call(*(["distill", "--resume", "run", "--quiet", "--no-report"] if resumed else run)) == 0

@@ -464,13 +464,13 @@ def test_a_failed_cell_shows_no_number_and_leaves_the_others_alone(tmp_path, cap
         "did you mean" in outcome.failures["unknown/0 seed 0"]
         or "unknown method" in outcome.failures["unknown/0 seed 0"]
     )
-    assert outcome.failures["raises/0 seed 0"] == "RuntimeError: out of luck"
+    assert outcome.failures["raises/0 seed 0"].endswith("failing.py:2: RuntimeError: out of luck")
     lines = {line["row"]: line for line in read_csv(outcome.page.parent / "results.csv")}
     # A cell without a run of its own is not to be filled from its teacher's, which is finished.
     assert [lines[row]["value"] for row in ("unknown", "raises")] == ["", ""]
     assert float(lines["alone"]["value"]) > 0
     assert "out of luck" in outcome.page.read_text()
-    assert "raises/0 seed 0: RuntimeError: out of luck" in capsys.readouterr().out.replace("failed: ", "")
+    assert f"raises/0 seed 0: {outcome.failures['raises/0 seed 0']}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -490,7 +490,10 @@ def test_students_of_a_teacher_that_fails_fail_with_that_reason(tmp_path):
         on_failure=lambda name, error: failures.update({name: str(error)}),
         needs={"student": ["teacher"]},
     )
-    assert failures == {"teacher": "out of luck", "student": "it needs teacher, which failed"}
+    assert failures == {
+        "teacher": f"{failing}:2: RuntimeError: out of luck",
+        "student": "it needs teacher, which failed",
+    }
     assert list(results) == ["alone"]
 
 

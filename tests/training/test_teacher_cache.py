@@ -329,7 +329,7 @@ def test_without_a_teacher_or_a_number_of_views_there_is_nothing_to_build(run):
     with pytest.raises(RunError, match="give the number with --views"):
         build_cache(replace(run, views=None))
     with pytest.raises(RunError, match="name one with --teacher"):
-        build_cache(replace(run, teacher=None))
+        build_cache(replace(run, teacher=None, method="vanilla"))
 
 
 def refilled(*arguments: object, code: int = 0) -> str:

@@ -81,6 +81,7 @@ def compare(
     from refilled.compare.comparison import Comparison
     from refilled.grid.executors import find_executor
 
+    pool = find_executor(executor, cpus, gpus)
     if task.endswith(".toml"):
         text = _read(Path(task))
         try:
@@ -104,7 +105,7 @@ def compare(
         for line in forecast_comparison(comparison, out, jobs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-    _compare(comparison, out, jobs, find_executor(executor, cpus, gpus), not no_report)
+    _compare(comparison, out, jobs, pool, not no_report)
 
 
 def demo(
