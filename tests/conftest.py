@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,13 +84,19 @@ def photos(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> str:
-    """Train a small network on the digits 0-4; return its folder."""
+@pytest.fixture(scope="session")
+def trained_teacher(tmp_path_factory) -> Path:
+    """Train a small network on the digits 0-4; return its folder, which no test may change."""
     from refilled.config import Run
     from refilled.runs.experiment import distill
 
     run = tmp_path_factory.mktemp("teacher") / "run"
     settings = {"epochs": 8, "batch_size": 20, "shots": 40, "threads": 1, "precision": "32-true"}
     distill(Run(task="digits:0-4", student="wrn_10_1", **settings), run)
-    return str(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, trained_teacher) -> str:
+    """Return the folder of a small network of the digits 0-4, of which each module has a copy."""
+    return str(shutil.copytree(trained_teacher, tmp_path_factory.mktemp("teacher") / "run"))

@@ -60,6 +60,7 @@ def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path, monkeypatch):
     assert len(letters.open_letters().classes) == 128
 
 
+@pytest.mark.slow
 def test_there_are_128_letters_and_no_digit():
     task = load_task("letters", val=0.0)
     assert len(task.classes) == len(set(task.classes)) == 128

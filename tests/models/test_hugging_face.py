@@ -82,6 +82,7 @@ def test_the_pooled_output_is_the_embedding_at_the_processors_size(tmp_path, kin
     assert not teacher.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["ViTForImageClassification", "Dinov2ForImageClassification", "BeitForImageClassification"]
 )

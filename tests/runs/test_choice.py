@@ -39,6 +39,7 @@ def test_the_faster_precision_is_recorded_and_stays(monkeypatch, tmp_path, slow,
     assert RunFolder(tmp_path / "other").run().precision == chosen
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_grid_are_not_measured_and_compute_alike(monkeypatch, tmp_path):
     slow_in(monkeypatch, "bf16-mixed")
     complete(RUN, tmp_path / "alone")

@@ -126,6 +126,7 @@ def test_an_unusable_teacher_is_named_and_the_others_are_measured(here):
     assert last["linear_probe"] is None
 
 
+@pytest.mark.slow
 def test_embeddings_are_computed_once(here, monkeypatch):
     given = (here / "d", "--candidates", "refilled/letters")
     (first,) = teachers(*given)["candidates"]

@@ -235,6 +235,7 @@ def test_another_process_finishes_the_work_of_a_killed_one(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @forks
 def test_two_processes_share_the_work(tmp_path):
     cache, task = empty_cache(tmp_path / "together", shard_images=5), made_up()

@@ -69,6 +69,7 @@ def test_an_interrupted_run_gives_the_same_result_as_an_uninterrupted_one(teache
     assert result.data["unlabelled"]["source"] == "rest"
 
 
+@pytest.mark.slow
 def test_all_unlabelled_images_are_seen_once_an_epoch(teacher, tmp_path):
     seen = []
 
@@ -82,6 +83,7 @@ def test_all_unlabelled_images_are_seen_once_an_epoch(teacher, tmp_path):
     assert sum(seen) == result.data["unlabelled"]["images"] + 20 * steps
 
 
+@pytest.mark.slow
 def test_after_their_span_unlabelled_images_are_no_longer_seen(teacher, tmp_path):
     counted = []
 
@@ -108,6 +110,7 @@ def test_a_method_without_use_for_them_sees_none_and_says_so(tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_two_stages_distil_without_labels_and_tune_with_them(teacher, tmp_path):
     run = replace(QUICK, teacher=teacher, method="distil_then_tune", settings={"distil_share": 0.5})
     distill(run, tmp_path / "a")

@@ -178,6 +178,7 @@ def test_two_processes_share_the_trials(probe, tmp_path):
     assert len(list((tmp_path / "t" / "best").glob("*/DONE"))) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_whose_loss_explodes_is_excluded(probe, tmp_path, monkeypatch):
     real = tuning.complete
 
