@@ -134,12 +134,13 @@ def _wide(
     columns: Sequence[str],
     cells: Mapping[tuple[str, str], str],
     paper: Mapping[tuple[str, str], str],
+    heading: str = "",
 ) -> str:
     def cell(row: str, column: str) -> str:
         published = paper.get((row, column))
         return cells.get((row, column), "") + (f" ({published})" if published and (row, column) in cells else "")
 
-    return markdown([["", *columns], *([name, *(cell(name, column) for column in columns)] for name in names)])
+    return markdown([[heading, *columns], *([name, *(cell(name, column) for column in columns)] for name in names)])
 
 
 def times_table(names: Sequence[str], columns: Sequence[str], lines: Sequence[Mapping[str, str]]) -> str:
@@ -150,12 +151,8 @@ def times_table(names: Sequence[str], columns: Sequence[str], lines: Sequence[Ma
     if not seconds:
         return ""
 
-    def cell(row: str, column: str) -> str:
-        took = seconds.get((row, column))
-        return "" if took is None else f"{took:.1f} s" if took < 60 else f"{took / 60:.1f} min"
-
-    head = ["600 tasks take", *columns]
-    return markdown([head, *([name, *(cell(name, column) for column in columns)] for name in names)])
+    written = {cell: f"{took:.1f} s" if took < 60 else f"{took / 60:.1f} min" for cell, took in seconds.items()}
+    return _wide(names, columns, written, {}, "600 tasks take")
 
 
 def shots_table(lines: Sequence[Mapping[str, str]]) -> str:

@@ -21,13 +21,14 @@ from refilled.cli.labels import labels
 from refilled.cli.report import push, report
 from refilled.cli.reproduce import reproduce
 from refilled.cli.serve import serve
-from refilled.cli.show import console, err, printable, processes, rank
+from refilled.cli.show import console, err, processes, rank
 from refilled.cli.teachers import teachers
 from refilled.cli.train import distill, train
 from refilled.cli.tune import tune
 from refilled.cli.use import evaluate, list_, predict
 from refilled.errors import RunError
 from refilled.network import forbidden, go_offline
+from refilled.words import printable
 
 app = typer.Typer(
     help="Distil a strong vision model trained on other classes into a small model for your own.",

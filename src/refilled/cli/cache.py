@@ -7,11 +7,11 @@ import typer
 from rich.markup import escape
 
 from refilled.cli.options import MOST_JOBS, Cpus, Executor, Gpus, Quiet, configure, descriptions, run_flags, up_to
-from refilled.cli.show import console, printable, say, silent
+from refilled.cli.show import console, say, silent
 from refilled.errors import RunError
 from refilled.ranges import MOST
 from refilled.recipe import Recipe
-from refilled.words import count_of, plural
+from refilled.words import count_of, plural, printable
 
 if TYPE_CHECKING:
     from refilled.training.teacher_cache import TeacherCache

@@ -29,6 +29,7 @@ from refilled.cli.show import console
 from refilled.config import WHERE
 from refilled.errors import RefilledError, RunError
 from refilled.presets import with_preset
+from refilled.words import flag_of
 
 if TYPE_CHECKING:
     from refilled.compare.comparison import Comparison
@@ -142,7 +143,7 @@ def _changed(comparison: "Comparison", context: typer.Context) -> "Comparison":
     """Return a comparison from a file with the options of the command line that may change it."""
     given = given_on(context)
     if others := [flag for name, flag in given.items() if name not in (*WHERE, "seeds", *_BESIDE_A_FILE)]:
-        which = ", ".join(f"--{name.replace('_', '-')}" for name in ("seeds", *WHERE))
+        which = ", ".join(map(flag_of, ("seeds", *WHERE)))
         named = ", ".join(others)
         raise RunError(f"the file describes the runs, so change it instead of giving {named}. {which} may be given")
     where = {name: context.params[name] for name in WHERE if name in given}

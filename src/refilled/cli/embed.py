@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from refilled.cli.options import up_to
-from refilled.cli.show import console, err, printable, say
-from refilled.words import count_of
+from refilled.cli.show import console, err, say
+from refilled.ranges import PIXELS, SHARE, STD, check
+from refilled.words import count_of, printable
 
 
 def embed(
@@ -28,7 +29,7 @@ def embed(
             metavar="<int>",
             help="Side length in pixels of the images. Default: the model's.",
             min=1,
-            callback=up_to(4096),
+            callback=up_to(PIXELS.most),
         ),
     ] = None,
     teacher_mean: Annotated[
@@ -42,7 +43,7 @@ def embed(
     teacher_size: Annotated[
         int | None,
         typer.Option(
-            metavar="<int>", help="Side length in pixels of the teacher's input.", min=1, callback=up_to(4096)
+            metavar="<int>", help="Side length in pixels of the teacher's input.", min=1, callback=up_to(PIXELS.most)
         ),
     ] = None,
     teacher_embedding: Annotated[
@@ -54,7 +55,6 @@ def embed(
 
     from refilled.errors import RunError, unknown
     from refilled.models.backbone import Pooling
-    from refilled.ranges import SHARE, STD, check
     from refilled.runs.embedding import check_table, open_network, write_embeddings
 
     check_table(out, overwrite)

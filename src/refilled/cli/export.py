@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refilled.cli.options import Folder
-from refilled.cli.show import printable, say
+from refilled.cli.show import say
 from refilled.errors import RunError, unknown
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 if TYPE_CHECKING:
     from refilled.export.int8 import Cost

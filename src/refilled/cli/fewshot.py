@@ -24,10 +24,10 @@ from refilled.cli.options import (
     run_flags,
     up_to,
 )
-from refilled.cli.show import console, display, err, printable, say, silent
+from refilled.cli.show import console, display, err, say, silent
 from refilled.config import FewShotRun, MetaRun
 from refilled.ranges import MOST
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 
 @run_flags("settings", of=FewShotRun)

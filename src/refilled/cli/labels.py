@@ -12,10 +12,10 @@ import typer
 from rich.cells import cell_len, set_cell_size
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags, up_to
-from refilled.cli.show import console, printable, say, silent
+from refilled.cli.show import console, say, silent
 from refilled.ranges import MOST
 from refilled.recipe import Recipe
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 if TYPE_CHECKING:
     from refilled.selection.doubtful import Findings

@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.segment import Segment, Segments
 from rich.table import Table
 
-from refilled.cli.show import console, err, printable
+from refilled.cli.show import console, err
 from refilled.files import spreadsheet_cell
+from refilled.words import printable
 
 if TYPE_CHECKING:
     from refilled.runs.classifying import Predicted

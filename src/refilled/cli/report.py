@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refilled.cli.options import Folder
-from refilled.cli.show import console, printable, say
+from refilled.cli.show import console, say
 
 if TYPE_CHECKING:
     from refilled.runs.prepared import Prepared
@@ -46,4 +46,4 @@ def report_after(prepared: "Prepared", folder: Path) -> None:
     except Exception as error:
         from refilled.report.many import no_report
 
-        say(printable(no_report(folder, f"{type(error).__name__}: {error}")))
+        say(no_report(folder, f"{type(error).__name__}: {error}"))

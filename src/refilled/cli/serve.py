@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from refilled.cli.options import Folder, up_to
-from refilled.cli.show import printable, say
+from refilled.cli.show import say
+from refilled.words import printable
 
 
 def serve(

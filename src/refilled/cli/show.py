@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 if TYPE_CHECKING:
     from refilled.runs.result import Result
@@ -118,8 +118,3 @@ def listed(values: Mapping[str, Any]) -> str:
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
-
-
-def printable(text: str) -> str:
-    """Escape control characters, so that a text cannot send escape sequences to the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from refilled.cli.options import AsJson, Quiet, configure, run_flags, up_to
-from refilled.cli.show import console, printable, say, silent
+from refilled.cli.show import console, say, silent
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell
 from refilled.ranges import MOST, PIXELS
 from refilled.recipe import Recipe
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 if TYPE_CHECKING:
     from refilled.selection.measures import Accuracy

@@ -34,6 +34,7 @@ from refilled.cli.report import report_after
 from refilled.cli.show import carry_out, console, processes, rank, say, silent
 from refilled.config import WHERE, Run
 from refilled.errors import RunError
+from refilled.words import flag_of
 
 _AUTO = "auto"
 
@@ -225,7 +226,7 @@ def _resume(
     given = given_on(context)
     allowed = (*WHERE, *experiment.NAMED, "resume", "tracker", "no_report", "quiet", "as_json")
     if others := [flag for name, flag in given.items() if name not in allowed]:
-        movable = ", ".join(f"--{name.replace('_', '-')}" for name in WHERE)
+        movable = ", ".join(map(flag_of, WHERE))
         raise RunError(
             f"cannot change {', '.join(others)} when resuming; leave it out. {movable} may change; "
             f"{', '.join(experiment.NAMED)} may be given again if they were moved"

@@ -22,9 +22,9 @@ from refilled.cli.options import (
     run_name,
     up_to,
 )
-from refilled.cli.show import console, err, listed, printable
+from refilled.cli.show import console, err, listed
 from refilled.ranges import MOST
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 if TYPE_CHECKING:
     from refilled.tuning.student import Tuned

@@ -16,9 +16,10 @@ from refilled.cli.options import (
     up_to,
 )
 from refilled.cli.predictions import CsvRows, JsonRows, TableRows
-from refilled.cli.show import console, printable, say
+from refilled.cli.show import console, say
 from refilled.errors import RunError, unknown
 from refilled.ranges import MOST
+from refilled.words import printable
 
 
 def evaluate(

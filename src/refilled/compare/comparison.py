@@ -51,7 +51,6 @@ from refilled.methods import load_method
 from refilled.presets import with_preset
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
-from refilled.report.text import shown as visible
 from refilled.runs.prepared import resolve, with_absolute_paths
 from refilled.runs.result import Result
 from refilled.words import count_of
@@ -152,7 +151,7 @@ def compare(
     if reports:
         failures = write_missing({folder / name: each for name, each in around.items()}, jobs, executor)
         for place, reason in failures.items():
-            console.print(visible(no_report(place, reason)), markup=False, highlight=False, soft_wrap=True)
+            console.print(no_report(place, reason), markup=False, highlight=False, soft_wrap=True)
     places = {name: [folder / place_of(name, seed) for seed in row] for name, row in grid.items()}
     rows = [RowResults(name, [Result.load(place) for place in own], own) for name, own in places.items()]
     baseline, shown = rows[0], rows[-1]

@@ -5,14 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from refilled.compare.comparison import Comparison, place_of
 from refilled.config import Run
-from refilled.cost.run import Forecast, forecast
+from refilled.cost.run import Forecast, forecast, on_made_up_images
 from refilled.models import save_model
 from refilled.runs.folder import RunFolder
-from refilled.runs.prepared import initial_student, load_task_of, resolve
+from refilled.runs.prepared import resolve
 from refilled.training.progress import duration
 from refilled.words import count_of
 
@@ -62,7 +60,8 @@ def _missing(comparison: Comparison, folder: Path, scratch: Path) -> dict[str, l
     if comparison.teacher is not None and not RunFolder(folder / "teacher").finished:
         missing["teacher"] = [comparison.teacher]
         stand_in = str(scratch / "teacher")
-        _save_untrained(comparison.teacher, Path(stand_in))
+        _, untrained = on_made_up_images(resolve(comparison.teacher))
+        save_model(untrained.student, Path(stand_in))
     for name, row in comparison.grid(folder).items():
         runs = [run for seed, run in row.items() if not RunFolder(folder / place_of(name, seed)).finished]
         if stand_in is not None:
@@ -70,11 +69,3 @@ def _missing(comparison: Comparison, folder: Path, scratch: Path) -> dict[str, l
         if runs:
             missing[name] = runs
     return missing
-
-
-def _save_untrained(run: Run, folder: Path) -> None:
-    run = resolve(run)
-    assert run.student is not None  # a teacher that is trained has a network
-    torch.manual_seed(run.seed)
-    student, _ = initial_student(run.student, run.pretrained, load_task_of(run))
-    save_model(student, folder)

@@ -113,8 +113,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         RefilledError: The run has a fault that can be found before training.
     """
     run, network = resolve(run), network or Network()
-    size = _size_of(run)
-    prepared = Prepared(run, made_up_task(size, _IMAGES))
+    size, prepared = on_made_up_images(run)
     student, teachers, stages = prepared.student, prepared.teachers, prepared.stages
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
     batch = _largest_batch(stages, run, size, ranks)
@@ -148,6 +147,12 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         memory=_memory(run, size, costs, batch, any(passes), width),
         ranks=ranks,
     )
+
+
+def on_made_up_images(run: Run) -> tuple[TaskSize, Prepared]:
+    """Return the sizes of a resolved run's task, and the run prepared on a few made-up images; none is loaded."""
+    size = _size_of(run)
+    return size, Prepared(run, made_up_task(size, _IMAGES))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from refilled.paper.schema import Table
 from refilled.paper.tables import TABLES
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
-from refilled.report.text import shown
 from refilled.words import count_of
 
 
@@ -137,7 +136,7 @@ def _carry_out(
     run_grid(missing, graph.folder, jobs, tell, note, needs, executor, after)
     unwritten = write_missing({graph.folder / name: each for name, each in around.items()}, jobs, executor)
     for place, reason in unwritten.items():
-        _say(console, shown(no_report(place, reason)))
+        _say(console, no_report(place, reason))
     return failures
 
 

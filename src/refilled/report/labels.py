@@ -13,9 +13,8 @@ from refilled.data import Task
 from refilled.errors import RunError
 from refilled.files import spreadsheet_cell, write_atomic
 from refilled.report.page import png
-from refilled.report.text import shown
 from refilled.selection.doubtful import Findings, Place
-from refilled.words import count_of, plural
+from refilled.words import count_of, plural, printable
 
 COLUMNS = (
     "finding", "image", "part", "label", "suggested", "score", "suggested_probability", "group", "across_parts",
@@ -107,13 +106,13 @@ def _page(findings: Findings, command: str) -> str:
     doubts, groups = findings.doubts[:_DOUBTS], findings.groups[:_GROUPS]
     template = Environment(loader=PackageLoader("refilled.report"), autoescape=True).get_template("labels.html")
     return template.render(
-        title=f"Labels of {shown(Path(findings.task.name).name.partition('@')[0])}",
+        title=f"Labels of {printable(Path(findings.task.name).name.partition('@')[0])}",
         sentences=summary(findings),
-        notes=[shown(note) for note in findings.notes],
+        notes=[printable(note) for note in findings.notes],
         doubts=[
             {
                 **_figure(findings.task, doubt.place),
-                "suggested": shown(doubt.suggested),
+                "suggested": printable(doubt.suggested),
                 "score": f"{100 * doubt.score:.1f}\u00a0%",
                 "probability": f"{100 * doubt.suggested_probability:.0f}\u00a0%",
             }
@@ -132,8 +131,8 @@ def _page(findings: Findings, command: str) -> str:
         groups_left=len(findings.groups) - len(groups),
         pictures={},
         provenance={
-            "command": shown(command),
-            "network": shown(findings.network),
+            "command": printable(command),
+            "network": printable(findings.network),
             "data fingerprint": findings.task.fingerprint,
             "copies": f"correlation of the pixels of {findings.limit:.3f} or more",
         },
@@ -151,9 +150,9 @@ def _figure(task: Task, place: Place) -> dict[str, str]:
     pixels = {"train": task.train, "val": task.val, "test": task.test}[place.part].pixels[place.row : place.row + 1]
     image = Image.fromarray(pixels[0].cpu().permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((_SIDE, _SIDE))
-    name = shown(place.image)
+    name = printable(place.image)
     return {
         "picture": png(image),
-        "given": shown(place.label),
+        "given": printable(place.label),
         "place": name if name.startswith(f"{place.part}/") else f"{place.part}: {name}",
     }

@@ -11,6 +11,7 @@ from refilled.report.page import Surroundings, comparable, report_among, report_
 from refilled.runs.folder import RunFolder
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
+from refilled.words import printable
 
 FEW_IMAGES = 200
 """Images that the report of one of many runs shows in the embedding; more take seconds for each run."""
@@ -68,7 +69,7 @@ def write_missing(
 
 def no_report(folder: Path, reason: str) -> str:
     """Return the warning that a run has no report."""
-    return f"warning: no report was written ({reason}). The run is complete; try: refilled report {folder}"
+    return printable(f"warning: no report was written ({reason}). The run is complete; try: refilled report {folder}")
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from math import sqrt
 
 from torch import Tensor
 
-from refilled.report.text import columns_of, shortened, shown
+from refilled.report.text import columns_of, shortened
+from refilled.words import printable
 
 MOST = 200
 """Classes whose names fit on the axes."""
@@ -57,7 +58,7 @@ def matrix_of(confusion: Tensor, classes: Sequence[str]) -> Matrix | None:
     if count > MOST:
         return None
     side = next(pixels for most, pixels in _SIDES if count <= most)
-    names, titles = [shortened(name) for name in classes], [shown(name) for name in classes]
+    names, titles = [shortened(name) for name in classes], [printable(name) for name in classes]
     margin = round(_LETTER * max(map(columns_of, names))) + 12
     totals = confusion.sum(1).tolist()
     cells = []

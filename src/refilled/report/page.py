@@ -26,13 +26,13 @@ from refilled.report.pictures import COLORS, address, plain_text, svg
 from refilled.report.projection import IMAGES, networks_of, projection_of
 from refilled.report.speed import speed_of
 from refilled.report.teachers import teacher_rows
-from refilled.report.text import shown, visible
+from refilled.report.text import visible
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of, readout_classes, task_of
 from refilled.runs.prepared import Prepared
 from refilled.runs.result import Result
 from refilled.training.evaluation import predict
-from refilled.words import count_of
+from refilled.words import count_of, printable
 
 _WORST = 16  # images
 _MANY = 20  # classes
@@ -156,7 +156,7 @@ def _write(folder: Path, task: Task, network: Backbone, found: Tensor | None, ar
         worst=worst,
         matrix=matrix,
         projection=projection,
-        notes=[shown(note) for note in result.data["notes"]],
+        notes=[printable(note) for note in result.data["notes"]],
         data=visible(_data(task, result)),
         provenance={
             "command": command_of(run),
@@ -295,9 +295,9 @@ def _worst(
     return [
         {
             "picture": png(Image.fromarray(image)),
-            "source": shown(sources[row]),
-            "said": f"{shown(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
-            "true": shown(task.classes[int(labels[row])]),
+            "source": printable(sources[row]),
+            "said": f"{printable(task.classes[int(found[row])])}, {100 * float(confidence[row]):.0f} %",
+            "true": printable(task.classes[int(labels[row])]),
         }
         for row, image in zip(rows.tolist(), images, strict=True)
     ]

@@ -13,13 +13,12 @@ from refilled.data import Split, Task
 from refilled.errors import RefilledError
 from refilled.models import Backbone
 from refilled.report.pictures import COLORS, examples, project
-from refilled.report.text import shown
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of
 from refilled.runs.prepared import initial_student
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
-from refilled.words import count_of, plural
+from refilled.words import count_of, plural, printable
 
 IMAGES = 1000
 """Images that are shown at most."""
@@ -83,7 +82,7 @@ def projection_of(networks: Mapping[str, Backbone], task: Task, images: Split, c
     }
     shown_classes = sorted(set(labels.tolist()))
     many = len(shown_classes) > _IN_LEGEND
-    legend = [] if many else [(shown(task.classes[n]), colors[n]) for n in shown_classes]
+    legend = [] if many else [(printable(task.classes[n]), colors[n]) for n in shown_classes]
     hint = " Point to a dot for its class." if many else ""
     return Projection(
         drawn, legend, f"{len(rows):,} of {len(images):,} images by t-SNE, coloured by class; axes have no unit.{hint}"
@@ -149,4 +148,4 @@ def _groups(points: Any, labels: Tensor, classes: Sequence[str], colors: Sequenc
     found: dict[int, list[tuple[float, float]]] = {}
     for label, (x, y) in zip(labels.tolist(), places.tolist(), strict=True):
         found.setdefault(label, []).append((round(x, 1), round(y, 1)))
-    return [Group(shown(classes[label]), colors[label], dots) for label, dots in sorted(found.items())]
+    return [Group(printable(classes[label]), colors[label], dots) for label, dots in sorted(found.items())]

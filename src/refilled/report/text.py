@@ -3,21 +3,18 @@
 import unicodedata
 from collections.abc import Sequence
 
-
-def shown(text: str) -> str:
-    """Make control characters and marks of direction visible."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+from refilled.words import printable
 
 
 def visible(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Apply :func:`shown` to each cell of a table."""
-    return [[shown(cell) for cell in row] for row in rows]
+    """Apply :func:`~refilled.words.printable` to each cell of a table."""
+    return [[printable(cell) for cell in row] for row in rows]
 
 
 def shortened(text: str, width: int = 24) -> str:
     """Cut a text to this many columns of characters; those of East Asian scripts and emoji take two."""
     kept, taken = "", 0
-    for character in shown(text):
+    for character in printable(text):
         taken += columns_of(character)
         if taken > width:
             return f"{kept}…"

@@ -52,8 +52,7 @@ def choose_precision(student: Backbone, image_size: int, teachers: Sequence[Back
     The student is timed first. Only if float32 is faster for it alone are the teachers timed too, since they have the
     same precision and nearly all gain from bfloat16.
 
-    The choice is kept below the cache folder, so that equal runs, and all rows of a comparison with the same teachers,
-    compute alike.
+    The choice is kept below the cache folder, so that equal runs compute alike.
     """
 
     def in_all() -> Seconds:

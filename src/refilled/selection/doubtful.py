@@ -26,6 +26,7 @@ from refilled.runs.scoring import finite_embedding
 from refilled.selection.measures import deal_folds
 from refilled.selection.near_copies import Copies, near_copies
 from refilled.selection.sample import embedding_of
+from refilled.words import flag_of
 
 Say = Callable[[str], None]
 
@@ -217,7 +218,7 @@ def run_in(folder: Path, changes: dict[str, Any]) -> Run:
     """
     others = sorted(set(changes) - set(_OF_A_RUN))
     if others:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        flags = ", ".join(map(flag_of, others))
         raise RunError(f"{folder} contains a run, which determines {flags}; leave it out, or give the folder of images")
     run = RunFolder(folder).run()
     if "teacher" in changes:
