@@ -48,13 +48,24 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """The fields that ``--preset`` sets; flags override them."""
 
+WARM_START: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "batch_size": 16}
+"""The recipe of the command line for students that start from weights, unless an optimiser or a rate is given."""
+
 # For unlabelled images that are known to be of the task's own classes: the class means are refined by them. Among
 # images of other classes this does harm (docs/unlabelled.md).
 _OF_THE_SAME_CLASSES: Mapping[str, Any] = {"kd_refine": 3}
 
+# For students that start from weights: they learn the labels quickly, so the teacher may say more.
+_FROM_WEIGHTS: Mapping[str, Any] = {"kd_classes": "all", "regression_weight": 30.0, "right_only": False}
 
-def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+
+def with_preset(name: str | None, values: Mapping[str, Any], *, from_weights: bool = False) -> dict[str, Any]:
     """Return the fields of a preset, overridden by the given values; their settings are merged.
+
+    Args:
+        name: The preset, or None.
+        values: The given values.
+        from_weights: Whether the student starts from weights, in a run that may use other settings for it.
 
     Raises:
         RunError: The preset is unknown.
@@ -66,8 +77,12 @@ def with_preset(name: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS[name]
     fields_ = {**preset, **values}
     if fields_.get("method") == preset.get("method"):
-        refined = _OF_THE_SAME_CLASSES if values.get("unlabelled") == "rest" and "settings" in preset else {}
-        fields_["settings"] = {**preset.get("settings", {}), **refined, **values.get("settings", {})}
+        settings = dict(preset.get("settings", {}))
+        if settings and from_weights:
+            settings |= _FROM_WEIGHTS
+        if settings and values.get("unlabelled") == "rest":
+            settings |= _OF_THE_SAME_CLASSES
+        fields_["settings"] = settings | values.get("settings", {})
         return fields_
     of_the_method = {"settings", "guard"} - values.keys()  # another method has other parameters
     return {name: value for name, value in fields_.items() if name not in of_the_method}

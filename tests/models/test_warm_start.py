@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from refilled.cli.options import configure
 from refilled.config import Run
 from refilled.errors import ModelError, RunError
 from refilled.models import create_model, create_student, load_model, starts_from_weights
+from refilled.presets import WARM_START
 from refilled.runs.experiment import distill
 from refilled.runs.prepared import Prepared, resolve
 
@@ -109,3 +111,38 @@ def test_a_run_from_weights_begins_where_they_ended_and_can_be_loaded(teacher, t
     for name, value in load_model(tmp_path / "run").named_parameters():
         if not name.startswith("classifier."):
             torch.testing.assert_close(value, parameters[name], rtol=0, atol=1e-5)
+
+
+WARM = {"task": "digits", "student": "wrn_10_1:weights.pth", "teacher": "refilled/letters"}
+
+
+@pytest.mark.parametrize("student", [{"student": "wrn_10_1:weights.pth"}, {"student": TIMM, "pretrained": True}])
+def test_the_command_line_trains_a_warm_student_by_its_own_recipe(student):
+    fresh = configure(None, {"task": "digits", "student": TIMM})
+    warm = configure(None, {"task": "digits", **student})
+    changed = {name for name, value in vars(warm).items() if value != vars(fresh)[name]}
+    assert changed == {*WARM_START, *student} - {"student" if student["student"] == TIMM else ""}
+    assert {name: getattr(warm, name) for name in WARM_START} == WARM_START
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe"),
+    [
+        ({"weight_decay": 0.01}, ("adamw", WARM_START["lr"], 0.01)),
+        ({"lr": 0.02}, ("sgd", 0.02, 5e-4)),
+        ({"optimizer": "adamw", "lr": 0.001}, ("adamw", 0.001, 5e-4)),
+    ],
+)
+def test_a_given_rate_or_optimiser_leaves_the_rest_as_it_is(given, recipe):
+    run = configure(None, {**WARM, **given})
+    assert (run.optimizer, run.lr, run.weight_decay) == recipe
+
+
+def test_a_presets_rate_is_kept_and_its_settings_suit_a_warm_student():
+    paper = configure("paper", WARM)
+    assert (paper.optimizer, paper.lr) == ("sgd", 0.1)
+    fresh = configure("good", {**WARM, "student": "wrn_10_1"})
+    warm = configure("good", {**WARM, "settings": {"kd_weight": 3.0}})
+    assert warm.settings["regression_weight"] > fresh.settings["regression_weight"]
+    assert warm.settings["kd_weight"] == 3.0
+    assert warm.guard

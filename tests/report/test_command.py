@@ -10,12 +10,13 @@ from refilled.cli import compare as comparing
 from refilled.cli import train as module
 from refilled.cli.app import app
 from refilled.config import WHERE, Run
-from refilled.presets import PRESETS, with_preset
+from refilled.presets import PRESETS, WARM_START, with_preset
 from refilled.report.command import command_of, comparison_of, how_to_know
 from refilled.runs.prepared import resolve
 
 OURS = {"task": "digits", "student": "wrn_10_1"}
 TAUGHT = {**OURS, "teacher": "refilled/letters", "method": "refilled"}
+WARM = {**TAUGHT, "student": "wrn_10_1:weights.pth"}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,10 @@ TAUGHT = {**OURS, "teacher": "refilled/letters", "method": "refilled"}
         Run(task="digits:5-9", student="wrn_10_1", epochs=3, seed=2, balance="logits"),
         Run(task="a folder", student="wrn_10_1", teacher="refilled/letters", method="refilled", guard=True, shots=2),
         Run(task="digits", student="wrn_10_1", teacher="x.py:load", method="rkd", settings={"angle_weight": "7.0"}),
+        Run(task="digits", student="timm/resnet18", pretrained=True),
+        Run(task="digits", student="wrn_10_1:weights.pth", teacher="refilled/letters", method="refilled", batch_size=8),
     ],
-    ids=["train", "distill", "settings"],
+    ids=["train", "distill", "settings", "published weights", "weights from a file"],
 )
 def test_it_is_the_run_that_it_was_written_for(run, monkeypatch):
     begun = []
@@ -58,6 +61,8 @@ def compared(run: Run, monkeypatch):
         Run(**with_preset("good", {**TAUGHT, "unlabelled": "rest", "shots": 2, "unlabelled_span": 0.5})),
         Run(**with_preset("patient", {**TAUGHT, "settings": {"kd_weight": 0.25, "right_only": True}})),
         Run(**with_preset("paper", TAUGHT)),
+        Run(**with_preset("good", {**WARM, **WARM_START}, from_weights=True)),
+        Run(**with_preset("good", WARM)),
         Run(**{**TAUGHT, "method": "rkd", "settings": {"angle_weight": 7.0}, "epochs": 3, "views": 4, "seed": 9}),
         Run(**{**TAUGHT, "method": "fine_tune", "student": None, "epochs": 3, "lr": 1e-4}),
         Run(**{**TAUGHT, "method": "self_training", "teacher": None, "unlabelled": "rest", "shots": 3}),
@@ -90,6 +95,8 @@ def test_a_preset_is_named_and_only_what_differs_from_it_is_set():
     other = replace(good, settings={**good.settings, "worth": 3.0}, guard=False)
     assert "--methods vanilla,refilled:good --set worth=3.0 --no-guard --seeds" in comparison_of(resolve(other))
     assert "--set" not in comparison_of(resolve(Run(**TAUGHT)))
+    warm = Run(**with_preset("good", WARM, from_weights=True))
+    assert "--methods vanilla,refilled:good --seeds" in comparison_of(resolve(warm))
     assert {"good", "patient"} <= set(PRESETS)  # two of one method, of which the nearer one is named
 
 

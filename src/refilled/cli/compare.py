@@ -81,6 +81,7 @@ def compare(
     """Compare methods at equal cost over several seeds, to see whether the teacher helps."""
     from refilled.compare.comparison import Comparison
     from refilled.grid.executors import find_executor
+    from refilled.models import starts_from_weights
 
     pool = find_executor(executor, cpus, gpus)
     if task.endswith(".toml"):
@@ -95,7 +96,8 @@ def compare(
         # All rows use the preset's training; only the row that names the preset uses its settings.
         run = replace(configure(preset, {"task": task, "teacher": teacher, "student": student, **flags}), settings={})
         names = methods or f"vanilla,rkd,refilled,refilled:{preset or 'good'}"
-        rows = {name: _row(name, flags) for name in names.split(",")}
+        warm = starts_from_weights(run.student, run.pretrained)
+        rows = {name: _row(name, flags, warm) for name in names.split(",")}
         last = list(rows.values())[-1]
         last["settings"] = {**last["settings"], **dict(key_value(text) for text in set_ or ())}
         comparison = Comparison(f"{task}: does the teacher help?", run, rows, range(seeds))
@@ -155,10 +157,11 @@ def _changed(comparison: "Comparison", context: typer.Context) -> "Comparison":
     )
 
 
-def _row(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def _row(name: str, flags: Mapping[str, Any], from_weights: bool) -> dict[str, Any]:
     """Return a row of the comparison, METHOD, METHOD:PRESET or the path of a file."""
     method, preset = (name, "") if name.endswith(".py") else name.partition(":")[::2]
-    fields = with_preset(preset or None, {"method": method, "unlabelled": flags["unlabelled"]})
+    given = {"method": method, "unlabelled": flags["unlabelled"]}
+    fields = with_preset(preset or None, given, from_weights=from_weights)
     guard = fields.get("guard", False) if flags["guard"] is None else flags["guard"]
     return {"method": method, "settings": dict(fields.get("settings", {})), "guard": guard}
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from refilled.config import Run
 from refilled.errors import RunError
-from refilled.presets import PRESETS, with_preset
+from refilled.presets import PRESETS, WARM_START, with_preset
 from refilled.recipe import Recipe
 
 _LONGEST_TIME = 365 * 24 * 3600
@@ -159,8 +159,17 @@ Teachers = Annotated[
 
 
 def configure(preset: str | None, values: dict[str, Any]) -> Run:
-    """Return the run that the given flags and the preset describe; flags override the preset."""
-    given = with_preset(preset, {name: value for name, value in values.items() if value is not None})
+    """Return the run that the given flags and the preset describe; flags override the preset.
+
+    A student that starts from weights has another recipe, unless the flags or the preset choose an optimiser or a rate.
+    """
+    from refilled.models import starts_from_weights  # takes a second
+
+    flags = {name: value for name, value in values.items() if value is not None}
+    from_weights = starts_from_weights(flags.get("student"), flags.get("pretrained", False))
+    given = with_preset(preset, flags, from_weights=from_weights)
+    if from_weights and not given.keys() & {"optimizer", "lr"}:
+        given = {**WARM_START, **given}
     return Run(**given if "epochs" in given else {"least_steps": _LEAST_STEPS, **given})
 
 

@@ -48,6 +48,7 @@ from refilled.grid.executors import Executor, processes
 from refilled.grid.jobs import JobResult, accuracy
 from refilled.grid.runner import run_grid
 from refilled.methods import load_method
+from refilled.models import starts_from_weights
 from refilled.presets import with_preset
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
@@ -189,7 +190,9 @@ def _with(run: Run, changes: Mapping[str, Any]) -> Run:
         if name not in vars(run) and name != "preset":
             raise RunError(unknown("key", name, ["preset", *vars(run)]))
     given = {name: value for name, value in changes.items() if name != "preset"}
-    changed = replace(run, **with_preset(changes.get("preset"), {"unlabelled": run.unlabelled, **given}))
+    from_weights = starts_from_weights(given.get("student", run.student), given.get("pretrained", run.pretrained))
+    values = {"unlabelled": run.unlabelled, **given}
+    changed = replace(run, **with_preset(changes.get("preset"), values, from_weights=from_weights))
     if not load_method(changed.method).ignores_teacher:
         return changed
     # The run does not depend on the teacher, so it need not be repeated for another one.

@@ -32,8 +32,10 @@ class Start(NamedTuple):
     source: str
 
 
-def starts_from_weights(text: str) -> bool:
-    """Return whether ``text`` names weights to start from, not only an architecture."""
+def starts_from_weights(text: str | None, pretrained: bool = False) -> bool:
+    """Return whether a student starts from weights: ``text`` names some, or published ones are asked for."""
+    if pretrained or text is None:
+        return pretrained
     text = os.path.expandvars(text)
     return not is_architecture(text) and (_is_model_folder(text) or ":" in text)
 

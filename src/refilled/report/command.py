@@ -9,7 +9,8 @@ from typing import Any, get_args
 from refilled.config import WHERE, Run
 from refilled.errors import RefilledError
 from refilled.methods import load_method
-from refilled.presets import PRESETS, with_preset
+from refilled.models import starts_from_weights
+from refilled.presets import PRESETS, WARM_START, with_preset
 from refilled.runs.prepared import runs_code
 
 _ELSEWHERE = {*WHERE} - {"data_root"}  # of another machine, they may be wrong
@@ -52,10 +53,12 @@ def how_to_know(run: Run) -> str:
 
 
 def _flags(run: Run, left_out: Set[str]) -> Iterator[str]:
+    # The command line has other defaults for these.
+    always = {"epochs", *(WARM_START if starts_from_weights(run.student, run.pretrained) else ())}
     for field in fields(Run):
         value = getattr(run, field.name)
         default = None if field.default is MISSING else field.default
-        if field.name in left_out or (value == default and field.name != "epochs"):
+        if field.name in left_out or (value == default and field.name not in always):
             continue
         flag = field.name.replace("_", "-")
         if field.name == "teacher":
@@ -84,7 +87,8 @@ def _row(run: Run) -> tuple[str, dict[str, Any], bool]:
         return every
     for name, preset in PRESETS.items():
         if preset.get("method") == run.method and "settings" in preset:
-            given = with_preset(name, {"method": run.method, "unlabelled": run.unlabelled})
+            values = {"method": run.method, "unlabelled": run.unlabelled}
+            given = with_preset(name, values, from_weights=starts_from_weights(run.student, run.pretrained))
             rows.append((f"{run.method}:{name}", _missing(run, given["settings"]), given.get("guard", False)))
     return min(rows, key=lambda row: len(row[1]))
 
