@@ -28,7 +28,9 @@ class Recipe:
             epochs nor a preset with epochs is given.
         batch_size: Maximum number of images per step; an epoch is split into batches of nearly equal size.
         lr: Peak learning rate.
-        optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001.
+        optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001. For
+            a student that starts from weights, the command line uses AdamW with an ``lr`` of 0.0005, a weight decay of
+            0.05 and batches of 16, unless an optimizer, an ``lr`` or a preset with one is given.
         momentum: Momentum of SGD; the first beta of AdamW.
         nesterov: Use Nesterov momentum in SGD.
         weight_decay: Weight decay coefficient.
