@@ -55,7 +55,7 @@ WARM_START: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "weight_decay
 # images of other classes this does harm (docs/unlabelled.md).
 _OF_THE_SAME_CLASSES: Mapping[str, Any] = {"kd_refine": 3}
 
-# For students that start from weights: they learn the labels quickly, so the teacher may say more.
+# For students that start from weights: the best of the settings that were tried (docs/log.md).
 _FROM_WEIGHTS: Mapping[str, Any] = {"kd_classes": "all", "regression_weight": 30.0, "right_only": False}
 
 
