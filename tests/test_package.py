@@ -40,6 +40,12 @@ def test_the_command_line_starts_without_torch():
     assert "torch" not in loaded_by("import refilled.cli.app")
 
 
+def test_a_mistaken_flag_is_refused_without_torch():
+    wrong = "configure(None, {'task': 'digits', 'student': 'wrn_10_1', 'lr': -1.0})"
+    run = f"import contextlib\nfrom refilled.cli.options import configure\nwith contextlib.suppress(Exception): {wrong}"
+    assert "torch" not in loaded_by(run)
+
+
 def test_public_names_are_what_they_say():
     assert sorted(refilled.__all__) == refilled.__all__
     for name in refilled.__all__:

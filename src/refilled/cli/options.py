@@ -1,6 +1,7 @@
 """Options shared by commands, and the flags of a configuration."""
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -163,14 +164,24 @@ def configure(preset: str | None, values: dict[str, Any]) -> Run:
 
     A student that starts from weights has another recipe, unless the flags or the preset choose an optimiser or a rate.
     """
-    from refilled.models import starts_from_weights  # takes a second
-
     flags = {name: value for name, value in values.items() if value is not None}
-    from_weights = starts_from_weights(flags.get("student"), flags.get("pretrained", False))
+    from_weights = _starts_from_weights(flags.get("student"), flags.get("pretrained", False))
     given = with_preset(preset, flags, from_weights=from_weights)
     if from_weights and not given.keys() & {"optimizer", "lr"}:
         given = {**WARM_START, **given}
     return Run(**given if "epochs" in given else {"least_steps": _LEAST_STEPS, **given})
+
+
+def _starts_from_weights(student: str | None, pretrained: bool) -> bool:
+    """Return whether a student starts from weights, importing torch only for a name that may be of weights."""
+    if pretrained or student is None:
+        return pretrained
+    text = os.path.expandvars(student)
+    if ":" not in text and not Path(text).is_dir():
+        return False
+    from refilled.models import starts_from_weights  # takes two seconds, for which no mistake should wait
+
+    return starts_from_weights(text)
 
 
 def seconds_of(text: str) -> float:

@@ -85,10 +85,11 @@ def _row(run: Run) -> tuple[str, dict[str, Any], bool]:
         rows = [(run.method, _missing(run, {}), False)]
     except RefilledError:  # another version of refilled has other parameters
         return every
+    from_weights = starts_from_weights(run.student, run.pretrained)
     for name, preset in PRESETS.items():
         if preset.get("method") == run.method and "settings" in preset:
             values = {"method": run.method, "unlabelled": run.unlabelled}
-            given = with_preset(name, values, from_weights=starts_from_weights(run.student, run.pretrained))
+            given = with_preset(name, values, from_weights=from_weights)
             rows.append((f"{run.method}:{name}", _missing(run, given["settings"]), given.get("guard", False)))
     return min(rows, key=lambda row: len(row[1]))
 
