@@ -136,6 +136,19 @@ def test_the_cost_of_a_cached_teacher_counts_once(teacher):
 
 
 @pytest.mark.usefixtures("known")
+def test_a_step_costs_the_students_pass_at_least_however_slow_its_teacher_was_measured(teacher, monkeypatch):
+    slow, passes = (
+        Cost(Line(0.0, 100.0), None),
+        iter(range(3)),
+    )  # the student's passes are measured before the teacher's
+    known = module.scoring_cost
+    monkeypatch.setattr(module, "scoring_cost", lambda *of, **more: known() if next(passes) < 2 else slow)
+    found = forecast(replace(RUN, method="rkd", teacher=teacher, views=3))
+    assert found.stages[0].seconds == pytest.approx(16 * 0.01)
+    assert dict(found.rows())["stage embedding"]
+
+
+@pytest.mark.usefixtures("known")
 def test_ranks_share_the_images_and_pay_for_messages():
     alone, shared = (forecast(RUN, ranks=ranks).stages[0] for ranks in (1, 4))
     assert alone.communication == 0

@@ -135,7 +135,8 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
             cost.seconds(own) for number, cost in enumerate(costs.teachers) if _is_cached(stage.taught_by(number), run)
         )
         messages = communication(student, teachers, stage, run.batch_size, ranks, network)
-        seconds = max(step.seconds(own) - spared, 0.0) + messages
+        # At least the student's own pass: the difference between two measurements can be 0 on a busy machine.
+        seconds = max(step.seconds(own) - spared, costs.validation.seconds(own)) + messages
         steps = run.steps_over(size.train, size.unlabelled)
         predicted.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
     return Forecast(
