@@ -48,7 +48,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """The fields that ``--preset`` sets; flags override them."""
 
-WARM_START: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05, "batch_size": 16}
+WARM_START: Mapping[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "weight_decay": 0.05,
+    "batch_size": 16,
+    "head_steps": 1000,
+}
 """The recipe of the command line for students that start from weights, unless an optimiser or a rate is given."""
 
 # For unlabelled images that are known to be of the task's own classes: the class means are refined by them. Among

@@ -36,6 +36,10 @@ class Recipe:
         weight_decay: Weight decay coefficient.
         ema: Decay of an exponential moving average of the student's weights, such as 0.99. The student of each stage
             is this average. The decay rises to this value over the first steps. 0: no average.
+        head_steps: Number of steps at the start of each stage in which only the classifier and the learned weights of
+            losses, such as projectors, are trained, on embeddings of the training images that are computed once,
+            without augmentation (Kumar et al., ICLR 2022). For a student that starts from weights, the command line
+            uses 1000, with the same exceptions as for ``optimizer``. 0: none.
         schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage (the
             paper); ``late-step``: times 0.1 after 62.5, 75 and 87.5 % of it (Tian et al., ICLR 2020).
         warmup: Number of epochs of linear warm-up at the start of each stage.
@@ -77,6 +81,7 @@ class Recipe:
     nesterov: bool = True
     weight_decay: float = 5e-4
     ema: float = 0.0
+    head_steps: int = 0
     schedule: Literal["cosine", "step", "late-step"] = "cosine"
     warmup: float = 1.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
@@ -103,6 +108,7 @@ class Recipe:
             lr=POSITIVE,
             momentum=PART,
             ema=PART,
+            head_steps=WHOLE,
             weight_decay=AMOUNT,
             warmup=AMOUNT,
             color_jitter=SHARE,

@@ -107,7 +107,7 @@ def step_cost(
         batches: The two batch sizes to measure, in images; see :func:`probe_batches`.
     """
     # The learning rate is tiny, because the loss could diverge on random images.
-    recipe = replace(run, epochs=1, least_steps=0, lr=1e-9, warmup=0.0, sampler="shuffle", views=None)
+    recipe = replace(run, epochs=1, least_steps=0, lr=1e-9, head_steps=0, warmup=0.0, sampler="shuffle", views=None)
 
     def take_steps(images: int) -> float:
         clock, task = _Clock(), made_up_task(size, _images(images)).near(fabric.device)

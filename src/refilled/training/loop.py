@@ -26,11 +26,12 @@ from refilled.training.checkpoints import State, refusing_another_state
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, predict_classes
+from refilled.training.heads import terms_with_heads, train_heads
 from refilled.training.optimizers import create_optimizer, optimizer_tensors, restore_optimizer
 from refilled.training.precision import resolve_precision
 from refilled.training.schedule import learning_rate, share_epochs
 from refilled.training.teacher_cache import VIEW_SEED, TeacherCache
-from refilled.training.teaching import Teaching
+from refilled.training.teaching import Teaching, embed_seen
 
 
 @dataclass(frozen=True)
@@ -344,9 +345,24 @@ class _Training:
         if self.stage.classifier == "fresh":
             generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.position.stage)
             self.student.reset_classifier(generator)
+        heads_first = self.recipe.head_steps > 0 and bool(terms_with_heads(self.stage))
+        taught = [teaching.precompute(self.task, for_heads=heads_first) for teaching in self.teaching]
+        if heads_first:
+            self._train_heads(taught)
         self._follow_weights()
-        for teaching in self.teaching:
-            teaching.precompute(self.task)
+
+    def _train_heads(self, taught: Sequence[Outputs | None]) -> None:
+        train_heads(
+            self.student,
+            self.stage,
+            self.recipe.head_steps,
+            embed_seen(self.student, self.task, self.fabric, self.world),
+            taught,
+            self._labels(torch.arange(len(self.images.labels))),
+            self.labelled,
+            self._batches,
+            self.world,
+        )
 
     def _follow_weights(self) -> None:
         if self.recipe.ema > 0:

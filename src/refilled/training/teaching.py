@@ -64,24 +64,33 @@ class Teaching:
             taught = cast(Outputs, self.teacher(images, features="features" in self.parts))
         return self.world.gather_outputs(taught, len(batch), self.parts)
 
-    def precompute(self, task: Task) -> None:
-        """Embed the whole training set for the losses of the stage that need it."""
+    def precompute(self, task: Task, for_heads: bool = False) -> Outputs | None:
+        """Embed the whole training set for the losses of the stage that need it, and return the outputs for it.
+
+        Args:
+            task: The run's task.
+            for_heads: Whether the stage trains its heads first, and so needs the outputs for all images.
+
+        Returns:
+            The outputs that the stage reads except feature maps, the unlabelled images last; None unless ``for_heads``.
+        """
         terms = [term for term in self.stage.terms.values() if needs_training_set(term.loss)]
-        if not terms:
-            return
-        with self.fabric.autocast():
-            parts = [task.train, *([task.unlabelled] if task.unlabelled is not None else [])]
-            embeddings = [embed(self.teacher, part.pixels, self.fabric.device, self.world) for part in parts]
-        for part, rows in zip(parts, embeddings, strict=True):
-            refuse_non_finite(rows, part.sources)
-        embedding, labels = (
-            torch.cat(embeddings).to(self.fabric.device),
-            task.seen.labels.to(self.fabric.device, copy=True),
-        )
+        for_heads = for_heads and self.stage.needs_teacher
+        if not terms and not for_heads:
+            return None
+        embedding = embed_seen(self.teacher, task, self.fabric, self.world)
+        refuse_non_finite(embedding, [task.source_of(row) for row in range(len(embedding))])
+        labels = task.seen.labels.to(self.fabric.device, copy=True)
         for term in terms:
             assert needs_training_set(term.loss)
             shown = len(labels) if term.sees_unlabelled else len(task.train)
             term.loss.precompute(embedding[:shown], labels[:shown])
+        if not for_heads:
+            return None
+        if not self.stage.reads("logits"):
+            return Outputs(not_computed(len(labels), embedding), embedding)
+        with torch.no_grad(), self.fabric.autocast():
+            return Outputs(self.teacher.classifier(embedding), embedding)
 
     def refuse_sick(self, taught: Outputs, sources: Sequence[str], hint: str) -> None:
         """Blame the teacher, and name the images, where it is its outputs that are not finite."""
@@ -89,3 +98,10 @@ class Teaching:
         for what, rows in (("logits", taught.logits), *(("feature map", maps) for maps in taught.features)):
             if len(rows) == len(sources):
                 refuse_non_finite(rows, sources, what, hint)
+
+
+def embed_seen(model: Backbone, task: Task, fabric: Fabric, world: World) -> Tensor:
+    """Return the embeddings ``(N, d)`` of all images that a run sees, without augmentation, the unlabelled ones last."""
+    parts = [task.train, *([task.unlabelled] if task.unlabelled is not None else [])]
+    with fabric.autocast():
+        return torch.cat([embed(model, part.pixels, fabric.device, world) for part in parts]).to(fabric.device)
