@@ -21,7 +21,7 @@ WHERE = ("data_root", "image_memory", "device", "threads", "cuda_graphs")
 
 
 YOUNGER: Mapping[str, Any] = {
-    **{"optimizer": "sgd", "ema": 0.0, "balance": "off", "guard": False},
+    **{"optimizer": "sgd", "ema": 0.0, "head_steps": 0, "balance": "off", "guard": False},
     **{"auto_augment": "none", "color_jitter": 0.0, "random_erasing": 0.0},
 }
 """Fields that are missing from older records, and their implicit values in those runs."""

@@ -90,7 +90,7 @@ def test_the_student_is_the_average_of_the_weights_that_plain_training_passes_th
         torch.testing.assert_close(value, expected[name])
 
 
-YOUNGER = ['optimizer = "sgd"\n', "ema = 0.0\n"]
+YOUNGER = ['optimizer = "sgd"\n', "ema = 0.0\n", "head_steps = 0\n"]
 YOUNGER += ['auto_augment = "none"\n', "color_jitter = 0.0\n", "random_erasing = 0.0\n"]
 
 

@@ -205,6 +205,7 @@ def test_two_processes_train_like_one(two, method):
         ({"embedding_share": 1.0}, {}),  # the classifier is left without a gradient
         ({"negatives": "semihard", "centers": "leave-one-out"}, {}),
         ({"centers": "global", "regression_weight": 3.0, "trust": 1.0}, {"batch_size": 5, "epochs": 6}),
+        ({"centers": "global", "regression_weight": 3.0}, {"head_steps": 5}),
         ({}, {"mixup": 0.5}),
         ({}, {"cutmix": 1.0}),
         ({}, {"views": 2}),

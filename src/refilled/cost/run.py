@@ -21,6 +21,7 @@ from refilled.runs.examination import SAMPLE_IMAGES
 from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
+from refilled.training.heads import heads_read_teacher, terms_with_heads
 from refilled.training.loop import views_of
 from refilled.training.progress import duration
 from refilled.training.schedule import share_epochs
@@ -125,8 +126,12 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         steps=tuple(step_cost(student, teachers, stage, size, run, fabric, batches) for stage in stages),
     )
     passes = [_passes_of_a_teacher(stages, number, run) for number in range(len(teachers))]
-    widths = [teacher.embedding_dim for number, teacher in enumerate(teachers) if _preparing_stages(stages, number)]
-    width = student.embedding_dim if prepared.readout is not None else max(widths, default=0)
+    widths = [
+        teacher.embedding_dim for number, teacher in enumerate(teachers) if _preparing_stages(stages, number, run)
+    ]
+    heads = sum(_begins_with_heads(stage, run) for stage in stages)
+    own_width = student.embedding_dim if heads or prepared.readout is not None else 0
+    width = max(widths, default=0) + own_width
     predicted = []
     budget = share_epochs(stages, run.epochs_over(size.train, size.unlabelled)) if stages else []
     for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
@@ -144,7 +149,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         size=size,
         rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
         stages=tuple(predicted),
-        seconds=_seconds(run, size, costs, predicted, passes, ranks),
+        seconds=_seconds(run, size, costs, predicted, passes, heads, ranks),
         memory=_memory(run, size, costs, batch, any(passes), width),
         ranks=ranks,
     )
@@ -188,21 +193,35 @@ def _is_cached(stage: Stage, run: Run) -> bool:
     return run.views is not None and stage.embedding_suffices
 
 
-def _preparing_stages(stages: Sequence[Stage], number: int) -> int:
-    """Return the number of stages with a loss that uses a teacher's embedding of the whole training set."""
-    own = [stage.taught_by(number).terms.values() for stage in stages]
-    return sum(any(needs_training_set(term.loss) for term in terms) for terms in own)
+def _preparing_stages(stages: Sequence[Stage], number: int, run: Run) -> int:
+    """Return the number of stages that begin with a teacher's embedding of the whole training set."""
+
+    def prepares(stage: Stage) -> bool:
+        by_loss = any(needs_training_set(term.loss) for term in stage.terms.values())
+        return by_loss or (_begins_with_heads(stage, run) and heads_read_teacher(stage))
+
+    return sum(prepares(stage.taught_by(number)) for stage in stages)
+
+
+def _begins_with_heads(stage: Stage, run: Run) -> bool:
+    return run.head_steps > 0 and bool(terms_with_heads(stage))
 
 
 def _passes_of_a_teacher(stages: Sequence[Stage], number: int, run: Run) -> int:
     """Return how often a teacher embeds each training image outside the steps, for the cache and for losses."""
     views = run.views or 0
     cached = any(_is_cached(stage.taught_by(number), run) for stage in stages)
-    return _preparing_stages(stages, number) + views * cached
+    return _preparing_stages(stages, number, run) + views * cached
 
 
 def _seconds(
-    run: Run, size: TaskSize, costs: _Costs, stages: Sequence[StageForecast], passes: Sequence[int], ranks: int
+    run: Run,
+    size: TaskSize,
+    costs: _Costs,
+    stages: Sequence[StageForecast],
+    passes: Sequence[int],
+    heads: int,
+    ranks: int,
 ) -> dict[str, float]:
     score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
     teach = sum(count * _each(cost) for count, cost in zip(passes, costs.teachers, strict=True)) / ranks
@@ -211,7 +230,8 @@ def _seconds(
     return {
         "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
         "embedding by the teacher": (size.train + size.unlabelled) * teach + judge,
-        "training": sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
+        "training": heads * (size.train + size.unlabelled) * validate
+        + sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }
 

@@ -25,6 +25,11 @@ def terms_with_heads(stage: Stage) -> dict[str, Term]:
     return {name: term for name, term in stage.terms.items() if _has_head(term)}
 
 
+def heads_read_teacher(stage: Stage) -> bool:
+    """Return whether one of these terms reads a teacher."""
+    return any(term.teacher is not None for term in terms_with_heads(stage).values())
+
+
 def _has_head(term: Term) -> bool:
     if "features" in (term.student, term.teacher):
         return False

@@ -14,6 +14,7 @@ from refilled.stages import Stage, needs_training_set
 from refilled.training.cuda_graphs import GraphedNetwork
 from refilled.training.distributed import World
 from refilled.training.evaluation import embed
+from refilled.training.heads import heads_read_teacher
 from refilled.training.teacher_cache import TeacherCache
 
 Graphed = Callable[[Backbone], GraphedNetwork | None]
@@ -69,13 +70,13 @@ class Teaching:
 
         Args:
             task: The run's task.
-            for_heads: Whether the stage trains its heads first, and so needs the outputs for all images.
+            for_heads: Whether the stage begins with its heads alone, whose losses may read all these outputs.
 
         Returns:
-            The outputs that the stage reads except feature maps, the unlabelled images last; None unless ``for_heads``.
+            The outputs that those losses read, the unlabelled images last; None if there are none.
         """
         terms = [term for term in self.stage.terms.values() if needs_training_set(term.loss)]
-        for_heads = for_heads and self.stage.needs_teacher
+        for_heads = for_heads and heads_read_teacher(self.stage)
         if not terms and not for_heads:
             return None
         embedding = embed_seen(self.teacher, task, self.fabric, self.world)
