@@ -1,10 +1,11 @@
-"""Write ImageNet weights of a MobileNetV1 x0.5, whose batch norm is folded into its convolutions, for our network.
+"""Write ImageNet weights of a MobileNetV1 x0.5, whose batch norm is folded into its convolutions, for a student.
 
-    python docs/comparisons/mobilenet_weights.py mobilenet_0.5.safetensors
+    python docs/comparisons/mobilenet_weights.py mobilenet_imagenet/
 
 A student trains with batch norm, so each batch norm is given the mean and the variance that its convolution has on the
 training images of ``cub100_84``, and the scale and shift that undo them. The network then computes what the folded one
-computes, except for ReLU instead of ReLU6, and for the padding of convolutions with a stride.
+computes, except for ReLU instead of ReLU6, and for the padding of convolutions with a stride: TensorFlow pads an image
+of even size at its end only. The kernels are mirrored, which makes that end the left side; at the top it stays wrong.
 """
 
 import os
@@ -13,11 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from refilled.data import load_task
-from refilled.models import create_model
+from refilled.models import create_model, save_model
 
 _IMAGES = 512
 
@@ -40,4 +40,4 @@ with torch.no_grad():
         norm.weight.copy_((norm.running_var + norm.eps).sqrt())
         norm.bias.copy_(source.bias + norm.running_mean)
         images = norm.eval()(images).relu()
-save_file(student.state_dict(), sys.argv[1])
+save_model(student, Path(sys.argv[1]))

@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 WARM_START: Mapping[str, Any] = {
     "optimizer": "adamw",
-    "lr": 5e-4,
+    "lr": 1e-3,
     "weight_decay": 0.05,
     "batch_size": 16,
     "head_steps": 1000,

@@ -29,17 +29,16 @@ class Recipe:
         batch_size: Maximum number of images per step; an epoch is split into batches of nearly equal size.
         lr: Peak learning rate.
         optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), which needs an ``lr`` of about 0.001. For
-            a student that starts from weights, the command line uses AdamW with an ``lr`` of 0.0005, a weight decay of
-            0.05 and batches of 16, unless an optimizer, an ``lr`` or a preset with one is given.
+            a student that starts from weights, the command line uses AdamW with this ``lr``, a weight decay of 0.05,
+            batches of 16 and 1000 ``head_steps``, unless an optimizer, an ``lr`` or a preset with one is given.
         momentum: Momentum of SGD; the first beta of AdamW.
         nesterov: Use Nesterov momentum in SGD.
         weight_decay: Weight decay coefficient.
         ema: Decay of an exponential moving average of the student's weights, such as 0.99. The student of each stage
             is this average. The decay rises to this value over the first steps. 0: no average.
-        head_steps: Number of steps at the start of each stage in which only the classifier and the learned weights of
-            losses, such as projectors, are trained, on embeddings of the training images that are computed once,
-            without augmentation (Kumar et al., ICLR 2022). For a student that starts from weights, the command line
-            uses 1000, with the same exceptions as for ``optimizer``. 0: none.
+        head_steps: Number of steps at the start of each stage in which only the classifier and the weights of losses,
+            such as projectors, are trained, on embeddings of the training images without augmentation, which are
+            computed once. They suit a student that starts from weights (Kumar et al., ICLR 2022). 0: none.
         schedule: ``cosine``: from ``lr`` to 0 over each stage; ``step``: times 0.2 after each quarter of a stage (the
             paper); ``late-step``: times 0.1 after 62.5, 75 and 87.5 % of it (Tian et al., ICLR 2020).
         warmup: Number of epochs of linear warm-up at the start of each stage.

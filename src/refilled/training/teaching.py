@@ -102,7 +102,7 @@ class Teaching:
 
 
 def embed_seen(model: Backbone, task: Task, fabric: Fabric, world: World) -> Tensor:
-    """Return the embeddings ``(N, d)`` of all images that a run sees, without augmentation, the unlabelled ones last."""
+    """Return the embeddings ``(N, d)`` of all images in a run, without augmentation, the unlabelled ones last."""
     parts = [task.train, *([task.unlabelled] if task.unlabelled is not None else [])]
     with fabric.autocast():
         return torch.cat([embed(model, part.pixels, fabric.device, world) for part in parts]).to(fabric.device)
