@@ -57,7 +57,7 @@ def train_heads(
         taught: Of each teacher, its outputs for the same images; None if the stage reads none.
         labels: Their class ids ``(N,)``; -1 for an image without a label.
         labelled: Number of labelled images.
-        batches: The batches of an epoch, given its number.
+        batches: The batches of a pass over the images, given its number from 0.
         world: The processes, each of which takes all steps.
     """
     terms = terms_with_heads(stage)

@@ -360,7 +360,7 @@ class _Training:
             taught,
             self._labels(torch.arange(len(self.images.labels))),
             self.labelled,
-            self._batches,
+            lambda lap: self._batches(lap % self.epochs),  # a stage of few steps has fewer epochs than laps
             self.world,
         )
 
