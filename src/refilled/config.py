@@ -47,8 +47,8 @@ class Run(Recipe):
 
     Attributes:
         task: Images and classes, for example ``cifar100:50-99`` or a folder of class folders.
-        student: Architecture of the student, or weights to start from: a student folder, or ``architecture:weights``.
-            Methods that train no student do not use it.
+        student: Architecture of the student, or weights to start from: a student folder, or ``architecture:weights``;
+            or your own network, ``file.py:function``. Methods that train no student do not use it.
         teacher: A student folder, ``refilled/letters``, ``timm/<name>``, ``hf:<folder or name>``,
             ``architecture:weights``, or ``file.py:function``; environment variables are expanded, as in
             ``$REFILLED_DATA/teacher.py:load``. In a file, a list names several teachers.
@@ -64,7 +64,8 @@ class Run(Recipe):
         score: Images that the result is computed on. With ``val``, the test images are not read, so the result can be
             used to choose between runs.
         image_size: Side length in pixels that images are resized to. None: chosen by the data.
-        pretrained: Start a ``timm/`` student from published weights.
+        pretrained: Start a ``timm/`` student from published weights; say that the network of a Python file has trained
+            weights, so that the defaults for students that start from weights apply.
         teacher_mean: Channel means of the teacher's input on the scale [0, 1], if the teacher does not define them.
         teacher_std: Channel standard deviations of the teacher's input, on the same scale.
         teacher_size: Side length in pixels of the teacher's input. None: the teacher's own, or that of the images.

@@ -95,7 +95,7 @@ def test_what_cannot_be_started_from_is_refused_with_the_remedy(teacher, tmp_pat
         start(f"wrn_10_1:{tmp_path / 'other.safetensors'}")
     with pytest.raises(ModelError, match="there is no weight file"):
         start(f"wrn_10_1:{tmp_path / 'none.pth'}")
-    with pytest.raises(ModelError, match=r"from a Python file.*Save its state dict"):
+    with pytest.raises(ModelError, match=r"there is no file mine\.py"):
         start("mine.py:make")
     run = Run(task="digits:5-9", student=teacher, pretrained=True, threads=1)
     with pytest.raises(RunError, match="leave one out"):

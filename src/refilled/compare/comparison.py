@@ -48,7 +48,7 @@ from refilled.grid.executors import Executor, processes
 from refilled.grid.jobs import JobResult, accuracy
 from refilled.grid.runner import run_grid
 from refilled.methods import load_method
-from refilled.models import starts_from_weights
+from refilled.models import starts_from_weights, trust_user_file
 from refilled.presets import with_preset
 from refilled.report.many import FEW_IMAGES, Leave, no_report, write_missing
 from refilled.report.page import Surroundings
@@ -136,6 +136,7 @@ def compare(
     for run in (comparison.teacher, *(row[comparison.seeds[0]] for row in grid.values())):
         if run is not None:
             with_absolute_paths(run)  # raises if there are no such images, before anything is written
+            trust_user_file(run.student)  # the page loads the trained students
     around = _surroundings(comparison, folder, jobs)
     if comparison.teacher is not None:
         console.print("training the teacher", highlight=False)

@@ -8,6 +8,7 @@ from refilled.models.licence import licence_of
 from refilled.models.multiplications import multiplications_of
 from refilled.models.probe import PROBE_IMAGES, probe, refuse_non_finite
 from refilled.models.teacher import load_teacher
+from refilled.models.user_student import trust_user_file
 from refilled.models.warm_start import create_student, starts_from_weights
 from refilled.models.weights import open_weights, read_weights
 
@@ -32,4 +33,5 @@ __all__ = [
     "save_model",
     "starts_from_weights",
     "trainable_copy",
+    "trust_user_file",
 ]

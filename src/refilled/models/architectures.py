@@ -14,6 +14,7 @@ from refilled.models.convnet import ConvNet4
 from refilled.models.mobilenet import MobileNet
 from refilled.models.resnet12 import ResNet12
 from refilled.models.timm_backbone import TimmBackbone, timm_model
+from refilled.models.user_student import is_from_user_file, rebuilt
 from refilled.models.wide_resnet import WideResNet
 from refilled.words import count_of
 
@@ -141,13 +142,15 @@ def describe(model: Backbone) -> dict[str, Any]:
         "std": _numbers(model.std),
         "classes": None if model.class_names is None else list(model.class_names),
         **({} if model.pooling == "pooled" else {"pooling": model.pooling}),
+        **({} if model.code is None else {"code": model.code}),
     }
 
 
 def from_description(description: Mapping[str, Any]) -> Backbone:
     """Rebuild a model, with fresh weights, from a description by :func:`describe`.
 
-    A description cannot name code; the architecture is looked up in the known families.
+    The architecture is looked up in the known families. That of a student from a user's Python file is executed only if
+    the user has named the file; see :mod:`refilled.models.user_student`.
 
     Raises:
         ModelError: The description is incomplete or has unusable values.
@@ -161,14 +164,16 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
     if not all(isinstance(number, int | float) for number in (*description["mean"], *description["std"])):
         raise ModelError("the description of the model has a mean or std that is not a list of numbers")
     num_classes = description["num_classes"]
-    model = create_model(
-        description["architecture"],
-        num_classes,
-        mean=description["mean"],
-        std=description["std"],
-        input_size=description["input_size"],
-        image_size=description["image_size"],
-    )
+    form: dict[str, Any] = {
+        "mean": description["mean"],
+        "std": description["std"],
+        "input_size": description["input_size"],
+        "image_size": description["image_size"],
+    }
+    if is_from_user_file(description["architecture"]):
+        model = rebuilt(description["architecture"], description.get("code"), num_classes, **form)
+    else:
+        model = create_model(description["architecture"], num_classes, **form)
     pooling = description.get("pooling", "pooled")
     if pooling != "pooled":
         if pooling not in get_args(Pooling):

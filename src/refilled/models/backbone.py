@@ -74,6 +74,7 @@ class Backbone(nn.Module):
         self.class_names: tuple[str, ...] | None = None  # names of the classes, if known
         self.architecture: str | None = None  # the name for create_model, if there is one
         self.image_size: int | None = None  # the native size of its data
+        self.code: str | None = None  # SHA-256 of the user's Python file that it comes from
         self.notes: tuple[str, ...] = ()  # notes for the user about loading
         self.grey_range: tuple[float, float] | None = None  # black and white of images of more than 8 bits
         # Not persistent, because they belong to the description of the model (model.json) and not to its weights.

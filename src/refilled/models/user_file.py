@@ -1,4 +1,4 @@
-"""Teachers from a user's Python file."""
+"""Networks from a user's Python file."""
 
 import importlib.util
 import sys
@@ -56,7 +56,8 @@ class UserBackbone(Backbone):
             classifier = last.layer if last is not None else _classifier(module, images, embedding)
         super().__init__(embedding.shape[1], (), 0, mean, std, input_size, channels=images.shape[1])
         self.module, self._images = module, images
-        self._reads_last = last is not None
+        layers = {layer: name for name, layer in module.named_modules()}
+        self._last = None if last is None else layers[last.layer]  # whose input is the embedding
         if classifier is not None:
             self.classifier, self.num_classes = classifier, classifier.out_features
         if last is not None:
@@ -75,11 +76,34 @@ class UserBackbone(Backbone):
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Map normalised images to the module's embedding ``(N, d)``; there are no feature maps."""
-        if not self._reads_last:
+        if self._last is None:
             return _embedding(self.module, images, self.pooling), ()
+        last = self.module.get_submodule(self._last)
         with linear_calls(self.module) as calls:
             self.module(images)
-        return next(call.input for call in reversed(calls) if call.layer is self.classifier), ()
+        return next(call.input for call in reversed(calls) if call.layer is last), ()
+
+    def replace_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one, and remove the old one from the module where that is possible."""
+        if self._last is not None:
+            with torch.no_grad():
+                self._remove(self._last)
+        self.classifier, self.num_classes = nn.Linear(self.embedding_dim, num_classes), num_classes
+        self.class_names = None
+
+    def _remove(self, name: str) -> None:
+        expected, _ = self.embed(self._images)
+        parent, _, own = name.rpartition(".")
+        holder, layer = self.module.get_submodule(parent), self.module.get_submodule(name)
+        setattr(holder, own, nn.Identity())
+        try:
+            found = _embedding(self.module, self._images)
+        except (ModelError, RuntimeError):  # of a module that returns nothing like rows without it
+            found = None
+        if found is not None and torch.equal(found, expected):
+            self._last = None
+        else:
+            setattr(holder, own, layer)
 
     def set_pooling(self, pooling: Pooling) -> None:
         """Choose the embedding of a module that returns tokens; the classifier is removed."""
@@ -87,7 +111,7 @@ class UserBackbone(Backbone):
             return
         with torch.no_grad():
             embedding = _embedding(self.module, self._images, pooling)
-        self.pooling, self._reads_last, self.embedding_dim = pooling, False, embedding.shape[1]
+        self.pooling, self._last, self.embedding_dim = pooling, None, embedding.shape[1]
         self.classifier, self.num_classes, self.class_names = NoClassifier(), 0, None
 
 
@@ -155,6 +179,8 @@ def load_user_file(
     std: Sequence[float] | None = None,
     input_size: int | None = None,
     image_size: int | None = None,
+    num_classes: int | None = None,
+    fallback: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Backbone:
     """Call ``function``, with ``argument`` as a string if there is one, and return a teacher from its result.
 
@@ -162,6 +188,9 @@ def load_user_file(
     attributes ``mean``, ``std`` and ``input_size``, or from these keys of the dict. The class names are the attribute
     ``class_names`` or the key ``labels``. A timm model becomes a :class:`TimmBackbone`, and timm's mean, std and input
     size are the defaults.
+
+    A student has ``num_classes`` and, if nothing else says how its images are normalised, the mean and std of
+    ``fallback``. A timm model then has a fresh classifier, and sees images at their own size unless it takes only one.
 
     Raises:
         ModelError: The user's code fails (the message has file and line), it returns something else, or mean and std
@@ -181,7 +210,11 @@ def load_user_file(
         std = std or _numbers("std", module, about, path)
         sizes = _numbers("input_size", module, about, path)  # may be (3, H, W)
         input_size = input_size or (int(sizes[-1]) if sizes else None)
-        teacher = _backbone(module, mean, std, input_size, image_size, path)
+        if hasattr(module, "pretrained_cfg") and hasattr(module, "forward_head"):
+            teacher = _of_timm(module, mean, std, input_size, image_size, num_classes)
+        else:
+            mean, std = (mean, std) if mean and std else fallback or (mean, std)
+            teacher = _of_module(module, mean, std, input_size, image_size, path)
         teacher.class_names = _class_names(teacher, module, about, path)
     return teacher
 
@@ -233,7 +266,22 @@ def _errors_in(path: Path) -> Iterator[None]:
         raise ModelError(f"{place}: {type(error).__name__}: {error}") from error
 
 
-def _backbone(
+def _of_timm(
+    module: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_size: int | None,
+    image_size: int | None,
+    num_classes: int | None,
+) -> Backbone:
+    network = TimmBackbone(module, num_classes)
+    network.set_preprocessing(mean, std, input_size)
+    if input_size is None:
+        network.adapt_size(image_size)
+    return network
+
+
+def _of_module(
     module: nn.Module,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -241,12 +289,6 @@ def _backbone(
     image_size: int | None,
     path: Path,
 ) -> Backbone:
-    if hasattr(module, "pretrained_cfg") and hasattr(module, "forward_head"):
-        teacher = TimmBackbone(module)
-        teacher.set_preprocessing(mean, std, input_size)
-        if input_size is None:
-            teacher.adapt_size(image_size)
-        return teacher
     if mean is None or std is None:
         raise ModelError(
             f"{path} does not say how its teacher's images are normalised: give --teacher-mean and --teacher-std, or "

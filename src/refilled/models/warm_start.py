@@ -1,7 +1,6 @@
 """Students that start from the weights of a run or a file, or from published weights."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
 from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.timm_backbone import TimmBackbone, timm_model
+from refilled.models.user_student import is_from_user_file, user_student
 from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
 from refilled.words import count_of
 
@@ -33,11 +33,16 @@ class Start(NamedTuple):
 
 
 def starts_from_weights(text: str | None, pretrained: bool = False) -> bool:
-    """Return whether a student starts from weights: ``text`` names some, or published ones are asked for."""
+    """Return whether a student starts from weights: ``text`` names some, or ``pretrained`` says so.
+
+    The network of a Python file may have any weights, so only ``pretrained`` says that they are trained.
+    """
     if pretrained or text is None:
         return pretrained
     text = os.path.expandvars(text)
-    return not is_architecture(text) and (_is_model_folder(text) or ":" in text)
+    if is_architecture(text) or is_from_user_file(text):
+        return False
+    return _is_model_folder(text) or ":" in text
 
 
 def create_student(
@@ -54,6 +59,7 @@ def create_student(
     ``runs/student``                         a folder that a run, or :func:`save_model`, wrote
     ``timm/resnet18:weights.safetensors``    a timm model with weights from a file
     ``wrn_16_2:student.pth``                 one of our architectures with weights from a file
+    ``mine.py:make``, ``mine.py:make:arg``   the network that a user's function returns, with its weights
     =======================================  ====================================================
 
     The images are normalised as the weights expect. Where nothing records that, ``mean`` and ``std`` are used.
@@ -71,8 +77,13 @@ def create_student(
     Raises:
         ModelError: The weights do not exist, or they belong to another network.
     """
-    notes: list[str] = []
-    start = _find(os.path.expandvars(text), notes)
+    text = os.path.expandvars(text)
+    if is_from_user_file(text):
+        student, notes = user_student(text, len(class_names), mean=mean, std=std, image_size=image_size)
+        student.class_names = tuple(class_names)
+        return student, notes
+    notes = []
+    start = _find(text, notes)
     student = create_model(start.architecture, len(class_names), image_size=image_size, mean=start.mean, std=start.std)
     student.class_names = tuple(class_names)
     notes += _load_body(student, start)
@@ -85,11 +96,6 @@ def create_student(
 def _find(text: str, notes: list[str]) -> Start:
     if _is_model_folder(text):
         return _from_folder(Path(text))
-    if re.fullmatch(r".+\.py:\w+(:.*)?", text, re.DOTALL):
-        raise ModelError(
-            f"a student cannot be a network from a Python file ({text}), because it has no name to rebuild it by. "
-            "Save its state dict, and give <architecture>:FILE"
-        )
     architecture, _, file = text.partition(":")
     if not is_architecture(architecture):
         create_model(architecture, 1)  # raises an error about the name

@@ -65,9 +65,13 @@ def with_absolute_paths(run: Run) -> Run:
         task=absolute_task_text(run.task, data_folder(root)),
         data_root=None if root is None else str(root),
         teacher=tuple(map(_absolute, run.teachers)),
-        student=_absolute(run.student) if run.student is not None and starts_from_weights(run.student) else run.student,
+        student=_absolute(run.student) if run.student is not None and _has_path(run.student) else run.student,
         method=_absolute(run.method) if runs_code(run.method) else run.method,
     )
+
+
+def _has_path(student: str) -> bool:
+    return starts_from_weights(student) or runs_code(student)
 
 
 def runs_code(name: str | Sequence[str] | None) -> bool:
@@ -174,7 +178,7 @@ def initial_student(text: str, pretrained: bool, task: Task) -> tuple[Backbone, 
 
     Args:
         text: The student as a run names it.
-        pretrained: Whether it starts from published weights.
+        pretrained: Whether it starts from published weights, or those of a Python file are trained.
         task: The task.
 
     Raises:
@@ -182,8 +186,9 @@ def initial_student(text: str, pretrained: bool, task: Task) -> tuple[Backbone, 
         ModelError: The student cannot be built.
     """
     notes: Sequence[str] = ()
-    if starts_from_weights(text):
-        if pretrained:
+    of_a_file = runs_code(text)
+    if of_a_file or starts_from_weights(text):
+        if pretrained and not of_a_file:
             raise RunError(f"--pretrained takes published weights, but '{text}' names others; leave one out")
         mean, std = channel_statistics(task.train.pixels)
         student, notes = create_student(text, task.classes, image_size=task.image_size, mean=mean, std=std)

@@ -1,0 +1,132 @@
+"""Students from a user's Python file.
+
+The folder of such a student names the function and contains the SHA-256 of the file, but not the file. Loading the
+student executes the file, so the user must name it apart from the folder: by ``--student``, or in ``$REFILLED_CODE``.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from refilled.errors import ModelError, RunError
+from refilled.models.backbone import Backbone
+from refilled.models.user_file import UserBackbone, load_user_file
+from refilled.words import count_of
+
+CODE = "REFILLED_CODE"
+"""Environment variable with the paths of trusted Python files, separated as those in ``$PATH``."""
+
+_FORM = re.compile(r"(.+?\.py):(\w+)(?::(.*))?", re.DOTALL)
+
+
+def is_from_user_file(text: str) -> bool:
+    """Return whether ``text`` has the form ``FILE.py:FUNCTION`` or ``FILE.py:FUNCTION:ARGUMENT``."""
+    return _FORM.fullmatch(text) is not None
+
+
+def trust_user_file(text: str | None) -> None:
+    """Let this process and its children load students from the file of ``FILE.py:FUNCTION``, which the user has named.
+
+    Other names of a student, and None, change nothing.
+    """
+    text = os.path.expandvars(text or "")
+    if is_from_user_file(text):
+        path = str(Path(_parts(text)[0]).expanduser().absolute())
+        others = [each for each in _trusted() if each != path]
+        os.environ[CODE] = os.pathsep.join([path, *others])
+
+
+def user_student(
+    text: str,
+    num_classes: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+) -> tuple[Backbone, list[str]]:
+    """Return the student that a user's function makes, with a fresh classifier, and notes for the user.
+
+    The student has the weights that the function gives it. Its images are not resized, unless the function says to
+    which ``input_size``.
+
+    Args:
+        text: ``FILE.py:FUNCTION``, or ``FILE.py:FUNCTION:ARGUMENT``.
+        num_classes: Number of classes of the classifier.
+        mean: Mean of each channel of the images on the scale [0, 1], if the file does not say which it expects.
+        std: Standard deviation of each channel, on the same scale.
+        image_size: Side length of the images in pixels.
+
+    Raises:
+        ModelError: The file does not make a network that can be trained.
+    """
+    file, function, argument = _parts(text)
+    path = Path(file).expanduser()
+    student = load_user_file(
+        path, function, argument, image_size=image_size, num_classes=num_classes, fallback=(mean, std)
+    )
+    if student.channels != 3:
+        raise ModelError(f"{path}: {function} returns a network for grayscale images, but students take RGB images")
+    notes = [note.replace("the teacher", "the student") for note in student.notes]
+    student.notes = ()
+    if isinstance(student, UserBackbone):
+        student.replace_classifier(num_classes)
+    frozen = sum(not parameter.requires_grad for parameter in student.parameters())
+    if frozen:
+        notes.append(f"{path.name} has frozen {count_of(frozen, 'tensor')} of the student, which stay as they are")
+    student.train()
+    student.architecture = ":".join((path.name, function, *(() if argument is None else (argument,))))
+    student.image_size = image_size
+    student.code = sha256(path.read_bytes()).hexdigest()
+    trust_user_file(text)
+    return student, notes
+
+
+def rebuilt(
+    architecture: str,
+    code: object,
+    num_classes: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    input_size: int | None,
+    image_size: int,
+) -> Backbone:
+    """Rebuild the student that a description names, with the weights that the function gives it.
+
+    Raises:
+        RunError: The user has not named the file.
+        ModelError: It has changed.
+    """
+    file, function, argument = _parts(architecture)
+    path = _find(file)
+    if sha256(path.read_bytes()).hexdigest() != code:
+        raise ModelError(f"{path} has changed since the student was trained; restore it")
+    text = ":".join((str(path), function, *(() if argument is None else (argument,))))
+    student, _ = user_student(text, num_classes, mean=mean, std=std, image_size=image_size)
+    student.set_preprocessing(mean, std)
+    if input_size != student.input_size:
+        student.set_preprocessing(input_size=input_size)
+    return student
+
+
+def _parts(text: str) -> tuple[str, str, str | None]:
+    match = _FORM.fullmatch(text)
+    assert match is not None  # see is_from_user_file
+    file, function, argument = match.groups()
+    return file, function, argument
+
+
+def _trusted() -> list[str]:
+    return [each for each in os.environ.get(CODE, "").split(os.pathsep) if each]
+
+
+def _find(name: str) -> Path:
+    for path in (Path(each).expanduser() for each in _trusted()):
+        if path.name == name and path.is_file():
+            return path
+    raise RunError(
+        f"the student is a network from the Python file {name}, which loading it would execute. If you trust that "
+        f"file, set {CODE} to its path"
+    )
