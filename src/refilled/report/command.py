@@ -12,6 +12,7 @@ from refilled.methods import load_method
 from refilled.models import starts_from_weights
 from refilled.presets import PRESETS, WARM_START, with_preset
 from refilled.runs.prepared import runs_code
+from refilled.words import flag_of
 
 _ELSEWHERE = {*WHERE} - {"data_root"}  # of another machine, they may be wrong
 _OF_THE_TEACHER = {"teacher", "teacher_mean", "teacher_std", "teacher_size", "teacher_embedding"}
@@ -60,13 +61,13 @@ def _flags(run: Run, left_out: Set[str]) -> Iterator[str]:
         default = None if field.default is MISSING else field.default
         if field.name in left_out or (value == default and field.name not in always):
             continue
-        flag = field.name.replace("_", "-")
+        flag = flag_of(field.name)
         if field.name == "teacher":
             yield from (word for name in run.teachers for word in ("--teacher", name))
         elif isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
+            yield flag if value else f"--no-{flag[2:]}"
         else:
-            yield from (f"--{flag}", *map(str, value if isinstance(value, tuple | list) else [value]))
+            yield from (flag, *map(str, value if isinstance(value, tuple | list) else [value]))
 
 
 def _set(settings: Mapping[str, Any]) -> Iterator[str]:
