@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from refilled.cli.app import app
 from refilled.config import Run
 from refilled.errors import ModelError, RunError
 from refilled.export.onnx_file import write_onnx
@@ -80,6 +82,10 @@ def grey():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), {"mean": [0.5], "std": [0.5]}
 
 
+def compiled():
+    return torch.fx.symbolic_trace(Plain())
+
+
 def of_timm():
     import timm
 
@@ -141,9 +147,23 @@ def test_a_linear_layer_at_the_end_is_removed_and_one_under_a_softmax_is_left(fi
     assert any("head" in name for name, _ in start(f"{file}:probable")[0].named_parameters())
 
 
-def test_a_network_for_grayscale_images_is_refused(file):
-    with pytest.raises(ModelError, match="RGB"):
-        start(f"{file}:grey")
+@pytest.mark.parametrize(("function", "reason"), [("grey", "RGB"), ("compiled", "compiled program")])
+def test_a_network_that_cannot_be_a_student_is_refused(file, function, reason):
+    with pytest.raises(ModelError, match=reason):
+        start(f"{file}:{function}")
+
+
+@pytest.mark.slow
+def test_a_report_does_not_execute_a_file_that_only_the_folder_names(teacher, tmp_path):
+    run = Run(task="digits:5-9", student="wrn_10_1", method="refilled", teacher=teacher, epochs=2, shots=8, threads=1)
+    distill(run, tmp_path / "run")
+    record = tmp_path / "run/run.toml"
+    (tmp_path / "evil.py").write_text("open(__file__ + '.ran', 'w')")
+    changed = record.read_text().replace('student = "wrn_10_1"', f'student = "{tmp_path / "evil.py"}:make"')
+    assert "evil" in changed
+    record.write_text(changed)
+    CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert not (tmp_path / "evil.py.ran").exists()
 
 
 def test_weights_that_the_file_froze_stay_and_are_counted(file):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
 from refilled.errors import ModelError, RunError
 from refilled.models.backbone import Backbone
 from refilled.models.user_file import UserBackbone, load_user_file
@@ -71,6 +73,8 @@ def user_student(
     notes = [note.replace("the teacher", "the student") for note in student.notes]
     student.notes = ()
     if isinstance(student, UserBackbone):
+        if isinstance(student.module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            raise ModelError(f"{path}: {function} returns a compiled program; a student must be an ordinary module")
         student.replace_classifier(num_classes)
     frozen = sum(not parameter.requires_grad for parameter in student.parameters())
     if frozen:

@@ -15,7 +15,7 @@ from refilled.models import Backbone
 from refilled.report.pictures import COLORS, examples, project
 from refilled.runs.folder import RunFolder
 from refilled.runs.inference import network_of
-from refilled.runs.prepared import initial_student
+from refilled.runs.prepared import initial_student, runs_code
 from refilled.runs.result import Result
 from refilled.training.evaluation import embed
 from refilled.words import count_of, plural, printable
@@ -113,8 +113,13 @@ def networks_of(folder: Path, run: Run, task: Task, final: Backbone) -> dict[str
 
 
 def _untrained(run: Run, task: Task, device: torch.device) -> Backbone | None:
-    """Build the student as it was before training; None if its initial weights no longer exist."""
+    """Build the student as it was before training; None if its initial weights no longer exist, or are those of code.
+
+    The folder of a run names that code, so a report does not execute it.
+    """
     assert run.student is not None  # checked by the caller
+    if runs_code(run.student):
+        return None
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
