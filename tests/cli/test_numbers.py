@@ -18,6 +18,7 @@ LEGAL = {
     "--least-steps": "no minimum",
     "--weight-decay": "none",
     "--ema": "no average",
+    "--head-steps": "none",
     "--warmup": "none",
     "--color-jitter": "off",
     "--random-erasing": "off",
