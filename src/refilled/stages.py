@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import exp
 from typing import Literal, Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from refilled.errors import MethodError
@@ -112,6 +113,16 @@ class Term:
             tensors, labels = [_first(part, labelled) for part in tensors], labels[:labelled]
         loss: Tensor = self.loss(*tensors, labels)
         return loss
+
+
+def read_by(term: Term, taught: Sequence[Outputs | None]) -> Outputs | None:
+    """Return the outputs that a term reads of those of all teachers; None if it reads no teacher."""
+    return None if term.teacher is None else taught[term.of]
+
+
+def weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of scalar losses, each times its weight."""
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
 def _first(part: Tensor | tuple[Tensor, ...], count: int) -> Tensor | tuple[Tensor, ...]:

@@ -1,7 +1,6 @@
 """Optimisers and the average of weights: against plain arithmetic, and exact when a run is continued."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,27 +15,16 @@ from refilled.runs.teacher_caches import fabric_of
 from refilled.training.averaging import WeightAverage
 from refilled.training.journal import Interrupted
 from refilled.training.loop import Journal, fit
-from stopping import Stopping
+from stopping import Stopping, check_continues_exactly, weights
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=4, batch_size=20, shots=8, threads=1, precision="32-true")
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 def test_a_run_with_adamw_and_an_average_stopped_at_any_step_continues_exactly(teacher, tmp_path):
     changes = {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, "settings": {"regression_weight": 1.0}}
     run = replace(QUICK, method="refilled", teacher=teacher, **changes)
-    distill(run, tmp_path / "whole")
-    for step in (1, 4, 5, 7):  # two steps per epoch, two epochs per stage
-        folder = tmp_path / str(step)
-        with pytest.raises(Interrupted):
-            distill(run, folder, display=Stopping(step))
-        resume(folder)
-        assert weights(folder) == weights(tmp_path / "whole"), f"stopped after step {step}"
-        assert (folder / "log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
+    check_continues_exactly(run, tmp_path, (1, 4, 5, 7))  # two steps per epoch, two epochs per stage
 
 
 def test_the_average_is_that_of_a_slow_reference():

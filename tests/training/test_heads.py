@@ -1,7 +1,6 @@
 """Heads that are trained before the student is: against a plain loop, and exact when a run is continued."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +9,14 @@ from torch import nn
 from refilled.config import Run
 from refilled.methods import list_methods, load_method
 from refilled.models import create_model
-from refilled.runs.experiment import distill, resume
 from refilled.runs.prepared import Prepared, resolve
 from refilled.runs.teacher_caches import fabric_of
 from refilled.stages import Stage, Term
 from refilled.training.distributed import ALONE
 from refilled.training.evaluation import embed
 from refilled.training.heads import terms_with_heads, train_heads
-from refilled.training.journal import Interrupted
 from refilled.training.loop import Journal, fit
-from stopping import Stopping
+from stopping import check_continues_exactly
 
 QUICK = Run(task="digits:5-9", student="wrn_10_1", epochs=2, batch_size=20, shots=8, threads=1, precision="32-true")
 STAGED = [name for name in list_methods() if name not in ("fine_tune", "linear_probe", "nearest_neighbour", "svm")]
@@ -88,20 +85,10 @@ def test_a_loss_of_feature_maps_or_without_weights_has_no_head(teacher):
 def test_a_stopped_run_continues_exactly(teacher, tmp_path):
     changes = {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, "settings": {"regression_weight": 1.0}, "epochs": 4}
     run = replace(QUICK, method="refilled", teacher=teacher, head_steps=5, **changes)
-    distill(run, tmp_path / "whole")
-    for step in (1, 4, 5, 7):  # two steps per epoch, two epochs per stage
-        folder = tmp_path / str(step)
-        with pytest.raises(Interrupted):
-            distill(run, folder, display=Stopping(step))
-        resume(folder)
-        assert weights(folder) == weights(tmp_path / "whole"), f"stopped after step {step}"
+    check_continues_exactly(run, tmp_path, (1, 4, 5, 7))  # two steps per epoch, two epochs per stage
 
 
 def test_the_average_begins_at_the_trained_heads():
     run = replace(QUICK, ema=0.999, lr=1e-9, head_steps=50)
     averaged, plain = trained(run), trained(replace(run, ema=0.0))
     torch.testing.assert_close(averaged.student.classifier.weight, plain.student.classifier.weight)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()

@@ -21,7 +21,7 @@ from refilled.runs.examination import SAMPLE_IMAGES
 from refilled.runs.prepared import Prepared, resolve
 from refilled.stages import Part, Stage, needs_training_set
 from refilled.training.evaluation import SCORING_BATCH
-from refilled.training.heads import heads_read_teacher, terms_with_heads
+from refilled.training.heads import begins_with_heads, heads_read_teacher
 from refilled.training.loop import views_of
 from refilled.training.progress import duration
 from refilled.training.schedule import share_epochs
@@ -129,7 +129,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     widths = [
         teacher.embedding_dim for number, teacher in enumerate(teachers) if _preparing_stages(stages, number, run)
     ]
-    heads = sum(_begins_with_heads(stage, run) for stage in stages)
+    heads = sum(begins_with_heads(stage, run) for stage in stages)
     own_width = student.embedding_dim if heads or prepared.readout is not None else 0
     width = max(widths, default=0) + own_width
     predicted = []
@@ -198,13 +198,9 @@ def _preparing_stages(stages: Sequence[Stage], number: int, run: Run) -> int:
 
     def prepares(stage: Stage) -> bool:
         by_loss = any(needs_training_set(term.loss) for term in stage.terms.values())
-        return by_loss or (_begins_with_heads(stage, run) and heads_read_teacher(stage))
+        return by_loss or (begins_with_heads(stage, run) and heads_read_teacher(stage))
 
     return sum(prepares(stage.taught_by(number)) for stage in stages)
-
-
-def _begins_with_heads(stage: Stage, run: Run) -> bool:
-    return run.head_steps > 0 and bool(terms_with_heads(stage))
 
 
 def _passes_of_a_teacher(stages: Sequence[Stage], number: int, run: Run) -> int:

@@ -14,7 +14,8 @@ from refilled.models.convnet import ConvNet4
 from refilled.models.mobilenet import MobileNet
 from refilled.models.resnet12 import ResNet12
 from refilled.models.timm_backbone import TimmBackbone, timm_model
-from refilled.models.user_student import is_from_user_file, rebuilt
+from refilled.models.user_file import Function
+from refilled.models.user_student import rebuilt
 from refilled.models.wide_resnet import WideResNet
 from refilled.words import count_of
 
@@ -170,8 +171,8 @@ def from_description(description: Mapping[str, Any]) -> Backbone:
         "input_size": description["input_size"],
         "image_size": description["image_size"],
     }
-    if is_from_user_file(description["architecture"]):
-        model = rebuilt(description["architecture"], description.get("code"), num_classes, **form)
+    if (function := Function.named(description["architecture"])) is not None:
+        model = rebuilt(function, description.get("code"), num_classes, **form)
     else:
         model = create_model(description["architecture"], num_classes, **form)
     pooling = description.get("pooling", "pooled")

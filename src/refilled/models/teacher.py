@@ -1,6 +1,5 @@
 """Teachers from a student folder, timm, transformers, a weight file, or a user's Python file."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from refilled.models.embedded import PREFIX, embedded_folder, embedded_teachers
 from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.hugging_face import load_hugging_face
 from refilled.models.timm_backbone import TimmBackbone, timm_model
-from refilled.models.user_file import load_user_file
+from refilled.models.user_file import Function, load_user_file
 from refilled.models.weights import SUFFIXES, open_weights, why_no_weights
 
 _FORMS = (
@@ -58,12 +57,8 @@ def load_teacher(
     Raises:
         ModelError: The teacher does not exist, or the normalisation of its images is not known.
     """
-    user_file = re.fullmatch(r"(.+?\.py):(\w+)(?::(.*))?", text, re.DOTALL)
-    if user_file:
-        path, function, argument = user_file.groups()
-        teacher = load_user_file(
-            Path(path), function, argument, mean=mean, std=std, input_size=input_size, image_size=image_size
-        )
+    if (function := Function.named(text)) is not None:
+        teacher = load_user_file(*function, mean=mean, std=std, input_size=input_size, image_size=image_size)
     elif ((folder := embedded_folder(text) or Path(text)) / DESCRIPTION).is_file():
         teacher = load_model(folder)
         teacher.set_preprocessing(mean, std, input_size or _trained_size(teacher, image_size))

@@ -1,12 +1,13 @@
 """Networks from a user's Python file."""
 
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,24 @@ def _classifier(module: nn.Module, images: Tensor, embedding: Tensor) -> nn.Line
         if isinstance(output, Tensor) and output.shape == logits.shape and torch.allclose(output, logits, atol=1e-4):
             return linear
     return None
+
+
+class Function(NamedTuple):
+    """A function in a user's Python file, and the text that it is called with, if any."""
+
+    path: Path
+    name: str
+    argument: str | None
+
+    @classmethod
+    def named(cls, text: str) -> Self | None:
+        """Read ``FILE.py:FUNCTION`` or ``FILE.py:FUNCTION:ARGUMENT``; None if the text has another form."""
+        match = re.fullmatch(r"(.+?\.py):(\w+)(?::(.*))?", text, re.DOTALL)
+        return None if match is None else cls(Path(match[1]).expanduser(), match[2], match[3])
+
+    def within(self, path: Path | str) -> str:
+        """Return the text that names the function in the file at another path."""
+        return ":".join((str(path), self.name, *(() if self.argument is None else (self.argument,))))
 
 
 def load_user_file(

@@ -5,7 +5,6 @@ student executes the file, so the user must name it apart from the folder: by ``
 """
 
 import os
-import re
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -14,18 +13,11 @@ import torch
 
 from refilled.errors import ModelError, RunError
 from refilled.models.backbone import Backbone
-from refilled.models.user_file import UserBackbone, load_user_file
+from refilled.models.user_file import Function, UserBackbone, load_user_file
 from refilled.words import count_of
 
 CODE = "REFILLED_CODE"
 """Environment variable with the paths of trusted Python files, separated as those in ``$PATH``."""
-
-_FORM = re.compile(r"(.+?\.py):(\w+)(?::(.*))?", re.DOTALL)
-
-
-def is_from_user_file(text: str) -> bool:
-    """Return whether ``text`` has the form ``FILE.py:FUNCTION`` or ``FILE.py:FUNCTION:ARGUMENT``."""
-    return _FORM.fullmatch(text) is not None
 
 
 def trust_user_file(text: str | None) -> None:
@@ -33,15 +25,14 @@ def trust_user_file(text: str | None) -> None:
 
     Other names of a student, and None, change nothing.
     """
-    text = os.path.expandvars(text or "")
-    if is_from_user_file(text):
-        path = str(Path(_parts(text)[0]).expanduser().absolute())
+    if (function := Function.named(os.path.expandvars(text or ""))) is not None:
+        path = str(function.path.absolute())
         others = [each for each in _trusted() if each != path]
         os.environ[CODE] = os.pathsep.join([path, *others])
 
 
 def user_student(
-    text: str,
+    function: Function,
     num_classes: int,
     *,
     mean: Sequence[float],
@@ -54,7 +45,7 @@ def user_student(
     which ``input_size``.
 
     Args:
-        text: ``FILE.py:FUNCTION``, or ``FILE.py:FUNCTION:ARGUMENT``.
+        function: The function, which the user has named.
         num_classes: Number of classes of the classifier.
         mean: Mean of each channel of the images on the scale [0, 1], if the file does not say which it expects.
         std: Standard deviation of each channel, on the same scale.
@@ -63,32 +54,29 @@ def user_student(
     Raises:
         ModelError: The file does not make a network that can be trained.
     """
-    file, function, argument = _parts(text)
-    path = Path(file).expanduser()
-    student = load_user_file(
-        path, function, argument, image_size=image_size, num_classes=num_classes, fallback=(mean, std)
-    )
+    path, name, _ = function
+    student = load_user_file(*function, image_size=image_size, num_classes=num_classes, fallback=(mean, std))
     if student.channels != 3:
-        raise ModelError(f"{path}: {function} returns a network for grayscale images, but students take RGB images")
+        raise ModelError(f"{path}: {name} returns a network for grayscale images, but students take RGB images")
     notes = [note.replace("the teacher", "the student") for note in student.notes]
     student.notes = ()
     if isinstance(student, UserBackbone):
         if isinstance(student.module, torch.jit.ScriptModule | torch.fx.GraphModule):
-            raise ModelError(f"{path}: {function} returns a compiled program; a student must be an ordinary module")
+            raise ModelError(f"{path}: {name} returns a compiled program; a student must be an ordinary module")
         student.replace_classifier(num_classes)
     frozen = sum(not parameter.requires_grad for parameter in student.parameters())
     if frozen:
         notes.append(f"{path.name} has frozen {count_of(frozen, 'tensor')} of the student, which stay as they are")
     student.train()
-    student.architecture = ":".join((path.name, function, *(() if argument is None else (argument,))))
+    student.architecture = function.within(path.name)
     student.image_size = image_size
     student.code = sha256(path.read_bytes()).hexdigest()
-    trust_user_file(text)
+    trust_user_file(function.within(path))
     return student, notes
 
 
 def rebuilt(
-    architecture: str,
+    function: Function,
     code: object,
     num_classes: int,
     *,
@@ -97,29 +85,22 @@ def rebuilt(
     input_size: int | None,
     image_size: int,
 ) -> Backbone:
-    """Rebuild the student that a description names, with the weights that the function gives it.
+    """Rebuild the student of a function that a description names, with the weights that the function gives it.
+
+    The file is the trusted one of the same name.
 
     Raises:
         RunError: The user has not named the file.
         ModelError: It has changed.
     """
-    file, function, argument = _parts(architecture)
-    path = _find(file)
+    path = _find(function.path.name)
     if sha256(path.read_bytes()).hexdigest() != code:
         raise ModelError(f"{path} has changed since the student was trained; restore it")
-    text = ":".join((str(path), function, *(() if argument is None else (argument,))))
-    student, _ = user_student(text, num_classes, mean=mean, std=std, image_size=image_size)
+    student, _ = user_student(function._replace(path=path), num_classes, mean=mean, std=std, image_size=image_size)
     student.set_preprocessing(mean, std)
     if input_size != student.input_size:
         student.set_preprocessing(input_size=input_size)
     return student
-
-
-def _parts(text: str) -> tuple[str, str, str | None]:
-    match = _FORM.fullmatch(text)
-    assert match is not None  # see is_from_user_file
-    file, function, argument = match.groups()
-    return file, function, argument
 
 
 def _trusted() -> list[str]:

@@ -12,7 +12,8 @@ from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
 from refilled.models.folder import DESCRIPTION, load_model
 from refilled.models.timm_backbone import TimmBackbone, timm_model
-from refilled.models.user_student import is_from_user_file, user_student
+from refilled.models.user_file import Function
+from refilled.models.user_student import user_student
 from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
 from refilled.words import count_of
 
@@ -40,7 +41,7 @@ def starts_from_weights(text: str | None, pretrained: bool = False) -> bool:
     if pretrained or text is None:
         return pretrained
     text = os.path.expandvars(text)
-    if is_architecture(text) or is_from_user_file(text):
+    if is_architecture(text) or Function.named(text) is not None:
         return False
     return _is_model_folder(text) or ":" in text
 
@@ -78,8 +79,8 @@ def create_student(
         ModelError: The weights do not exist, or they belong to another network.
     """
     text = os.path.expandvars(text)
-    if is_from_user_file(text):
-        student, notes = user_student(text, len(class_names), mean=mean, std=std, image_size=image_size)
+    if (function := Function.named(text)) is not None:
+        student, notes = user_student(function, len(class_names), mean=mean, std=std, image_size=image_size)
         student.class_names = tuple(class_names)
         return student, notes
     notes = []

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from refilled.models import Backbone
 from refilled.outputs import Outputs
-from refilled.stages import Stage, Term
+from refilled.recipe import Recipe
+from refilled.stages import Stage, Term, read_by, weighted_sum
 from refilled.training.distributed import World
 
 _LR = 1e-3
@@ -23,6 +24,11 @@ _LR = 1e-3
 def terms_with_heads(stage: Stage) -> dict[str, Term]:
     """Return the terms of a stage that train the classifier or weights of their own, and read no feature maps."""
     return {name: term for name, term in stage.terms.items() if _has_head(term)}
+
+
+def begins_with_heads(stage: Stage, recipe: Recipe) -> bool:
+    """Return whether the first steps of a stage train only its heads."""
+    return recipe.head_steps > 0 and bool(terms_with_heads(stage))
 
 
 def heads_read_teacher(stage: Stage) -> bool:
@@ -72,12 +78,9 @@ def train_heads(
         seen = Outputs(student.classifier(rows[batch]), rows[batch])
         of_teachers = [None if outputs is None else _rows_of(outputs, batch) for outputs in taught]
         known = int((batch < labelled).sum())
-        losses = [
-            weights[name] * term(seen, None if term.teacher is None else of_teachers[term.of], labels[batch], known)
-            for name, term in terms.items()
-        ]
+        losses = {name: term(seen, read_by(term, of_teachers), labels[batch], known) for name, term in terms.items()}
         optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
+        weighted_sum(weights, losses).backward()
         world.sum_gradients((), learned)
         optimizer.step()
 

@@ -20,13 +20,13 @@ from refilled.errors import NonFiniteError, RunError
 from refilled.models import Backbone
 from refilled.outputs import Outputs
 from refilled.recipe import Recipe
-from refilled.stages import Reports, Stage, Term, numbered
+from refilled.stages import Reports, Stage, numbered, read_by, weighted_sum
 from refilled.training.averaging import WeightAverage
 from refilled.training.checkpoints import State, refusing_another_state
 from refilled.training.cuda_graphs import GraphedNetwork, can_be_graphed
 from refilled.training.distributed import ALONE, World
 from refilled.training.evaluation import accuracy, predict_classes
-from refilled.training.heads import terms_with_heads, train_heads
+from refilled.training.heads import begins_with_heads, train_heads
 from refilled.training.optimizers import create_optimizer, optimizer_tensors, restore_optimizer
 from refilled.training.precision import resolve_precision
 from refilled.training.schedule import learning_rate, share_epochs
@@ -236,17 +236,17 @@ class _Training:
             taught = [teaching(images, batch, view.number) for teaching in self.teaching]
             seen = self._learn(images, len(batch))
             labelled = int((batch < self.labelled).sum())
-            losses = {name: term(seen, _read_by(term, taught), labels, labelled) for name, term in terms.items()}
+            losses = {name: term(seen, read_by(term, taught), labels, labelled) for name, term in terms.items()}
             if self.views.mixed:
                 share, others = self._mixed_in(batch, view)
                 of_others = {
-                    name: term(seen, _read_by(term, taught), others, labelled)
+                    name: term(seen, read_by(term, taught), others, labelled)
                     for name, term in terms.items()
                     if term.reads_labels
                 }
                 losses |= {name: torch.lerp(loss, losses[name], share) for name, loss in of_others.items()}
             self.optimizer.zero_grad()
-            fabric.backward(_weighted_sum(weights, losses))
+            fabric.backward(weighted_sum(weights, losses))
             self.world.sum_gradients(self.student.parameters(), self.losses.parameters())
             self._check_finite(losses, taught, batch, epoch, step)
             self._set_learning_rate(epoch + step / len(batches))
@@ -345,7 +345,7 @@ class _Training:
         if self.stage.classifier == "fresh":
             generator = torch.Generator().manual_seed(self.recipe.seed * 1000 + self.position.stage)
             self.student.reset_classifier(generator)
-        heads_first = self.recipe.head_steps > 0 and bool(terms_with_heads(self.stage))
+        heads_first = begins_with_heads(self.stage, self.recipe)
         taught = [teaching.precompute(self.task, for_heads=heads_first) for teaching in self.teaching]
         if heads_first:
             self._train_heads(taught)
@@ -398,14 +398,6 @@ class _Training:
         torch.set_rng_state(state.tensors["random"])
         if "random_cuda" in state.tensors and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(state.tensors["random_cuda"])
-
-
-def _read_by(term: Term, taught: Sequence[Outputs | None]) -> Outputs | None:
-    return None if term.teacher is None else taught[term.of]
-
-
-def _weighted_sum(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

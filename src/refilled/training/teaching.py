@@ -54,11 +54,7 @@ class Teaching:
         if not self.stage.needs_teacher:
             return None
         if self.cache is not None and self.stage.embedding_suffices:
-            embedding = self.cache(view, batch).to(self.fabric.device)
-            if not self.stage.reads("logits"):
-                return Outputs(not_computed(len(batch), embedding), embedding)
-            with torch.no_grad(), self.fabric.autocast():
-                return Outputs(self.teacher.classifier(embedding), embedding)
+            return self._outputs(self.cache(view, batch).to(self.fabric.device))
         if self.graphed is not None:
             return self.graphed(images, self.parts)
         with torch.no_grad(), self.fabric.autocast():
@@ -66,7 +62,7 @@ class Teaching:
         return self.world.gather_outputs(taught, len(batch), self.parts)
 
     def precompute(self, task: Task, for_heads: bool = False) -> Outputs | None:
-        """Embed the whole training set for the losses of the stage that need it, and return the outputs for it.
+        """Embed the whole training set for the losses of the stage that need it, and for its heads.
 
         Args:
             task: The run's task.
@@ -86,10 +82,12 @@ class Teaching:
             assert needs_training_set(term.loss)
             shown = len(labels) if term.sees_unlabelled else len(task.train)
             term.loss.precompute(embedding[:shown], labels[:shown])
-        if not for_heads:
-            return None
+        return self._outputs(embedding) if for_heads else None
+
+    def _outputs(self, embedding: Tensor) -> Outputs:
+        """Return the embedding, and the logits that follow from it if the stage reads them."""
         if not self.stage.reads("logits"):
-            return Outputs(not_computed(len(labels), embedding), embedding)
+            return Outputs(not_computed(len(embedding), embedding), embedding)
         with torch.no_grad(), self.fabric.autocast():
             return Outputs(self.teacher.classifier(embedding), embedding)
 
