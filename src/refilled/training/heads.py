@@ -3,7 +3,7 @@
 A fresh classifier or projector sends large, useless gradients into a network that starts from weights, which it then
 leaves. If the heads are trained first, the network starts from a place that it can keep (Kumar et al., Fine-Tuning can
 Distort Pretrained Features and Underperform Out-of-Distribution, ICLR 2022). The network does not change meanwhile, so
-its embeddings are computed once, and a step takes about a millisecond.
+its embeddings are computed once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
