@@ -26,7 +26,7 @@ from lightning_fabric import Fabric
 
 from refilled.config import Run
 from refilled.cost.run import communication, duration
-from refilled.cost.step import Line, Network, step_cost
+from refilled.cost.step import Line, Network, Probe
 from refilled.data import TaskSize
 from refilled.methods.refilled import refilled
 from refilled.models import create_model
@@ -51,7 +51,7 @@ def step_seconds(student: str, teacher: str, batch: int, pixels: int) -> float:
     (stage,) = refilled(networks[0], freeze(networks[1]), gamma=0.1)
     fabric = Fabric(accelerator="cpu", devices=1, precision=run.precision)
     size = TaskSize(CLASSES, 0, 0, 0, pixels, "crop-flip", 0.0)
-    return step_cost(networks[0], networks[1], stage, size, run, fabric, (batch, batch)).seconds(batch)
+    return Probe(*networks, stage, size, run, fabric).step_cost((batch, batch)).seconds(batch)
 
 
 def third_from_two(rounds: int, pairs: tuple[tuple[str, str, int], ...]) -> None:

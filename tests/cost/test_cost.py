@@ -20,7 +20,7 @@ from refilled.cost import comparison as of_comparisons
 from refilled.cost import run as module
 from refilled.cost.comparison import forecast_comparison
 from refilled.cost.run import communication, forecast
-from refilled.cost.step import Cost, Line, Network
+from refilled.cost.step import Cost, Line, Network, Probe
 from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.models import create_model, save_model
@@ -33,9 +33,13 @@ costs = st.floats(1e-3, 1e3)
 
 @pytest.fixture
 def known(monkeypatch):
-    """Steps of 1 s and 0.1 s an image, passes of 0.01 s an image, 2 GB for a step and 1 MB an image of a pass."""
+    """Steps of 1 s and 0.1 s an image, passes of 0.01 s an image, 2 GB for a step and 1 MB an image of a pass.
+
+    A step of the heads takes 0.002 s an image.
+    """
     step, look = Cost(Line(1.0, 0.1), Line(2e9, 0.0)), Cost(Line(0.0, 0.01), Line(1e9, 1e6))
-    monkeypatch.setattr(module, "step_cost", lambda *of, **more: step)
+    monkeypatch.setattr(Probe, "step_cost", lambda *of, **more: step)
+    monkeypatch.setattr(Probe, "head_step_seconds", lambda self, images: 0.002 * images)
     monkeypatch.setattr(module, "scoring_cost", lambda *of, **more: look)
     monkeypatch.setattr(module, "task_size", lambda *of, **more: SIZE)
 
@@ -110,6 +114,17 @@ def test_a_forecast_adds_up(teacher):
     )
     assert found.total == pytest.approx(sum(found.seconds.values()))
     assert found.memory == pytest.approx(2e9 + 1300 * 16 * 16 * 3)  # scoring's 1.256 GB come after the steps' 2
+
+
+@pytest.mark.usefixtures("known")
+def test_the_steps_of_the_heads_and_the_pass_before_them_are_counted(teacher):
+    run = replace(RUN, method="regression", teacher=teacher)
+    without, found = forecast(run), forecast(replace(run, head_steps=40))
+    (stage,) = found.stages
+    assert (stage.head_steps, stage.head_seconds) == (40, 0.002 * 16)
+    training = found.seconds["training"] - without.seconds["training"]
+    assert training == pytest.approx(1000 * 0.01 + 40 * 0.002 * 16)
+    assert "after 40 steps of the heads, 32 ms each" in dict(found.rows()).values()
 
 
 @pytest.mark.usefixtures("known")

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from refilled.config import Run
-from refilled.cost.step import Cost, Network, made_up_task, probe_batches, scoring_cost, step_cost
+from refilled.cost.step import Cost, Network, Probe, made_up_task, probe_batches, scoring_cost
 from refilled.data import TaskSize, free_memory, task_size
 from refilled.files import cache_folder
 from refilled.models import Backbone
@@ -45,6 +45,10 @@ class StageForecast:
     """Part of these seconds that is communication between processes."""
     sees_unlabelled: bool = False
     """Whether its batches contain unlabelled images also."""
+    head_steps: int = 0
+    """Steps before the first epoch that train only the heads."""
+    head_seconds: float = 0.0
+    """Seconds per step of these."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class Forecast:
             rate = sum(run.batch_over(size.train, size.unlabelled if stage.sees_unlabelled else 0)) / stage.seconds
             epochs = f"{count_of(stage.epochs, 'epoch')} of {count_of(stage.steps, 'step')}"
             yield f"stage {stage.name}", f"{epochs}, {1000 * stage.seconds:.3g} ms per step, {rate:,.0f} images/s"
+            if stage.head_steps:
+                yield (
+                    "",
+                    f"after {count_of(stage.head_steps, 'step')} of the heads, {1000 * stage.head_seconds:.3g} ms each",
+                )
             if self.ranks > 1:
                 share = f"{1000 * stage.communication:.3g} ms per step between {self.ranks} processes"
                 yield "", f"{share}, modelled, not measured"
@@ -119,22 +128,23 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
     fabric = Fabric(accelerator=run.device, devices=1, precision=run.precision)  # type: ignore[arg-type]
     batch = _largest_batch(stages, run, size, ranks)
     batches = probe_batches(run.device, batch)
+    probes = [Probe(student, teachers, stage, size, run, fabric) for stage in stages]
     costs = _Costs(
         student=scoring_cost(student, size, run, fabric, fully=True),
         validation=scoring_cost(student, size, run, fabric),
         teachers=tuple(scoring_cost(teacher, size, run, fabric) for teacher in teachers),
-        steps=tuple(step_cost(student, teachers, stage, size, run, fabric, batches) for stage in stages),
+        steps=tuple(probe.step_cost(batches) for probe in probes),
     )
     passes = [_passes_of_a_teacher(stages, number, run) for number in range(len(teachers))]
     widths = [
         teacher.embedding_dim for number, teacher in enumerate(teachers) if _preparing_stages(stages, number, run)
     ]
-    heads = sum(begins_with_heads(stage, run) for stage in stages)
-    own_width = student.embedding_dim if heads or prepared.readout is not None else 0
+    heads_first = any(begins_with_heads(stage, run) for stage in stages)
+    own_width = student.embedding_dim if heads_first or prepared.readout is not None else 0
     width = max(widths, default=0) + own_width
     predicted = []
     budget = share_epochs(stages, run.epochs_over(size.train, size.unlabelled)) if stages else []
-    for stage, step, epochs in zip(stages, costs.steps, budget, strict=True):
+    for stage, probe, step, epochs in zip(stages, probes, costs.steps, budget, strict=True):
         own = _largest_batch([stage], run, size, ranks)
         spared = sum(
             cost.seconds(own) for number, cost in enumerate(costs.teachers) if _is_cached(stage.taught_by(number), run)
@@ -143,13 +153,17 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         # At least the student's own pass: the difference between two measurements can be 0 on a busy machine.
         seconds = max(step.seconds(own) - spared, costs.validation.seconds(own)) + messages
         steps = run.steps_over(size.train, size.unlabelled)
-        predicted.append(StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled))
+        head_steps = run.head_steps if begins_with_heads(stage, run) else 0
+        head = probe.head_step_seconds(own) if head_steps else 0.0
+        predicted.append(
+            StageForecast(stage.name, epochs, steps, seconds, messages, stage.sees_unlabelled, head_steps, head)
+        )
     return Forecast(
         run=run,
         size=size,
         rates={"decoding": size.images_per_second, "input pipeline": _pipeline_rate(size, run), **costs.rates()},
         stages=tuple(predicted),
-        seconds=_seconds(run, size, costs, predicted, passes, heads, ranks),
+        seconds=_seconds(run, size, costs, predicted, passes, ranks),
         memory=_memory(run, size, costs, batch, any(passes), width),
         ranks=ranks,
     )
@@ -216,18 +230,18 @@ def _seconds(
     costs: _Costs,
     stages: Sequence[StageForecast],
     passes: Sequence[int],
-    heads: int,
     ranks: int,
 ) -> dict[str, float]:
     score, validate = _each(costs.student) / ranks, _each(costs.validation) / ranks
     teach = sum(count * _each(cost) for count, cost in zip(passes, costs.teachers, strict=True)) / ranks
     judge = min(size.train, SAMPLE_IMAGES) * sum(map(_each, costs.teachers))  # by rank 0, while the others wait
     scored = size.test if run.score == "test" else size.val
+    embed = (size.train + size.unlabelled) * validate  # by the student, for its heads
+    heads = sum(embed + s.head_steps * s.head_seconds for s in stages if s.head_steps)
     return {
         "loading": (size.train + size.unlabelled + size.val + size.test) / size.images_per_second,
         "embedding by the teacher": (size.train + size.unlabelled) * teach + judge,
-        "training": heads * (size.train + size.unlabelled) * validate
-        + sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
+        "training": heads + sum(s.epochs * (s.steps * s.seconds + size.val * validate) for s in stages),
         "scoring": max(len(stages), 1) * (size.train + scored) * score,
     }
 

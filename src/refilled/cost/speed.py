@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from refilled.config import Run
-from refilled.cost.step import probe_batches, scoring_cost, step_cost
+from refilled.cost.step import Probe, probe_batches, scoring_cost
 from refilled.data import TaskSize
 from refilled.methods import load_method
 from refilled.methods.refilled import refilled
@@ -68,7 +68,8 @@ def images_per_second(work: Work, device: str = "auto") -> float:
     with one_thread():
         if not work.trains:
             return work.batch_size / scoring_cost(freeze(student), size, run, fabric).seconds(work.batch_size)
-        cost = step_cost(student, teacher, stage, size, run, fabric, probe_batches(run.device, work.batch_size))
+        probe = Probe(student, teacher, stage, size, run, fabric)
+        cost = probe.step_cost(probe_batches(run.device, work.batch_size))
     return work.batch_size / cost.seconds(work.batch_size)
 
 

@@ -30,6 +30,7 @@ from refilled.training.loop import Journal, Position, fit
 
 _BATCHES_ON_A_CPU = (8, 32)  # images per step; an accelerator is timed with more, because few do not fill it
 _STEPS = 3  # timed, after one for warm-up
+_HEAD_STEPS = (5, 25)  # of the heads, each of which takes much less time than the start of a training
 _FLOAT = 4  # bytes
 
 
@@ -86,36 +87,64 @@ class Network:
         return 2 * self.all_gather(size, ranks)
 
 
-def step_cost(
-    student: Backbone,
-    teacher: Backbone | Sequence[Backbone] | None,
-    stage: Stage,
-    size: TaskSize,
-    run: Run,
-    fabric: Fabric,
-    batches: tuple[int, int],
-) -> Cost:
-    """Measure a step of a stage in the training loop; the student's weights change.
+@dataclass(frozen=True)
+class Probe:
+    """A stage that trains on random images, to be measured. The student's weights change.
 
-    Args:
+    Attributes:
         student: The student.
         teacher: The frozen teacher, or several; None if the stage needs none.
         stage: The stage.
         size: The task's classes and image size.
         run: The run, resolved.
         fabric: The device and precision.
-        batches: The two batch sizes to measure, in images; see :func:`probe_batches`.
     """
-    # The learning rate is tiny, because the loss could diverge on random images.
-    recipe = replace(run, epochs=1, least_steps=0, lr=1e-9, head_steps=0, warmup=0.0, sampler="shuffle", views=None)
 
-    def take_steps(images: int) -> float:
-        clock, task = _Clock(), made_up_task(size, _images(images)).near(fabric.device)
-        stages, own = [replace(stage, share=1.0)], replace(recipe, batch_size=images)
-        fit(student, teacher, task, stages, own, fabric, clock, cuda_graphs=run.cuda_graphs)
-        return median(after - before for before, after in pairwise(clock.ticks))
+    student: Backbone
+    teacher: Backbone | Sequence[Backbone] | None
+    stage: Stage
+    size: TaskSize
+    run: Run
+    fabric: Fabric
 
-    return _cost_of(take_steps, batches, fabric.device)
+    def step_cost(self, batches: tuple[int, int]) -> Cost:
+        """Measure a step at two batch sizes, in images; see :func:`probe_batches`."""
+
+        def take_steps(images: int) -> float:
+            _, ticks = self._train(images, steps=1 + _STEPS)
+            return median(after - before for before, after in pairwise(ticks))
+
+        return _cost_of(take_steps, batches, self.fabric.device)
+
+    def head_step_seconds(self, images: int) -> float:
+        """Measure a step of the heads (``head_steps``) with this many images, in seconds."""
+
+        def until_the_first_step(head_steps: int) -> float:
+            start, ticks = self._train(images, head_steps=head_steps)
+            return ticks[0] - start
+
+        fewer, more = _HEAD_STEPS
+        until_the_first_step(fewer)  # warms up
+        return max(0.0, until_the_first_step(more) - until_the_first_step(fewer)) / (more - fewer)
+
+    def _train(self, images: int, steps: int = 1, head_steps: int = 0) -> tuple[float, list[float]]:
+        """Take steps of this many images, and return the time before training and after each step."""
+        # The learning rate is tiny, because the loss could diverge on random images.
+        recipe = replace(
+            self.run,
+            epochs=1,
+            least_steps=0,
+            batch_size=images,
+            lr=1e-9,
+            head_steps=head_steps,
+            warmup=0.0,
+            sampler="shuffle",
+            views=None,
+        )
+        clock, task = _Clock(), made_up_task(self.size, images * steps).near(self.fabric.device)
+        stages, start = [replace(self.stage, share=1.0)], perf_counter()
+        fit(self.student, self.teacher, task, stages, recipe, self.fabric, clock, cuda_graphs=self.run.cuda_graphs)
+        return start, clock.ticks
 
 
 def probe_batches(device: str, most: int) -> tuple[int, int]:
@@ -152,10 +181,6 @@ def made_up_task(size: TaskSize, images: int) -> Task:
     nothing = Split(pixels[:0], labels[:0], ())
     val, test = (one if count else nothing for count in (size.val, size.test))
     return Task("made up", size.class_names, train, val, test, size.image_size, size.augmentation, fingerprint="")
-
-
-def _images(batch: int) -> int:
-    return batch * (1 + _STEPS)
 
 
 def _cost_of(work: Callable[[int], float], sizes: tuple[int, int], device: torch.device) -> Cost:
