@@ -127,6 +127,11 @@ def test_the_steps_of_the_heads_and_the_pass_before_them_are_counted(teacher):
     assert "after 40 steps of the heads, 32 ms each" in dict(found.rows()).values()
 
 
+def test_a_step_of_the_heads_is_measured(teacher):
+    found = forecast(replace(RUN, method="regression", teacher=teacher, head_steps=40))
+    assert found.stages[0].head_seconds > 0
+
+
 @pytest.mark.usefixtures("known")
 def test_a_readout_holds_the_embeddings_of_all_training_images(teacher):
     found = forecast(replace(RUN, method="linear_probe", student=None, teacher=teacher))
