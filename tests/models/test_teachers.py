@@ -157,6 +157,12 @@ class TestWeightFile:
         assert not canary.exists()
 
 
+def renamed(weights, counters):
+    """The weights under the names of another library."""
+    kept = {name: v for name, v in weights.items() if counters or not name.endswith("num_batches_tracked")}
+    return {f"part{number}.{name.rpartition('.')[2]}": v for number, (name, v) in enumerate(kept.items())}
+
+
 class TestTimm:
     """timm models keep their own classifier."""
 
@@ -179,6 +185,26 @@ class TestTimm:
         torch.testing.assert_close(teacher.mean.flatten(), torch.tensor(body.pretrained_cfg["mean"]))
         torch.testing.assert_close(teacher.std.flatten(), torch.tensor(body.pretrained_cfg["std"]))
         assert teacher.input_size == 32
+
+    @pytest.mark.parametrize("counters", [True, False])
+    def test_may_have_another_librarys_names_in_the_same_order(self, tmp_path, counters):
+        body = timm.create_model("test_efficientnet", num_classes=5).eval()
+        weights = renamed(body.state_dict(), counters)
+        torch.save(weights, tmp_path / "w.pth")
+        teacher = load_teacher(f"timm/test_efficientnet:{tmp_path}/w.pth", mean=HALF, std=HALF)
+        images = torch.rand(2, 3, 160, 160)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(images).logits, body((images - 0.5) / 0.5))
+
+    def test_is_not_matched_by_order_if_a_mean_would_become_a_variance(self, tmp_path):
+        weights = renamed(timm.create_model("test_efficientnet").state_dict(), counters=True)
+        mean, variance = ".running_mean", ".running_var"
+        swapped = {
+            name.replace(mean, ".x").replace(variance, mean).replace(".x", variance): v for name, v in weights.items()
+        }
+        torch.save(swapped, tmp_path / "w.pth")
+        with pytest.raises(ModelError, match="does not fit the architecture"):
+            load_teacher(f"timm/test_efficientnet:{tmp_path}/w.pth")
 
     def test_can_lack_a_classifier(self, tmp_path):
         body = timm.create_model("test_vit", num_classes=0)

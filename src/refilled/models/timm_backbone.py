@@ -181,6 +181,12 @@ def _is_projection(head: nn.Linear, body: Any) -> bool:
     return of_clip and (head.bias is None or not head.bias.any())
 
 
+def timm_classifiers(body: Any) -> list[str]:
+    """Return the names of a timm model's classifiers, which are several in some models."""
+    names = body.pretrained_cfg["classifier"]
+    return [names] if isinstance(names, str) else list(names)
+
+
 def timm_model(name: str, pretrained: bool = False, **options: Any) -> Any:
     """Build the timm model ``name``, with its published weights (downloaded on first use) or fresh ones.
 

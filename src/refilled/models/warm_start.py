@@ -11,10 +11,10 @@ from refilled.errors import ModelError
 from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
 from refilled.models.folder import DESCRIPTION, load_model
-from refilled.models.timm_backbone import TimmBackbone, timm_model
+from refilled.models.timm_backbone import TimmBackbone, timm_classifiers, timm_model
 from refilled.models.user_file import Function
 from refilled.models.user_student import user_student
-from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights
+from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights, renamed_by_order
 from refilled.words import count_of
 
 _SHOWN = 4  # names in a message, so that it stays readable
@@ -127,12 +127,12 @@ def _body(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load_body(student: Backbone, start: Start) -> list[str]:
     """Load the weights into the student except its classifier, and return notes for the user."""
     own = _body(student.state_dict())
-    classifiers = _timm_classifiers(student)
+    classifiers = (
+        {f"body.{name}" for name in timm_classifiers(student.body)} if isinstance(student, TimmBackbone) else ()
+    )
     given = {name: value for name, value in start.weights.items() if name.rpartition(".")[0] not in classifiers}
-    notes = []
-    if not own.keys() & given.keys() and (ordered := _by_order(own, given)) is not None:
-        given = ordered
-        notes.append(f"the names in {start.source} differ; its tensors were matched by order and shape")
+    notes: list[str] = []
+    given = renamed_by_order(given, own, start.source, notes.append)
     found = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
     if len(found) < _LEAST_FOUND * len(own):
@@ -150,26 +150,6 @@ def _load_body(student: Backbone, start: Start) -> list[str]:
     if unused:
         notes.append(f"not used from {start.source}: {count_of(len(unused), 'tensor')}, {_first(unused)}")
     return notes
-
-
-def _timm_classifiers(student: Backbone) -> set[str]:
-    """Return the names of timm's classifiers, which the student does not use."""
-    if not isinstance(student, TimmBackbone):
-        return set()
-    names = student.body.pretrained_cfg["classifier"]  # several for models with several classifiers
-    return {f"body.{name}" for name in ([names] if isinstance(names, str) else names)}
-
-
-def _by_order(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Match tensors by order, for files with the names of another library; None if a shape disagrees.
-
-    An additional weight and bias at the end are the classifier of the file.
-    """
-    classifier = len(given) - len(own)
-    if classifier not in (0, 2):
-        return None
-    pairs = dict(zip(own, given.values(), strict=False))
-    return pairs if all(value.shape == own[name].shape for name, value in pairs.items()) else None
 
 
 def _first(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from refilled.errors import ModelError
 from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
-from refilled.models.timm_backbone import TimmBackbone, first_convolution, timm_model
+from refilled.models.timm_backbone import TimmBackbone, first_convolution, timm_classifiers, timm_model
 from refilled.words import count_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
@@ -61,6 +61,7 @@ _ABOUT = "{'mean': [0.5, 0.5, 0.5], 'std': [0.5, 0.5, 0.5]}"  # an example
 
 _SHOWN = 4  # names in a message, so that it stays readable
 _KEYS_SHOWN = 8
+_KINDS = {"weight", "bias", "running_mean", "running_var"}  # torch's names; two of them never mean the same
 
 
 def read_weights(
@@ -178,9 +179,10 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
     weights = read_weights(path, branch, say, body.state_dict().keys())
     if options := _options_of(weights, body):
         body = timm_model(name, **options)
-    weights = in_timm_names(weights, body)
-    names = body.pretrained_cfg["classifier"]  # several for models with several classifiers
-    classifier = names if isinstance(names, str) else names[0]
+    classifier = timm_classifiers(body)[0]
+    weights = renamed_by_order(
+        in_timm_names(weights, body), _without(classifier, body.state_dict()), str(path), say, classifier
+    )
     num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which has no logits
     if num_classes != body.num_classes:
         body.reset_classifier(num_classes)
@@ -197,6 +199,54 @@ def in_timm_names(weights: dict[str, Tensor], body: Any) -> dict[str, Tensor]:
         return dict(translate(dict(weights), body))
     except Exception:  # other names; loading reports those that do not fit
         return weights
+
+
+def renamed_by_order(
+    weights: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    source: str,
+    say: Say,
+    classifier: str | None = None,
+) -> dict[str, Tensor]:
+    """Rename the tensors of a file with the names of another library, if they are those of the network by their order.
+
+    Number, order and shapes must be equal, and no tensor may be called ``bias`` where the network has a ``weight``, for
+    example. A further weight and bias at the end are the classifier of the file. If a name agrees, or anything else
+    does not, the weights are returned as they are.
+
+    Args:
+        weights: The tensors of the file.
+        own: The tensors of the network, without its classifier.
+        source: The file, for the note.
+        say: Called with a note for the user if tensors are renamed.
+        classifier: Name of the network's classifier, which the file's classifier is renamed to. None: it is left out.
+    """
+    given, names = _without_counters(weights), list(_without_counters(own))
+    if own.keys() & weights.keys() or len(given) - len(names) not in (0, 2):
+        return weights
+    pairs = list(zip(names, given.items(), strict=False))
+    if any(value.shape != own[name].shape or _of_another_kind(name, other) for name, (other, value) in pairs):
+        return weights
+    say(f"the names in {source} differ; its tensors were matched by order and shape")
+    renamed = {name: value for name, (_, value) in pairs}
+    if classifier is not None:
+        rest = list(given.values())[len(names) :]
+        renamed |= zip((f"{classifier}.weight", f"{classifier}.bias"), rest, strict=False)
+    return renamed
+
+
+def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors except the counters of batch norm, which old files lack and nothing uses."""
+    return {name: value for name, value in weights.items() if value.ndim > 0 or value.is_floating_point()}
+
+
+def _of_another_kind(name: str, other: str) -> bool:
+    ends = {text.rpartition(".")[2] for text in (name, other)}
+    return len(ends) > 1 and ends <= _KINDS
+
+
+def _without(module: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name.rpartition(".")[0] != module}
 
 
 def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:
