@@ -54,8 +54,8 @@ class Run(Recipe):
             ``$REFILLED_DATA/teacher.py:load``. In a file, a list names several teachers.
         method: Name of a method, or path of a file that defines one.
         settings: The method's own parameters.
-        guard: Ignore a teacher whose embedding tells the classes apart no better than chance or than the plain pixels,
-            and train as ``vanilla`` does.
+        guard: Ignore a teacher whose embedding tells the classes apart no better than chance, than the plain pixels or
+            than the weights that the student starts from, and train as ``vanilla`` does.
         shots: Number of training images per class. None: all.
         unlabelled: Images without labels, for the loss terms that need none: ``rest`` for the training images that
             ``shots`` left out, a folder with images at any depth, or a task such as ``cifar100:0-49``,

@@ -1,17 +1,20 @@
 """A guarded run: the same as the student alone where the teacher has nothing to teach, and as before where it has."""
 
+import re
 from dataclasses import replace
 from textwrap import dedent
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 from refilled.cli.app import app
 from refilled.config import Run
 from refilled.errors import RunError
 from refilled.presets import with_preset
-from refilled.runs.examination import Verdict
+from refilled.runs.examination import Verdict, fault_beside_student
 from refilled.runs.experiment import distill, resume
 from refilled.training.journal import Interrupted
 from stopping import Stopping
@@ -108,6 +111,38 @@ def test_a_teacher_with_something_to_teach_is_used_as_without_the_guard(good, tm
     assert guarded.teacher["ignored"] is False
     assert same(weights(tmp_path / "guarded"), weights(tmp_path / "not"))
     assert not same(weights(tmp_path / "guarded"), weights(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_a_student_that_starts_from_weights_needs_a_teacher_that_knows_more_than_these(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("refilled.runs.examination.fault_in", lambda *_: None)  # pixels know more of the digits
+    warm = replace(QUICK, student=teacher, lr=0.01)
+    found = distill(replace(warm, **with_preset("good", {"teacher": teacher})), tmp_path / "guarded")
+    distill(warm, tmp_path / "alone")
+    assert found.teacher["ignored"] is True
+    (note,) = [note for note in found.data["notes"] if "tells your classes apart" in note]
+    assert re.search(r"no better than your student does before training \(label information (0\.\d\d), .* \1\)", note)
+    assert same(weights(tmp_path / "guarded"), weights(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_what_a_student_learned_of_these_very_classes_does_not_count_against_a_teacher(good, teacher, tmp_path):
+    distill(QUICK, tmp_path / "older")  # knows the training images by heart
+    found = distill(good("pixels", student=str(tmp_path / "older")), tmp_path / "run")
+    assert found.teacher["ignored"] is False
+
+
+def test_a_teacher_beside_a_student_must_be_established_as_better():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(5).repeat(20)
+    clear = nn.functional.one_hot(labels, 8) + 0.3 * torch.randn(100, 8, generator=generator)
+    like_it = nn.functional.one_hot(labels, 8) + 0.3 * torch.randn(100, 8, generator=generator)
+    vague = clear + torch.randn(100, 8, generator=generator)
+    assert fault_beside_student(clear, vague, labels) is None
+    assert fault_beside_student(vague, clear, labels).startswith("no better than your student")
+    assert fault_beside_student(clear, clear, labels).startswith("no better than your student")
+    both = [fault_beside_student(*pair, labels) for pair in ((clear, like_it), (like_it, clear))]
+    assert sorted(text.split()[0] for text in both) == ["hardly", "no"]
 
 
 @pytest.mark.slow

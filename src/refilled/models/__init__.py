@@ -9,12 +9,13 @@ from refilled.models.multiplications import multiplications_of
 from refilled.models.probe import PROBE_IMAGES, probe, refuse_non_finite
 from refilled.models.teacher import load_teacher
 from refilled.models.user_student import trust_user_file
-from refilled.models.warm_start import create_student, starts_from_weights
+from refilled.models.warm_start import classes_of_folder, create_student, starts_from_weights
 from refilled.models.weights import open_weights, read_weights
 
 __all__ = [
     "PROBE_IMAGES",
     "Backbone",
+    "classes_of_folder",
     "create_model",
     "create_student",
     "describe",

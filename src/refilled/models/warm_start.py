@@ -46,6 +46,13 @@ def starts_from_weights(text: str | None, pretrained: bool = False) -> bool:
     return _is_model_folder(text) or ":" in text
 
 
+def classes_of_folder(text: str | None) -> Sequence[str]:
+    """Return the names of the classes of a student whose folder ``text`` names; none if it names something else."""
+    if text is None or not _is_model_folder(folder := os.path.expandvars(text)):
+        return ()
+    return load_model(Path(folder)).class_names or ()
+
+
 def create_student(
     text: str,
     class_names: Sequence[str],

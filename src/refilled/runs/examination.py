@@ -13,7 +13,7 @@ from torch import Tensor
 from refilled.data import Split, spread
 from refilled.files import read_fields, write_atomic
 from refilled.losses.trust import held_out_information, is_at_chance, knows_less, label_information
-from refilled.models import Backbone
+from refilled.models import Backbone, classes_of_folder, starts_from_weights
 from refilled.runs.prepared import Prepared
 from refilled.runs.scoring import finite_embedding
 
@@ -74,8 +74,9 @@ def judge(prepared: Prepared, device: torch.device) -> Verdict:
     """Examine a teacher on a sample of the training images and of the held-out images.
 
     The verdict is negative if the teacher's embedding separates the classes no better than chance, less well than the
-    pixels, or only on training images. A run with ``guard`` then ignores the teacher; otherwise there is a warning. The
-    test images are not used. Of several teachers, each is judged alone.
+    pixels, not clearly better than a student that starts from weights, or only on training images. A run with ``guard``
+    then ignores the teacher; otherwise there is a warning. The test images are not used. Of several teachers, each is
+    judged alone.
 
     Args:
         prepared: The run.
@@ -103,6 +104,9 @@ def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> tuple
     embedding, labels = finite_embedding(teacher, train, device), train.labels
     known = label_information(embedding, labels)
     fault = fault_in(embedding, pixels_of(train), labels)
+    if fault is None and _starts_from_weights_of_others(prepared):
+        own = finite_embedding(prepared.student.to(device), train, device)
+        fault = fault_beside_student(embedding, own, labels)
     return fault or _fault_beyond(embedding, labels, known, teacher, prepared, device), known
 
 
@@ -143,6 +147,37 @@ def fault_in(embedding: Tensor, pixels: Tensor, labels: Tensor) -> str | None:
         of_pixels = label_information(pixels, labels)
         return f"less well than the plain pixels do (label information {known:.2f}, of the pixels {of_pixels:.2f})"
     return None
+
+
+def _starts_from_weights_of_others(prepared: Prepared) -> bool:
+    """Return whether a student starts from weights that were not trained on classes of the task, as far as is known.
+
+    Otherwise its embedding may know the training images by heart, and says nothing about others.
+    """
+    run = prepared.run
+    return starts_from_weights(run.student, run.pretrained) and not (
+        set(classes_of_folder(run.student)) & set(prepared.task.classes)
+    )
+
+
+def fault_beside_student(embedding: Tensor, own: Tensor, labels: Tensor) -> str | None:
+    """Return a phrase if it is not established that a teacher separates the classes better than the student's weights.
+
+    Training teaches the student more than its weights know, so a teacher that knows as little has nothing to teach.
+
+    Args:
+        embedding: The teacher's embedding ``(N, d)`` of training images.
+        own: The student's embedding ``(N, e)`` of these images, before training.
+        labels: Class ids ``(N,)``.
+    """
+    if knows_less(own, embedding, labels):
+        return None
+    known, of_student = label_information(embedding, labels), label_information(own, labels)
+    how = "no" if known <= of_student else "hardly"
+    return (
+        f"{how} better than your student does before training (label information {known:.2f}, of the student "
+        f"{of_student:.2f})"
+    )
 
 
 def _sample(images: Split, classes: Tensor | None = None) -> Split:
