@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from refilled.cli.app import app
 from refilled.config import Run
 from refilled.errors import RunError
+from refilled.losses.trust import knows_less, label_information
 from refilled.presets import with_preset
 from refilled.runs.examination import Verdict, fault_beside_student
 from refilled.runs.experiment import distill, resume
@@ -132,17 +133,29 @@ def test_what_a_student_learned_of_these_very_classes_does_not_count_against_a_t
     assert found.teacher["ignored"] is False
 
 
-def test_a_teacher_beside_a_student_must_be_established_as_better():
+def test_a_teacher_beside_a_student_must_know_much_more():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(5).repeat(20)
-    clear = nn.functional.one_hot(labels, 8) + 0.3 * torch.randn(100, 8, generator=generator)
-    like_it = nn.functional.one_hot(labels, 8) + 0.3 * torch.randn(100, 8, generator=generator)
-    vague = clear + torch.randn(100, 8, generator=generator)
+    labels = torch.arange(5).repeat(40)
+
+    def embedding(noise):
+        return nn.functional.one_hot(labels, 8) + noise * torch.randn(200, 8, generator=generator)
+
+    clear, vague = embedding(0.1), embedding(0.6)
+    less_clear = torch.where(torch.arange(200)[:, None] % 4 == 0, clear, vague)
     assert fault_beside_student(clear, vague, labels) is None
+    assert knows_less(vague, less_clear, labels)  # certainly, but not by much
+    assert fault_beside_student(less_clear, vague, labels).startswith("hardly better than your student")
     assert fault_beside_student(vague, clear, labels).startswith("no better than your student")
     assert fault_beside_student(clear, clear, labels).startswith("no better than your student")
-    both = [fault_beside_student(*pair, labels) for pair in ((clear, like_it), (like_it, clear))]
-    assert sorted(text.split()[0] for text in both) == ["hardly", "no"]
+
+
+def test_chance_does_not_make_a_teacher_better_than_a_student(monkeypatch):
+    monkeypatch.setattr("refilled.runs.examination._BEYOND_THE_STUDENT", 0.0)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(5).repeat(8)
+    one, other = (nn.functional.one_hot(labels, 8) + 0.5 * torch.randn(40, 8, generator=generator) for _ in "ab")
+    assert label_information(one, labels) != label_information(other, labels)
+    assert None not in (fault_beside_student(one, other, labels), fault_beside_student(other, one, labels))
 
 
 @pytest.mark.slow
