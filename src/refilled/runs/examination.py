@@ -25,7 +25,7 @@ _FEWEST = 12  # images; with two classes of 5, one shuffle in 126 is equivalent 
 _FEWEST_HELD_OUT = 40  # images
 _NEXT_TO_NOTHING = 0.02  # untrained networks reach 0.009 to 0.022 on photographs (CUB, CIFAR-100, Tiny-ImageNet)
 _WELL_KNOWN = 0.2  # from this label information on, 40 held-out images suffice to show that it is above chance
-_BEYOND_THE_STUDENT = 0.5  # share of what a student's weights leave unexplained; 0.16 and less do harm (docs/log.md)
+_BEYOND_THE_STUDENT = 0.5  # share of what a student's weights leave unexplained; 0.40 and less do harm (docs/log.md)
 _SIDE = 32  # pixels; larger images are averaged down to this side length
 
 
