@@ -125,6 +125,8 @@ def test_the_steps_of_the_heads_and_the_pass_before_them_are_counted(teacher):
     training = found.seconds["training"] - without.seconds["training"]
     assert training == pytest.approx(1000 * 0.01 + 40 * 0.002 * 16)
     assert "after 40 steps of the heads, 32 ms each" in dict(found.rows()).values()
+    (shared,) = forecast(replace(run, head_steps=40), ranks=4).stages  # each rank takes these steps with all images
+    assert shared.head_seconds == stage.head_seconds
 
 
 def test_a_step_of_the_heads_is_measured(teacher):
