@@ -18,6 +18,7 @@ from refilled.compare.comparison import Comparison
 from refilled.config import Run
 from refilled.cost import comparison as of_comparisons
 from refilled.cost import run as module
+from refilled.cost import step as of_steps
 from refilled.cost.comparison import forecast_comparison
 from refilled.cost.run import communication, forecast
 from refilled.cost.step import Cost, Line, Network, Probe
@@ -25,6 +26,7 @@ from refilled.data import TaskSize, load_task
 from refilled.errors import MethodError
 from refilled.models import create_model, save_model
 from refilled.stages import Stage, Term
+from refilled.training.loop import fit as real_fit
 
 RUN = Run(task="digits:5-9", student="wrn_10_1", batch_size=16, epochs=10, threads=1, device="cpu")
 SIZE = TaskSize(tuple("56789"), train=1000, val=100, test=200, image_size=16, augmentation="crop", images_per_second=50)
@@ -129,9 +131,22 @@ def test_the_steps_of_the_heads_and_the_pass_before_them_are_counted(teacher):
     assert shared.head_seconds == stage.head_seconds
 
 
-def test_a_step_of_the_heads_is_measured(teacher):
+def test_a_step_of_the_heads_is_measured(teacher, monkeypatch):
+    """By a clock on which all else takes equally long."""
+    now = [0.0]
+
+    def tick():
+        now[0] += 1.0
+        return now[0]
+
+    def fit(student, teacher, task, stages, recipe, *rest, **options):
+        now[0] += 0.5 * recipe.head_steps
+        real_fit(student, teacher, task, stages, recipe, *rest, **options)
+
+    monkeypatch.setattr(of_steps, "fit", fit)
+    monkeypatch.setattr(of_steps, "perf_counter", tick)
     found = forecast(replace(RUN, method="regression", teacher=teacher, head_steps=40))
-    assert found.stages[0].head_seconds > 0
+    assert found.stages[0].head_seconds == 0.5
 
 
 @pytest.mark.usefixtures("known")

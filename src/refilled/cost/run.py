@@ -153,7 +153,7 @@ def forecast(run: Run, ranks: int = 1, network: Network | None = None) -> Foreca
         # At least the student's own pass: the difference between two measurements can be 0 on a busy machine.
         seconds = max(step.seconds(own) - spared, costs.validation.seconds(own)) + messages
         steps = run.steps_over(size.train, size.unlabelled)
-        head_steps = run.head_steps if begins_with_heads(stage, run) else 0
+        head_steps = run.head_steps if epochs and begins_with_heads(stage, run) else 0
         whole = _largest_batch([stage], run, size, 1)  # each rank takes all steps of the heads
         head = probe.head_step_seconds(whole) if head_steps else 0.0
         predicted.append(

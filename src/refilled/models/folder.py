@@ -66,6 +66,15 @@ def load_model(folder: Path) -> Backbone:
     return model.eval()
 
 
+def classes_of(folder: Path) -> list[str]:
+    """Return the names of the classes of a model that :func:`save_model` wrote; empty if they are not known.
+
+    Raises:
+        ModelError: The description is missing or damaged.
+    """
+    return _read_description(folder / DESCRIPTION).get("classes") or []
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(_read(path))

@@ -10,11 +10,18 @@ from torch import Tensor
 from refilled.errors import ModelError
 from refilled.models.architectures import create_model, is_architecture
 from refilled.models.backbone import Backbone
-from refilled.models.folder import DESCRIPTION, load_model
+from refilled.models.folder import DESCRIPTION, classes_of, load_model
 from refilled.models.timm_backbone import TimmBackbone, timm_classifiers, timm_model
 from refilled.models.user_file import Function
 from refilled.models.user_student import user_student
-from refilled.models.weights import in_our_names, in_timm_names, path_and_branch, read_weights, renamed_by_order
+from refilled.models.weights import (
+    in_our_names,
+    in_timm_names,
+    path_and_branch,
+    read_weights,
+    renamed_by_order,
+    without,
+)
 from refilled.words import count_of
 
 _SHOWN = 4  # names in a message, so that it stays readable
@@ -50,7 +57,7 @@ def classes_of_folder(text: str | None) -> Sequence[str]:
     """Return the names of the classes of a student whose folder ``text`` names; none if it names something else."""
     if text is None or not _is_model_folder(folder := os.path.expandvars(text)):
         return ()
-    return load_model(Path(folder)).class_names or ()
+    return classes_of(Path(folder))
 
 
 def create_student(
@@ -134,10 +141,8 @@ def _body(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load_body(student: Backbone, start: Start) -> list[str]:
     """Load the weights into the student except its classifier, and return notes for the user."""
     own = _body(student.state_dict())
-    classifiers = (
-        {f"body.{name}" for name in timm_classifiers(student.body)} if isinstance(student, TimmBackbone) else ()
-    )
-    given = {name: value for name, value in start.weights.items() if name.rpartition(".")[0] not in classifiers}
+    classifiers = timm_classifiers(student.body) if isinstance(student, TimmBackbone) else []
+    given = without([f"body.{name}" for name in classifiers], start.weights)
     notes: list[str] = []
     given = renamed_by_order(given, own, start.source, notes.append)
     found = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}

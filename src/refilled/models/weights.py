@@ -179,10 +179,9 @@ def _open_timm(name: str, path: Path, branch: str | None, say: Say) -> TimmBackb
     weights = read_weights(path, branch, say, body.state_dict().keys())
     if options := _options_of(weights, body):
         body = timm_model(name, **options)
-    classifier = timm_classifiers(body)[0]
-    weights = renamed_by_order(
-        in_timm_names(weights, body), _without(classifier, body.state_dict()), str(path), say, classifier
-    )
+    classifiers = timm_classifiers(body)
+    classifier, own = classifiers[0], without(classifiers, body.state_dict())
+    weights = renamed_by_order(in_timm_names(weights, body), own, str(path), say, classifier)
     num_classes = len(weights.get(f"{classifier}.weight", ()))  # 0 for an extractor, which has no logits
     if num_classes != body.num_classes:
         body.reset_classifier(num_classes)
@@ -245,8 +244,9 @@ def _of_another_kind(name: str, other: str) -> bool:
     return len(ends) > 1 and ends <= _KINDS
 
 
-def _without(module: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if name.rpartition(".")[0] != module}
+def without(modules: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors except those of the named modules."""
+    return {name: value for name, value in weights.items() if name.rpartition(".")[0] not in modules}
 
 
 def _options_of(weights: Mapping[str, Tensor], body: Any) -> dict[str, Any]:

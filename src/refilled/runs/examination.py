@@ -1,8 +1,9 @@
 """Examination of a teacher before training: whether its embedding separates the classes, from a sample of images."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Self
 
@@ -86,10 +87,12 @@ def judge(prepared: Prepared, device: torch.device) -> Verdict:
     can_ignore = prepared.run.guard and any(stage.needs_teacher for stage in prepared.stages)
     ending = ": it will be ignored" if can_ignore else ". Such a teacher can hardly help"
     several = len(prepared.teachers) > 1
+    train = _sample(prepared.task.train)
+    own = cache(partial(_embedding_before_training, prepared, train, device))  # once for all teachers, if at all
     notes, of_each = [], []
     for name, teacher in zip(prepared.run.teachers, prepared.teachers, strict=False):
         teacher.to(device)
-        fault, known = _fault(teacher, prepared, device)
+        fault, known = _fault(teacher, own, train, prepared, device)
         if fault is not None:
             notes.append(f"the teacher{f' {name}' if several else ''} tells your classes apart {fault}{ending}")
         of_each.append((can_ignore and fault is not None, known))
@@ -97,17 +100,17 @@ def judge(prepared: Prepared, device: torch.device) -> Verdict:
     return Verdict(ignored, tuple(notes), tuple(of_each) if several else ())
 
 
-def _fault(teacher: Backbone, prepared: Prepared, device: torch.device) -> tuple[str | None, float | None]:
+def _fault(
+    teacher: Backbone, own: Callable[[], Tensor | None], train: Split, prepared: Prepared, device: torch.device
+) -> tuple[str | None, float | None]:
     """Return why a teacher has nothing to teach, if so, and its label information on the sample."""
-    train = _sample(prepared.task.train)
     if len(train) < _FEWEST or train.labels.unique().numel() < 2:
         return None, None
     embedding, labels = finite_embedding(teacher, train, device), train.labels
     known = label_information(embedding, labels)
     fault = fault_in(embedding, pixels_of(train), labels)
-    if fault is None and _starts_from_weights_of_others(prepared):
-        own = finite_embedding(prepared.student.to(device), train, device)
-        fault = fault_beside_student(embedding, own, labels)
+    if fault is None and (of_student := own()) is not None:
+        fault = fault_beside_student(embedding, of_student, labels)
     return fault or _fault_beyond(embedding, labels, known, teacher, prepared, device), known
 
 
@@ -150,15 +153,17 @@ def fault_in(embedding: Tensor, pixels: Tensor, labels: Tensor) -> str | None:
     return None
 
 
-def _starts_from_weights_of_others(prepared: Prepared) -> bool:
-    """Return whether a student starts from weights that were not trained on classes of the task, as far as is known.
+def _embedding_before_training(prepared: Prepared, images: Split, device: torch.device) -> Tensor | None:
+    """Return the embedding of images by the weights that the student starts from.
 
-    Otherwise its embedding may know the training images by heart, and says nothing about others.
+    None if it starts from none, or from those of a run on some of the same classes, which may know the images by heart.
     """
     run = prepared.run
-    return starts_from_weights(run.student, run.pretrained) and not (
-        set(classes_of_folder(run.student)) & set(prepared.task.classes)
-    )
+    if not starts_from_weights(run.student, run.pretrained):
+        return None
+    if set(classes_of_folder(run.student)) & set(prepared.task.classes):
+        return None
+    return finite_embedding(prepared.student.to(device), images, device)
 
 
 def fault_beside_student(embedding: Tensor, own: Tensor, labels: Tensor) -> str | None:
